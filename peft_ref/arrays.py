@@ -1,0 +1,95 @@
+"""The few helpers the array API standard lacks, each in standard calls.
+
+`namespace` is the one door to an array library. NumPy's own namespace conforms to the standard, so it is used as it is;
+every other library is reached through array-api-compat, which is imported only when such an array turns up
+(its import costs as much as NumPy's).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+
+# No array library ships a static type for the standard's array object, so this name documents and does not check.
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+
+
+def namespace(*arrays: Array | None) -> Namespace:
+    """The array API namespace that all `arrays` belong to (`None` is ignored)."""
+    present = [a for a in arrays if a is not None]
+    if all(isinstance(a, np.ndarray | np.generic) for a in present):
+        return np
+    import array_api_compat
+
+    return array_api_compat.array_namespace(*present)
+
+
+def to(array: np.ndarray[Any, Any], like: Array) -> Array:
+    """A NumPy array (a random draw, say) as an array of `like`'s library, dtype and device."""
+    xp = namespace(like)
+    if xp is np:
+        return np.asarray(array, dtype=like.dtype)
+    import array_api_compat
+
+    return xp.asarray(array, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of `shape` in `like`'s library, dtype and device."""
+    xp = namespace(like)
+    if xp is np:
+        return np.zeros(shape, dtype=like.dtype)
+    import array_api_compat
+
+    return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def as_rows(x: Array) -> Array:
+    """`x` (..., n) as a matrix (rows, n)."""
+    return namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+def row_norm(V: Array) -> Array:
+    """The Euclidean norm of every row of `V` (out, in), shape (out,)."""
+    xp = namespace(V)
+    return xp.sqrt(xp.sum(V * V, axis=1))
+
+
+def pad(x: Array, axis: int, before: int, after: int) -> Array:
+    """`x` with zeros put before and after it along `axis`."""
+    if before == after == 0:
+        return x
+    shape = x.shape
+    parts = [zeros_like((*shape[:axis], n, *shape[axis + 1 :]), x) if n else None for n in (before, after)]
+    return namespace(x).concat([part for part in (parts[0], x, parts[1]) if part is not None], axis=axis)
+
+
+def spread(x: Array, axis: int, stride: int) -> Array:
+    """`x` with `stride - 1` zeros after each entry along `axis` but the last: the transpose of taking every stride-th."""
+    if stride == 1 or x.shape[axis] == 0:
+        return x
+    xp = namespace(x)
+    shape = x.shape
+    entry = xp.expand_dims(x, axis=axis + 1)
+    gaps = zeros_like((*shape[: axis + 1], stride - 1, *shape[axis + 1 :]), x)
+    wide = xp.reshape(xp.concat([entry, gaps], axis=axis + 1), (*shape[:axis], shape[axis] * stride, *shape[axis + 1 :]))
+    keep = (slice(None),) * axis + (slice(0, (shape[axis] - 1) * stride + 1),)
+    return wide[(*keep, ...)]
+
+
+def take_columns(W: Array, indices: Array) -> Array:
+    """`W[:, indices]` with the columns last: (..., rows) for `indices` (...)."""
+    xp = namespace(W)
+    flat = xp.take(W, xp.reshape(indices, (-1,)), axis=1)
+    return xp.reshape(xp.permute_dims(flat, (1, 0)), (*indices.shape, W.shape[0]))
+
+
+def one_hot(indices: Array, n: int, like: Array) -> Array:
+    """Rows of the identity: (len(indices), n) in `like`'s dtype, for a scatter-add as a matrix product."""
+    xp = namespace(like)
+    columns = xp.arange(n, dtype=indices.dtype, device=getattr(indices, "device", None))
+    hit = xp.expand_dims(xp.reshape(indices, (-1,)), axis=1) == xp.expand_dims(columns, axis=0)
+    return xp.astype(hit, like.dtype)

@@ -1,0 +1,278 @@
+"""What a method promises, and everything that follows from it.
+
+A method is a map of the frozen weight:   (W, b)  --T_theta-->  (W', b').   It never sees the input.
+
+    contract    a method writes                           derived here, once and final
+    LowRank     factors(p) -> B, A and its vjp            delta, weight, merge, unmerge, a forward that never forms B A
+    Additive    delta(p) -> dW, db and its vjp             weight, merge, unmerge, forward
+    Reweight    weight(p, W, b, W0) and its vjp           merge, forward; unmerge through `inverse` where one exists
+
+Several active adapters act one after the other on the weight: T_2 receives what T_1 returned. A reweighting method also receives
+W0, the weight under the whole stack, because DoRA measures its norm there. Additive methods commute, so for them this is a sum.
+
+Dropout reaches only what an adapter adds:  y = layer(x; W, b') + layer(drop(x); T(W0) - W0).  The mask is an argument.
+
+Gradients come in the type of the parameters, and `f_vjp` takes the arguments of `f` and the gradient of what it returned.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
+
+import numpy as np
+
+from peft_ref.arrays import Array, namespace
+from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
+from peft_ref.layers import CONV_KINDS, Layer
+
+P = TypeVar("P", bound=tuple[Any, ...])
+
+WeightMap: TypeAlias = Callable[[P, Array, Array | None], tuple[Array, Array | None]]
+
+KINDS = frozenset({"linear", "transposed_linear", "embedding"}) | CONV_KINDS
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a parameter lives in a checkpoint: its key, its stored shape if that is not its shape, on which layer kinds.
+
+    A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
+    for as many ones. `when` names the hyper-parameter that switches the parameter on.
+    """
+
+    key: str
+    stored: str | None = None
+    kinds: frozenset[str] = KINDS - CONV_KINDS
+    when: str | None = None
+
+
+def conv_key(key: str, stored: str, when: str | None = None) -> Key:
+    return Key(key, stored, CONV_KINDS, when)
+
+
+class ParamSpec(NamedTuple):
+    field: str
+    key: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+
+
+class Start(NamedTuple, Generic[P]):
+    """A fresh adapter: its parameters, and the frozen weight, which some inits change."""
+
+    params: P
+    W: Array
+
+
+class WeightGradients(NamedTuple, Generic[P]):
+    params: P
+    W: Array
+    b: Array | None
+
+
+class Method(ABC, Generic[P]):
+    """Hyper-parameters and mathematics as one frozen value. Subclasses are frozen dataclasses whose fields are those of adapter_config.json."""
+
+    peft_type: ClassVar[str]
+    flag: ClassVar[str | None] = None  # the config switch that selects this class among those of one peft_type
+    tuner_prefix: ClassVar[str]
+    kinds: ClassVar[frozenset[str]] = KINDS
+    Params: ClassVar[type[tuple[Any, ...]]]
+
+    @abstractmethod
+    def dims(self, layer: Layer) -> Mapping[str, int]:
+        """The letters its shapes are written in, beside out, in, channels and groups."""
+
+    @abstractmethod
+    def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:
+        """A fresh adapter as HF PEFT makes one, in W's library and dtype."""
+
+    @abstractmethod
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        """(W', b'), the weight and bias that `layer` uses when this adapter is active."""
+
+    @abstractmethod
+    def weight_vjp(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None) -> WeightGradients[P]:
+        """The gradient of `differentiated(layer, p, W0)` for gradients dW (out, in) and db (out,) of what it returned."""
+
+    @abstractmethod
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        """The weight and bias that `weight` maps to (W, b). W0 is the frozen weight."""
+
+    @final
+    def check_layer(self, layer: Layer, where: str = "") -> None:
+        if layer.kind not in self.kinds:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__}{where and f' at {where!r}'}: a {layer.kind} layer is not supported"
+                f" (HF PEFT refuses it too).\n  Supported: {', '.join(sorted(self.kinds))}."
+            )
+        self.check_geometry(layer)
+
+    def check_geometry(self, layer: Layer) -> None:  # noqa: B027 - most methods have nothing to add
+        """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
+
+    @final
+    def spec(self, layer: Layer) -> tuple[ParamSpec, ...]:
+        """Every parameter this adapter has on `layer`: field, checkpoint key, shape as a matrix, shape as stored."""
+        out, n_in = layer.shape
+        letters = {"out": out, "in": n_in, "groups": layer.groups, "channels": layer.channels, **self.dims(layer)}
+        specs = []
+        for name, (shape, keys) in _declared(self.Params).items():
+            key = next((k for k in keys if layer.kind in k.kinds), None)
+            if key is None or (key.when is not None and not getattr(self, key.when)):
+                continue
+            size = _shape(shape, letters, ())
+            stored = size if key.stored is None else _shape(key.stored, letters, layer.kernel_size)
+            specs.append(ParamSpec(name, key.key, size, stored))
+        return tuple(specs)
+
+    @final
+    def pack(self, layer: Layer, params: P) -> dict[str, Array]:
+        """Parameters (or their gradients) under their checkpoint keys, in their stored shapes."""
+        return {s.key: namespace(getattr(params, s.field)).reshape(getattr(params, s.field), s.stored_shape) for s in self.spec(layer)}
+
+    @final
+    def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "") -> P:
+        """Parameters from `tensors` under their checkpoint keys; undoes `pack`. Every key must be there, and no other."""
+        specs = self.spec(layer)
+        at = f"{type(self).__name__}{where and f' at {where!r}'}"
+        expected = {s.key for s in specs}
+        if missing := sorted(expected - tensors.keys()):
+            raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(tensors)) or 'nothing'}.")
+        if extra := sorted(tensors.keys() - expected):
+            raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
+        values: dict[str, Array | None] = dict.fromkeys(_declared(self.Params))
+        for s in specs:
+            tensor = tensors[s.key]
+            if tuple(tensor.shape) != s.stored_shape:
+                letters, sizes = _declared(self.Params)[s.field][0], s.stored_shape
+                raise ShapeError(f"{at}: {s.key} is {tuple(tensor.shape)}, expected {sizes} ({letters}).\n  {self} on {layer}.")
+            values[s.field] = namespace(tensor).reshape(tensor, s.shape)
+        return cast(P, self.Params(**values))
+
+    @final
+    def to_params(self, **arrays: Array | None) -> P:
+        """Params with the given fields and None elsewhere."""
+        values: dict[str, Array | None] = dict.fromkeys(_declared(self.Params))
+        return cast(P, self.Params(**{**values, **arrays}))
+
+    def differentiated(self, layer: Layer, p: P, W0: Array) -> WeightMap[P]:
+        """The map (p, W, b) -> (W', b') whose derivative at `p` `weight_vjp` is: `weight`, unless a part is held constant on purpose."""
+        return lambda q, W, b: self.weight(layer, q, W, b, W0)
+
+
+class Factors(NamedTuple):
+    B: Array  # (out, r/groups)
+    A: Array  # (r, in)
+    b: Array | None = None  # (out,), added to the bias
+
+
+class Delta(NamedTuple):
+    W: Array  # (out, in)
+    b: Array | None = None  # (out,)
+
+
+class LowRank(Method[P]):
+    """W' = W + B A. The factors carry every scale."""
+
+    @abstractmethod
+    def factors(self, p: P) -> Factors: ...
+
+    @abstractmethod
+    def factors_vjp(self, p: P, d: Factors) -> P: ...
+
+    @final
+    def delta(self, layer: Layer, p: P) -> Delta:
+        f = self.factors(p)
+        if layer.groups > 1:
+            raise NotMergeableError(
+                f"{type(self).__name__}: A sees all {layer.fan_in} inputs of a convolution whose {layer.groups} groups"
+                f" each see {layer.shape[1]},\n  so its delta does not fit into the frozen weight (HF PEFT refuses it too)."
+                " Keep the adapter unmerged."
+            )
+        return Delta(f.B @ f.A, f.b)
+
+    @final
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        return _add(self, Delta(W, b), self.delta(layer, p))
+
+    @final
+    def weight_vjp(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None) -> WeightGradients[P]:
+        f = self.factors(p)
+        mT = namespace(dW).matrix_transpose
+        d = Factors(B=dW @ mT(f.A), A=mT(f.B) @ dW, b=None if f.b is None else db)
+        return WeightGradients(self.factors_vjp(p, d), dW, db)
+
+    @final
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        return _subtract(self, Delta(W, b), self.delta(layer, p))
+
+
+class Additive(Method[P]):
+    """W' = W + dW, b' = b + db."""
+
+    @abstractmethod
+    def delta(self, layer: Layer, p: P) -> Delta: ...
+
+    @abstractmethod
+    def delta_vjp(self, layer: Layer, p: P, d: Delta) -> P: ...
+
+    @final
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        return _add(self, Delta(W, b), self.delta(layer, p))
+
+    @final
+    def weight_vjp(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None) -> WeightGradients[P]:
+        return WeightGradients(self.delta_vjp(layer, p, Delta(dW, db)), dW, db)
+
+    @final
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        return _subtract(self, Delta(W, b), self.delta(layer, p))
+
+
+class Reweight(Method[P]):
+    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
+
+
+def _add(method: Method[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+    return base.W + delta.W, shift_bias(method, base.b, delta.b, 1.0)
+
+
+def _subtract(method: Method[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+    return base.W - delta.W, shift_bias(method, base.b, delta.b, -1.0)
+
+
+def shift_bias(method: Method[Any], b: Array | None, change: Array | None, sign: float) -> Array | None:
+    if change is None:
+        return b
+    if b is None:
+        raise NotMergeableError(
+            f"{type(method).__name__} adds to the bias, and this layer has none (HF PEFT refuses this merge too).\n"
+            "  Keep the adapter unmerged, or give the layer a bias of zeros."
+        )
+    return b + sign * change
+
+
+def _shape(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes that e.g. "out r/groups *1" stands for."""
+    sizes: list[int] = []
+    for word in letters.split():
+        if word == "*k":
+            sizes.extend(kernel)
+        elif word == "*1":
+            sizes.extend((1,) * len(kernel))
+        else:
+            size, *divisor = (int(part) if part.isdigit() else dims[part] for part in word.split("/"))
+            sizes.append(size // divisor[0] if divisor else size)
+    return tuple(sizes)
+
+
+@cache
+def _declared(params: type[tuple[Any, ...]]) -> dict[str, tuple[str, tuple[Key, ...]]]:
+    """What a Params type says of each field: its shape in letters and its keys."""
+    hints = get_type_hints(params, include_extras=True)
+    return {name: (get_args(hint)[1], get_args(hint)[2:]) for name, hint in hints.items()}

@@ -1,0 +1,107 @@
+"""How LoRA's factors start, and what several LoRA variants check alike.
+
+    True          A uniform within 1/sqrt(fan in), B = 0; embedding: A = 0, B standard normal
+    "gaussian"    A normal with deviation 1/r, B = 0; embedding: as True
+    False         A and B both uniform within 1/sqrt(fan in); embedding: both standard normal: not the identity
+    "orthogonal"  A and B from the odd and even rows of one random orthogonal matrix, so that B A = 0 with both non-zero
+    "pissa"       s B A is the best rank-r part of W, which W loses          arXiv:2404.02948
+    "olora"       B and A are the first r columns of Q and rows of R, W = Q R; W loses s B A
+
+The last two change the frozen weight: an adapter trained from them belongs to the weight returned here. For the last three HF falls
+back to the default on an embedding and refuses a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from peft_ref.arrays import Array, namespace, to, zeros_like
+from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.layers import Layer
+
+NAMES = ("gaussian", "orthogonal", "pissa", "olora")
+NEEDS_MATRIX = ("orthogonal", "pissa", "olora")
+
+
+class _HasRank(Protocol):
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def init_lora_weights(self) -> bool | str: ...
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def check_rank(method: _HasRank) -> None:
+    if method.r <= 0:
+        raise ConfigError(f"r={method.r}: the rank must be a positive integer.")
+    if not 0 <= method.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout={method.lora_dropout}: a probability below 1 is needed.")
+    init = method.init_lora_weights
+    if not isinstance(init, bool) and init not in NAMES:
+        raise ConfigError(f"init_lora_weights={init!r} is not built here.\n  There are True, False, {', '.join(map(repr, NAMES))}.")
+    if init == "orthogonal" and method.r % 2:
+        raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, got r={method.r}.")
+
+
+def check_init(method: _HasRank, layer: Layer) -> None:
+    if layer.kernel_size and method.init_lora_weights in NEEDS_MATRIX:
+        raise UnsupportedLayerError(
+            f"init_lora_weights={method.init_lora_weights!r} on a {layer.kind} layer: HF PEFT refuses it.\n  Use True, False or 'gaussian'."
+        )
+    if method.r % layer.groups:
+        raise UnsupportedLayerError(f"r={method.r} on a convolution with groups={layer.groups}: the rank must be divisible by the groups.")
+
+
+def initial_factors(layer: Layer, W: Array, r: int, scale: float, init: bool | str, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """A (r, fan in), B (out, r/groups) and the frozen weight, in W's library and dtype."""
+    out, fan_in, mid = layer.shape[0], layer.fan_in, r // layer.groups
+
+    def uniform(rows: int, columns: int) -> Array:
+        bound = 1 / math.sqrt(columns)
+        return to(rng.uniform(-bound, bound, (rows, columns)), W)
+
+    def normal(rows: int, columns: int, deviation: float = 1.0) -> Array:
+        return to(rng.normal(0.0, deviation, (rows, columns)), W)
+
+    if layer.kind == "embedding":
+        A = normal(r, fan_in) if init is False else zeros_like((r, fan_in), W)
+        return A, normal(out, r), W
+    if init == "orthogonal":
+        return *_orthogonal(out, fan_in, r, rng, W), W
+    if init == "pissa":
+        return _pissa(W, r, scale)
+    if init == "olora":
+        return _olora(W, r, scale)
+    A = normal(r, fan_in, 1 / r) if init == "gaussian" else uniform(r, fan_in)
+    B = uniform(out, mid) if init is False else zeros_like((out, mid), W)
+    return A, B, W
+
+
+def _orthogonal(out: int, fan_in: int, r: int, rng: np.random.Generator, like: Array) -> tuple[Array, Array]:
+    Q, _ = np.linalg.qr(rng.normal(size=(r, r)))
+    A = (rng.normal(size=(fan_in, r // 2)) @ Q[0::2]).T / 10
+    B = rng.normal(size=(out, r // 2)) @ Q[1::2] / 10
+    return to(A, like), to(B, like)
+
+
+def _pissa(W: Array, r: int, scale: float) -> tuple[Array, Array, Array]:
+    xp = namespace(W)
+    U, S, Vh = xp.linalg.svd(W, full_matrices=False)
+    root = xp.sqrt(S[:r] / scale)
+    A = xp.expand_dims(root, axis=1) * Vh[:r, :]
+    B = U[:, :r] * root
+    return A, B, W - scale * (B @ A)
+
+
+def _olora(W: Array, r: int, scale: float) -> tuple[Array, Array, Array]:
+    Q, R = namespace(W).linalg.qr(W)
+    A, B = R[:r, :], Q[:, :r]
+    return A, B, W - scale * (B @ A)

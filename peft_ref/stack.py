@@ -1,0 +1,146 @@
+"""What a layer computes with several active adapters: forward, gradient, merge and unmerge.
+
+    y_0 = layer(x; W_0, b_0),    (W_k, b_k) = T_k(W_{k-1}, b_{k-1}),    y = layer(x; W_n, b_n)
+
+Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
+one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from peft_ref.arrays import Array, namespace
+from peft_ref.contracts import Factors, LowRank, Method, Reweight
+from peft_ref.errors import ConfigError
+from peft_ref.layers import Layer
+
+
+class Dropout(NamedTuple):
+    """An explicit dropout mask: 1 keeps, 0 drops, in the shape of x; what is kept is divided by 1 - p."""
+
+    mask: Array
+    p: float
+
+
+class Adapter(NamedTuple):
+    method: Method[Any]
+    params: Any
+    dropout: Dropout | None = None
+
+
+class StackGradients(NamedTuple):
+    x: Array | None
+    params: tuple[Any, ...]  # one Params per adapter
+
+
+def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
+    """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
+    sides = _sides(layer, adapters)
+    Ws, bs = _folded(layer, W, b, adapters, sides)
+    y = layer.apply(x, Ws[-1], bs[-1])
+    for a, side in zip(adapters, sides, strict=True):
+        if side:
+            y = y + _side(layer, W, a, x)
+    return y
+
+
+def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
+    """The gradients of `forward` for x and for every adapter's parameters, given dy in the shape of y."""
+    sides = _sides(layer, adapters)
+    Ws, bs = _folded(layer, W, b, adapters, sides)
+    dx = layer.input_vjp(x, Ws[-1], dy)
+    db = layer.bias_vjp(dy) if bs[-1] is not None else None
+    dW = None if all(sides) else layer.weight_vjp(x, dy)
+    grads: list[Any] = [None] * len(adapters)
+    for k in reversed(range(len(adapters))):
+        a = adapters[k]
+        if sides[k]:
+            side_dx, grads[k] = _side_vjp(layer, W, a, x, dy)
+            dx = None if dx is None or side_dx is None else dx + side_dx
+        else:
+            g = a.method.weight_vjp(layer, a.params, Ws[k], bs[k], W, dW, db)
+            grads[k], dW, db = g.params, g.W, g.b
+    return StackGradients(dx, tuple(grads))
+
+
+def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
+    """The weight and bias that do alone what the frozen ones do with the adapters."""
+    W0 = W
+    for a in adapters:
+        W, b = a.method.weight(layer, a.params, W, b, W0)
+    return W, b
+
+
+def unmerge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array) -> tuple[Array, Array | None]:
+    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured."""
+    for a in reversed(adapters):
+        W, b = a.method.unmerge(layer, a.params, W, b, W0)
+    return W, b
+
+
+def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
+    """Which adapters run beside the layer; the others are folded into its weight."""
+    sides = [False] * len(adapters)
+    reweighted_later = False
+    for k in reversed(range(len(adapters))):
+        a = adapters[k]
+        sides[k] = a.dropout is not None or (isinstance(a.method, LowRank) and not reweighted_later)
+        if a.dropout is not None and reweighted_later:
+            raise ConfigError(
+                f"adapter {k} ({type(a.method).__name__}) has dropout and a reweighting adapter without dropout follows it:"
+                " its effect is no weight that could be reweighted.\n  Put it last, or give it no dropout mask."
+            )
+        if a.dropout is not None and layer.kind == "embedding":
+            raise ConfigError(
+                f"adapter {k} ({type(a.method).__name__}) has a dropout mask on an embedding, whose input is integers.\n"
+                "  HF PEFT applies no dropout there: pass none."
+            )
+        reweighted_later |= isinstance(a.method, Reweight) and not sides[k]
+    return sides
+
+
+def _folded(
+    layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], sides: Sequence[bool]
+) -> tuple[list[Array], list[Array | None]]:
+    """The weight and bias under the stack and after each adapter; a side adapter leaves them as they are."""
+    Ws, bs = [W], [b]
+    for a, side in zip(adapters, sides, strict=True):
+        after = (Ws[-1], bs[-1]) if side else a.method.weight(layer, a.params, Ws[-1], bs[-1], W)
+        Ws.append(after[0])
+        bs.append(after[1])
+    return Ws, bs
+
+
+def _drop(a: Adapter, x: Array) -> Array:
+    """Dropout on the input, and its own gradient: a diagonal map is its own transpose."""
+    if a.dropout is None:
+        return x
+    xp = namespace(x)
+    return x * xp.astype(a.dropout.mask, x.dtype) / (1 - a.dropout.p)
+
+
+def _side(layer: Layer, W: Array, a: Adapter, x: Array) -> Array:
+    x = _drop(a, x)
+    if isinstance(a.method, LowRank):
+        B, A, b = a.method.factors(a.params)
+        return layer.add_bias(layer.up(layer.down(A.shape[0]).apply(x, A, None), B), b)
+    effective, _ = a.method.weight(layer, a.params, W, None, W)
+    return layer.apply(x, effective - W, None)
+
+
+def _side_vjp(layer: Layer, W: Array, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any]:
+    x = _drop(a, x)
+    if isinstance(a.method, LowRank):
+        B, A, b = a.method.factors(a.params)
+        down = layer.down(A.shape[0])
+        dh, dB = layer.up_vjp(down.apply(x, A, None), B, dy)
+        db = None if b is None else layer.bias_vjp(dy)
+        grads = a.method.factors_vjp(a.params, Factors(dB, down.weight_vjp(x, dh), db))
+        dx = down.input_vjp(x, A, dh)
+    else:
+        effective, _ = a.method.weight(layer, a.params, W, None, W)
+        grads = a.method.weight_vjp(layer, a.params, W, None, W, layer.weight_vjp(x, dy), None).params
+        dx = layer.input_vjp(x, effective - W, dy)
+    return None if dx is None else _drop(a, dx), grads
