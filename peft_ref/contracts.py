@@ -75,13 +75,13 @@ class WeightGradients(NamedTuple, Generic[P]):
 
 
 class Method(ABC, Generic[P]):
-    """Hyper-parameters and mathematics as one frozen value. Subclasses are frozen dataclasses whose fields are those of adapter_config.json."""
+    """Hyper-parameters and mathematics as one frozen value: a frozen dataclass whose fields are those of adapter_config.json."""
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config switch that selects this class among those of one peft_type
     tuner_prefix: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = KINDS
-    Params: ClassVar[type[tuple[Any, ...]]]
+    params_type: ClassVar[type[tuple[Any, ...]]]
 
     @abstractmethod
     def dims(self, layer: Layer) -> Mapping[str, int]:
@@ -112,7 +112,7 @@ class Method(ABC, Generic[P]):
             )
         self.check_geometry(layer)
 
-    def check_geometry(self, layer: Layer) -> None:  # noqa: B027 - most methods have nothing to add
+    def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
 
     @final
@@ -121,7 +121,7 @@ class Method(ABC, Generic[P]):
         out, n_in = layer.shape
         letters = {"out": out, "in": n_in, "groups": layer.groups, "channels": layer.channels, **self.dims(layer)}
         specs = []
-        for name, (shape, keys) in _declared(self.Params).items():
+        for name, (shape, keys) in _declared(self.params_type).items():
             key = next((k for k in keys if layer.kind in k.kinds), None)
             if key is None or (key.when is not None and not getattr(self, key.when)):
                 continue
@@ -145,20 +145,20 @@ class Method(ABC, Generic[P]):
             raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(tensors)) or 'nothing'}.")
         if extra := sorted(tensors.keys() - expected):
             raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
-        values: dict[str, Array | None] = dict.fromkeys(_declared(self.Params))
+        values: dict[str, Array | None] = dict.fromkeys(_declared(self.params_type))
         for s in specs:
             tensor = tensors[s.key]
             if tuple(tensor.shape) != s.stored_shape:
-                letters, sizes = _declared(self.Params)[s.field][0], s.stored_shape
+                letters, sizes = _declared(self.params_type)[s.field][0], s.stored_shape
                 raise ShapeError(f"{at}: {s.key} is {tuple(tensor.shape)}, expected {sizes} ({letters}).\n  {self} on {layer}.")
             values[s.field] = namespace(tensor).reshape(tensor, s.shape)
-        return cast(P, self.Params(**values))
+        return cast(P, self.params_type(**values))
 
     @final
     def to_params(self, **arrays: Array | None) -> P:
         """Params with the given fields and None elsewhere."""
-        values: dict[str, Array | None] = dict.fromkeys(_declared(self.Params))
-        return cast(P, self.Params(**{**values, **arrays}))
+        values: dict[str, Array | None] = dict.fromkeys(_declared(self.params_type))
+        return cast(P, self.params_type(**{**values, **arrays}))
 
     def differentiated(self, layer: Layer, p: P, W0: Array) -> WeightMap[P]:
         """The map (p, W, b) -> (W', b') whose derivative at `p` `weight_vjp` is: `weight`, unless a part is held constant on purpose."""

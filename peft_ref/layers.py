@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
 from peft_ref.arrays import Array, as_rows, namespace, one_hot, pad, spread, take_columns, zeros_like
@@ -36,8 +36,12 @@ class LayerGradients(NamedTuple):
     b: Array | None
 
 
+@dataclass(frozen=True, kw_only=True)
 class Layer(ABC):
     """A frozen layer without its numbers: kind and geometry."""
+
+    kernel_size: tuple[int, ...] = field(default=(), init=False, repr=False)
+    groups: int = field(default=1, init=False, repr=False)
 
     @property
     @abstractmethod
@@ -62,14 +66,6 @@ class Layer(ABC):
     def channels(self) -> int:
         """How many numbers one place of the input holds; the in of the matrix but for a convolution."""
         return self.shape[1]
-
-    @property
-    def groups(self) -> int:
-        return 1
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        return ()
 
     @abstractmethod
     def fold(self, weight: Array) -> Array:

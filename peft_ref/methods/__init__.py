@@ -17,4 +17,4 @@ METHODS: dict[str, type[Method[Any]]] = {
     "lora": LoRA,
 }
 
-__all__ = ["METHODS", "DoRA", "IA3", "LoHa", "LoRA"]
+__all__ = ["IA3", "METHODS", "DoRA", "LoHa", "LoRA"]

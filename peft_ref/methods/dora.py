@@ -16,7 +16,7 @@ HF      peft.LoraConfig(use_dora=True). The norm of several adapters is measured
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class DoRA(Reweight[Params]):
     peft_type: ClassVar[str] = "LORA"
     flag: ClassVar[str | None] = "use_dora"
     tuner_prefix: ClassVar[str] = "lora_"
-    Params: ClassVar[type[Params]] = Params
+    params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
         check_rank(self)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class IA3(Reweight[Params]):
     peft_type: ClassVar[str] = "IA3"
     tuner_prefix: ClassVar[str] = "ia3_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed_linear", "conv2d", "conv3d"})
-    Params: ClassVar[type[Params]] = Params
+    params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def dims(self, layer: Layer) -> dict[str, int]:
         n = layer.channels if self.is_feedforward else layer.shape[0]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class LoHa(Additive[Params]):
     peft_type: ClassVar[str] = "LOHA"
     tuner_prefix: ClassVar[str] = "hada_"
     kinds: ClassVar[frozenset[str]] = KINDS
-    Params: ClassVar[type[Params]] = Params
+    params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
         if self.r <= 0:

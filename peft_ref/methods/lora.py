@@ -14,7 +14,7 @@ HF      peft.LoraConfig. A is drawn like torch's kaiming_uniform_(a=sqrt 5): uni
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class LoRA(LowRank[Params]):
 
     peft_type: ClassVar[str] = "LORA"
     tuner_prefix: ClassVar[str] = "lora_"
-    Params: ClassVar[type[Params]] = Params
+    params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
         check_rank(self)
