@@ -1,0 +1,1 @@
+"""The judge: cases, ports, bounds, named mistakes, verdicts."""

@@ -1,0 +1,49 @@
+"""The cases: every variant of every method on every layer and operation it is asked about, always the same and in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from peft_ref.check.case import Case, build_method
+from peft_ref.check.mistakes import SUITES
+from peft_ref.check.variants import LAYERS, Variant, make_case
+from peft_ref.contracts import Additive, LowRank, Method
+from peft_ref.errors import UnsupportedLayerError
+from peft_ref.layers import Layer
+from peft_ref.methods import METHODS
+
+
+@cache
+def corpus(method: str | None = None) -> tuple[Case, ...]:
+    """Every case, of one method or of all."""
+    names = [method] if method else sorted(METHODS)
+    arrays = tuple(case for name in names for case in _cases(name, SUITES[name].variants))
+    return arrays + tuple(case for name in names for case in SUITES[name].text_cases())
+
+
+def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:
+    for variant in variants:
+        for layer_name in variant.layers:
+            layer = LAYERS[layer_name]
+            methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
+            for operation in variant.operations:
+                if _asked(methods, layer, operation, variant):
+                    yield make_case(name, variant, layer_name, layer, methods, operation)
+
+
+def _asked(methods: list[Method[Any]], layer: Layer, operation: str, variant: Variant) -> bool:
+    for method in methods:
+        try:
+            method.check_layer(layer)
+        except UnsupportedLayerError:
+            return False
+    if operation == "delta" and (len(methods) > 1 or not isinstance(methods[0], LowRank | Additive)):
+        return False
+    if operation == "delta" and variant.name != "plain":
+        return False  # a delta knows neither bias nor dropout: the plain variants say it all
+    if operation in ("delta", "merge", "unmerge"):
+        mergeable = layer.groups == 1 or not any(isinstance(m, LowRank) for m in methods)
+        return mergeable and not variant.dropout
+    return True

@@ -1,0 +1,200 @@
+"""A number that knows its exact value, how far an honest computation may drift from it, and how many bits hold it.
+
+NumPy object arrays call their elements' own methods, so the very same method files, fed with these numbers, give the exact answer, the
+error bound and the bit budget. Every number carries
+
+    value   n * 2^e, exact (after a root or a division that does not come out: 200 correct bits)
+    gauge   the value with every minus sign taken away: what the terms add up to in size
+    k       how many roundings may lie on the way to one term
+    quantum the power of two that every term is a whole multiple of, or None once a result was rounded
+    bits    how many significant bits any partial result may need
+
+Adding n numbers in any order and association errs by at most (n - 1) u times the sum of their sizes, so k counts additions and not
+partial sums, and the bound holds for every evaluation order of the same sums and products:   |computed - value| <= k u gauge (1 + O(ku)).
+Where quantum and gauge leave no more than p bits between them, nothing is rounded in a p-bit format, in any order: bits must match.
+Division and root spread errors by first-order calculus.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import numpy as np
+
+PRECISION = 200
+# A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
+CONSTANT_BITS = 8
+
+Scalar: TypeAlias = "Exact | int | float | np.generic"
+
+
+class Exact:
+    """A dyadic number with its error bound and bit budget; see the module."""
+
+    __slots__ = ("bits", "e", "gauge", "k", "n", "quantum")
+
+    def __init__(self, n: int, e: int, gauge: float, k: float, quantum: int | None, bits: float) -> None:
+        self.n, self.e, self.gauge, self.k, self.quantum, self.bits = n, e, gauge, k, quantum, bits
+
+    @classmethod
+    def of(cls, value: float) -> Exact:
+        """A number that is given: exact, with nothing rounded yet."""
+        top, bottom = float(value).as_integer_ratio()
+        return cls._given(top, 1 - bottom.bit_length(), 0.0)
+
+    @classmethod
+    def _given(cls, n: int, e: int, k: float) -> Exact:
+        if n == 0:
+            return cls(0, 0, 0.0, 0.0, 0, 0.0)
+        shift = (n & -n).bit_length() - 1
+        n, e = n >> shift, e + shift
+        return cls(n, e, _size(n, e), k, e, float(abs(n).bit_length()))
+
+    @classmethod
+    def _lift(cls, other: Any) -> Exact | None:
+        if isinstance(other, Exact):
+            return other
+        if isinstance(other, bool | int | float | np.generic):
+            constant = cls.of(float(other))
+            if abs(constant.n).bit_length() > CONSTANT_BITS:
+                constant.k, constant.quantum, constant.bits = 1.0, None, math.inf
+            return constant
+        return None
+
+    @property
+    def fraction(self) -> Fraction:
+        return Fraction(self.n) * Fraction(2) ** self.e
+
+    def __float__(self) -> float:
+        return float(self.fraction)
+
+    def __repr__(self) -> str:
+        return f"Exact({float(self)!r}, k={self.k}, gauge={self.gauge:.3g}, bits={self.bits})"
+
+    def __neg__(self) -> Exact:
+        return Exact(-self.n, self.e, self.gauge, self.k, self.quantum, self.bits)
+
+    def __abs__(self) -> Exact:
+        return -self if self.n < 0 else self
+
+    def __add__(self, other: Scalar) -> Exact:
+        b = Exact._lift(other)
+        if b is None:
+            return NotImplemented
+        if b.gauge == 0.0:  # adding nothing rounds nothing
+            return self
+        if self.gauge == 0.0:
+            return b
+        e = min(self.e, b.e)
+        n = (self.n << (self.e - e)) + (b.n << (b.e - e))
+        quantum = None if self.quantum is None or b.quantum is None else min(self.quantum, b.quantum)
+        return _result(n, e, self.gauge + b.gauge, max(self.k, b.k) + 1.0, quantum, max(self.bits, b.bits))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Scalar) -> Exact:
+        b = Exact._lift(other)
+        return NotImplemented if b is None else self + (-b)
+
+    def __rsub__(self, other: Scalar) -> Exact:
+        return (-self) + other
+
+    def __mul__(self, other: Scalar) -> Exact:
+        b = Exact._lift(other)
+        if b is None:
+            return NotImplemented
+        if self.gauge == 0.0 or b.gauge == 0.0:
+            return Exact.of(0.0)
+        quantum = None if self.quantum is None or b.quantum is None else self.quantum + b.quantum
+        k = self.k + b.k + 1.0
+        return _result(self.n * b.n, self.e + b.e, self.gauge * b.gauge, k, quantum, max(self.bits, b.bits))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Scalar) -> Exact:
+        b = Exact._lift(other)
+        if b is None:
+            return NotImplemented
+        if b.n == 0:
+            raise ZeroDivisionError("division by an exact zero")
+        n, e, came_out = _divide(self.n, self.e, b.n, b.e)
+        size = abs(float(b))
+        gauge = max(self.gauge * b.gauge / size / size, _size(n, e))
+        quantum = _lowest(n, e) if came_out and self.quantum is not None and b.quantum is not None else None
+        if quantum is not None and abs(b.n) == 1 and b.gauge == size and self.quantum is not None:
+            quantum = self.quantum - b.e  # by a power of two: only the exponents move
+        return _result(n, e, gauge, self.k + b.k + 1.0, quantum, max(self.bits, b.bits))
+
+    def __rtruediv__(self, other: Scalar) -> Exact:
+        a = Exact._lift(other)
+        return NotImplemented if a is None else a / self
+
+    def sqrt(self) -> Exact:
+        """The square root; NumPy calls it for `np.sqrt` of an object array."""
+        if self.n < 0:
+            raise ValueError(f"square root of {float(self)}")
+        if self.n == 0:
+            return self
+        shift = (2 * PRECISION - self.n.bit_length()) // 2 * 2
+        shift += (self.e - shift) % 2
+        scaled = self.n << shift if shift >= 0 else self.n >> -shift
+        root = math.isqrt(scaled)
+        came_out = shift >= 0 and root * root == scaled
+        e = (self.e - shift) // 2
+        quantum = _lowest(root, e) if came_out and self.quantum is not None else None
+        size = _size(root, e)
+        return _result(root, e, max(self.gauge / size, size), self.k / 2 + 1.0, quantum, self.bits)
+
+    def __eq__(self, other: object) -> bool:
+        b = Exact._lift(other)
+        return b is not None and self.fraction == b.fraction
+
+    def __lt__(self, other: Scalar) -> bool:
+        return self.fraction < Fraction(float(other)) if not isinstance(other, Exact) else self.fraction < other.fraction
+
+    def __gt__(self, other: Scalar) -> bool:
+        return self.fraction > Fraction(float(other)) if not isinstance(other, Exact) else self.fraction > other.fraction
+
+    def __hash__(self) -> int:
+        return hash(self.fraction)
+
+
+def exact_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An object array of `Exact` numbers with the values of `array`; integer arrays (indices, masks) stay as they are."""
+    if array.dtype.kind in "iub":
+        return array
+    out = np.empty(array.shape, dtype=object)
+    out.reshape(-1)[:] = [Exact.of(v) for v in array.reshape(-1).tolist()]
+    return out
+
+
+def as_exact(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`array` with its plain zeros (what nothing was added to) as `Exact` too."""
+    out = np.empty(array.shape, dtype=object)
+    out.reshape(-1)[:] = [v if isinstance(v, Exact) else Exact.of(float(v)) for v in array.reshape(-1)]
+    return out
+
+
+def _result(n: int, e: int, gauge: float, k: float, quantum: int | None, bits: float) -> Exact:
+    if quantum is None:
+        return Exact(n, e, gauge, k, None, math.inf)
+    needed = math.frexp(gauge)[1] - quantum if gauge else 0
+    return Exact(n, e, gauge, k, quantum, max(bits, float(needed)))
+
+
+def _size(n: int, e: int) -> float:
+    return math.ldexp(abs(n), e) if n.bit_length() < 900 else abs(float(Fraction(n) * Fraction(2) ** e))
+
+
+def _lowest(n: int, e: int) -> int:
+    """The exponent of the lowest set bit of n * 2^e."""
+    return e + (n & -n).bit_length() - 1 if n else 0
+
+
+def _divide(n: int, e: int, m: int, f: int) -> tuple[int, int, bool]:
+    """(n 2^e) / (m 2^f) as mantissa, exponent, and whether it came out without a remainder."""
+    shift = max(PRECISION + m.bit_length() - n.bit_length(), 0)
+    quotient, rest = divmod(n << shift, m)
+    return quotient, e - f - shift, rest == 0

@@ -1,0 +1,212 @@
+"""Named mistakes: wrong versions of a method that people really wrote, and what a port's numbers are when it makes one.
+
+A mistake is one of three kinds.
+    as_if    the right answer to another case: the scale of another config, a transposed factor, a forgotten mask
+    formula  a wrong map of the weight; outputs, merge and unmerge follow from it, and its gradient is what autograd would return
+    only     a wrong answer to single operations, everything else right
+Each says where it does not show by answering None.
+
+`mistakes/` has one module per method: its variants (what is asked) and its mistakes (what goes wrong). A mistake that no case catches, or
+that no case tells from another, fails a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from peft_ref import stack
+from peft_ref.arrays import Array
+from peft_ref.check import tape
+from peft_ref.check.case import Answer, Case, NDArray
+from peft_ref.check.oracle import Problem, answer, name_gradients, pose, solve
+from peft_ref.check.variants import Variant
+from peft_ref.layers import Layer
+from peft_ref.stack import Adapter
+
+Replay: TypeAlias = Callable[[Case], Answer | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    name: str
+    clause: str  # what it breaks: an id in spec/methods
+    sentence: str  # completes "Your numbers are what you get when ..."
+    replay: Replay = field(repr=False)
+    links: tuple[str, ...] = ()
+    dialect: bool = False  # another reading that its users rely on: named, and not counted as wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is asked about one method, and its known mistakes."""
+
+    variants: tuple[Variant, ...]
+    mistakes: tuple[Mistake, ...]
+    text_cases: Callable[[], Iterable[Case]] = tuple
+    slack: float = 1.0  # how much larger the terms of another honest evaluation order are than the formula's own
+
+
+def as_if(change: Callable[[Case], Case | None]) -> Replay:
+    """The right answer to the changed case; None where there is nothing to change."""
+
+    def replay(case: Case) -> Answer | None:
+        changed = change(case)
+        return None if changed is None else answer(changed)
+
+    return replay
+
+
+def only(**wrong: Callable[[Case], Answer | None]) -> Replay:
+    """Wrong answers to the named operations."""
+
+    def replay(case: Case) -> Answer | None:
+        return wrong[case.operation](case) if case.operation in wrong else None
+
+    return replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """A wrong effective weight of the whole stack of adapters: outputs, gradients and merge follow."""
+
+    weight: Callable[[Problem], tuple[Array, Array | None]]
+    unmerge: Callable[[Problem], tuple[Array, Array | None]] | None = None
+
+    def __call__(self, case: Case) -> Answer | None:
+        if case.operation == "forward":
+            return {"y": self.forward(pose(case))}
+        if case.operation == "backward":
+            return autograd(case, self.forward)
+        if case.operation == "merge":
+            return stored(pose(case).layer, *self.weight(pose(case)))
+        if case.operation == "unmerge" and self.unmerge is not None:
+            return stored(pose(case).layer, *self.unmerge(pose(case)))
+        return None
+
+    def forward(self, p: Problem) -> Array:
+        if not any(a.dropout for a in p.adapters):
+            return p.layer.apply(p.x, *self.weight(p))
+        y = p.layer.apply(p.x, p.W, p.b)
+        for a in p.adapters:
+            W, _ = self.weight(p._replace(adapters=(a,)))
+            y = y + p.layer.apply(dropped(p.x, a), W - p.W, None)
+        return y
+
+
+def one_by_one(step: Callable[[Layer, Adapter, Array, Array | None, Array], tuple[Array, Array | None]]) -> Callable[[Problem], Any]:
+    """The stack's weight from a wrong map of one adapter, given (layer, adapter, W, b, W0)."""
+
+    def weight(p: Problem) -> tuple[Array, Array | None]:
+        W, b = p.W, p.b
+        for a in p.adapters:
+            W, b = step(p.layer, a, W, b, p.W)
+        return W, b
+
+    return weight
+
+
+def autograd(case: Case, forward: Callable[[Problem], Array]) -> Answer:
+    """What an autograd engine returns for a wrong forward."""
+    p = pose(case, tape.tape_array)
+    assert case.dy is not None
+    tape.backward(forward(p), case.dy)
+    grads = [a.method.params_type(*[None if v is None else tape.gradients(v) for v in a.params]) for a in p.adapters]
+    out: Answer = {}
+    if p.x is not None and p.x.dtype == object:
+        out["x"] = tape.gradients(p.x)
+    return {**out, **name_gradients(p.layer, p.adapters, tuple(grads))}
+
+
+def dropped(x: Array, adapter: Adapter) -> Array:
+    return x if adapter.dropout is None else x * adapter.dropout.mask / (1 - adapter.dropout.p)
+
+
+def with_config(case: Case, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Case | None:
+    """The case with every adapter's configuration changed; None if none changes."""
+    changed = [change(dict(a.config)) for a in case.adapters]
+    if all(c is None or c == dict(a.config) for c, a in zip(changed, case.adapters, strict=True)):
+        return None
+    adapters = (a if c is None else replace(a, config=c) for a, c in zip(case.adapters, changed, strict=True))
+    return replace(case, adapters=tuple(adapters))
+
+
+def with_tensors(case: Case, change: Callable[[str, NDArray], NDArray]) -> Case | None:
+    """The case with every adapter's tensors changed, by key; None if none changes."""
+    adapters, differs = [], False
+    for a in case.adapters:
+        tensors = {k: change(k, v) for k, v in a.tensors.items()}
+        differs |= any(not np.array_equal(tensors[k], v) for k, v in a.tensors.items())
+        adapters.append(replace(a, tensors=tensors))
+    return replace(case, adapters=tuple(adapters)) if differs else None
+
+
+def stored(layer: Layer, W: Array, b: Array | None) -> Answer:
+    out = {"weight": layer.unfold(W)}
+    return out if b is None else {**out, "bias": b}
+
+
+def with_scale(scale: Callable[[float, int, bool], float], alpha: str = "lora_alpha") -> Replay:
+    """The right answer with another scale, given (alpha, r, use_rslora) of each adapter."""
+
+    def change(config: dict[str, Any]) -> dict[str, Any]:
+        rslora = config.get("use_rslora", False)
+        wrong = scale(config[alpha], config["r"], rslora)
+        right = config[alpha] / (math.sqrt(config["r"]) if rslora else config["r"])
+        plain = {"use_rslora": False} if rslora else {}
+        return config if wrong == right else {**config, alpha: wrong * config["r"], **plain}
+
+    return as_if(lambda case: with_config(case, change))
+
+
+def reread(key_part: str) -> Replay:
+    """A factor whose numbers are read in the other order: (r, in) as (in, r), or (out, r) as (r, out)."""
+
+    def change(key: str, v: NDArray) -> NDArray:
+        return v.reshape(v.shape[::-1]).T if key_part in key and v.ndim == 2 else v
+
+    return as_if(lambda case: with_tensors(case, change))
+
+
+def gradients_times(factor: Callable[[Mapping[str, Any]], float], keys: str = "") -> Replay:
+    """Parameter gradients (of keys that contain `keys`) off by a factor of the adapter's configuration; dx is right."""
+
+    def backward(case: Case) -> Answer:
+        right = answer(case)
+        return {
+            name: g * factor(case.adapters[int(name.split(".")[0])].config) if name != "x" and keys in name else g
+            for name, g in right.items()
+        }
+
+    return only(backward=backward)
+
+
+def merged_twice(case: Case) -> Answer:
+    p = pose(case)
+    return solve(p._replace(adapters=p.adapters * 2), "merge")
+
+
+def unmerge_that_merges(case: Case) -> Answer:
+    p = pose(case)
+    return stored(p.layer, *stack.merge(p.layer, p.merged_W, p.merged_b, p.adapters))
+
+
+def base_alone_backward(case: Case) -> Answer | None:
+    """The input's gradient stops at the adapter."""
+    p = pose(case)
+    dx = p.layer.input_vjp(p.x, p.W, p.dy)
+    return None if dx is None else {**answer(case), "x": dx}
+
+
+def first_adapter_alone(case: Case) -> Answer | None:
+    return answer(replace(case, adapters=case.adapters[:1])) if len(case.adapters) > 1 else None
+
+
+def without_dropout(case: Case) -> Case | None:
+    if not any(a.dropout for a in case.adapters):
+        return None
+    return replace(case, adapters=tuple(replace(a, dropout=None) for a in case.adapters))

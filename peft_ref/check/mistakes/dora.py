@@ -1,0 +1,244 @@
+"""DoRA: what is asked, and what ports get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from peft_ref.arrays import Array, row_norm
+from peft_ref.check.case import Answer, Case
+from peft_ref.check.mistake import Formula, Mistake, Suite, autograd, dropped, one_by_one, only, stored
+from peft_ref.check.mistakes import lora
+from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.tape import constant
+from peft_ref.check.variants import Variant, gains
+from peft_ref.layers import Layer
+from peft_ref.stack import Adapter
+
+M = {"m": gains}
+
+VARIANTS = (
+    Variant(name="plain", clause="DORA-formula", configs=(lora.PLAIN,), layers=(*lora.KINDS, "conv1d-dilation"), draws=M),
+    Variant(
+        name="rounded",
+        clause="DORA-formula",
+        configs=({"r": 3, "lora_alpha": 5},),
+        layers=("linear-large",),
+        numbers="rounded",
+        draws=M,
+    ),
+    Variant(name="no-bias", clause="DORA-formula", configs=(lora.PLAIN,), bias=False, draws=M),
+    Variant(name="rslora", clause="DORA-scale", configs=(lora.RSLORA,), draws=M),
+    Variant(
+        name="dropout",
+        clause="DORA-dropout",
+        configs=({**lora.PLAIN, "lora_dropout": 0.5},),
+        layers=("linear", "conv2d"),
+        dropout=0.5,
+        draws=M,
+    ),
+    Variant(
+        name="two-adapters",
+        clause="DORA-several",
+        configs=(lora.PLAIN, {"r": 2, "lora_alpha": 1}),
+        layers=("linear", "embedding"),
+        draws=M,
+    ),
+)
+
+
+def delta(a: Adapter) -> Array:
+    return a.method.scale * (a.params.B @ a.params.A)  # type: ignore[attr-defined]  # every method of this suite has a scale
+
+
+def column(v: Array) -> Array:
+    return v.reshape(-1, 1)
+
+
+def _row_norm(a: Adapter, W: Array) -> Array:
+    return column(row_norm(W + delta(a)))
+
+
+def _squares(V: Array, axis: int | None) -> Array:
+    return np.sum(V * V, axis=axis)
+
+
+def gain(norm: Callable[[Adapter, Array, Array], Array], held: bool = True) -> Formula:
+    """W' = m / n (W + s B A) with another n, given (adapter, W, W0); held constant in the gradient, or not."""
+
+    def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        n = norm(a, W, W0)
+        return column(a.params.m) / (constant(n) if held else n) * (W + delta(a)), b
+
+    def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        W = p.merged_W
+        for a in reversed(p.adapters):
+            W = W / (column(a.params.m) / norm(a, p.W, p.W)) - delta(a)
+        return W, p.merged_b
+
+    return Formula(weight=one_by_one(step), unmerge=unmerge)
+
+
+def parts(
+    combine: Callable[[Array, Array, Array], Array],
+    bias: Callable[[Array, Array], Array] = lambda g, b: b,
+    unmerge: Callable[[Array, Array, Array], Array] | None = None,
+) -> Formula:
+    """W' from the right gain m / n (out, 1), W and s B A, combined in a wrong way."""
+
+    def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        g = column(a.params.m) / constant(_row_norm(a, W0))
+        return combine(g, W, delta(a)), None if b is None else bias(g.reshape(-1), b)
+
+    def undo(p: Problem) -> tuple[Array, Array | None]:
+        W = p.merged_W
+        for a in reversed(p.adapters):
+            assert unmerge is not None
+            W = unmerge(column(a.params.m) / _row_norm(a, p.W), W, delta(a))
+        return W, p.merged_b
+
+    return Formula(weight=one_by_one(step), unmerge=None if unmerge is None else undo)
+
+
+def _forward(p: Problem) -> Array:
+    """The right forward with a norm that takes part in the gradient."""
+    return gain(lambda a, W, W0: _row_norm(a, W0), held=False).forward(p)
+
+
+def _merged_norm(case: Case) -> Answer:
+    p = pose(case)
+    W = p.merged_W
+    for a in reversed(p.adapters):
+        W = W * column(row_norm(W) / a.params.m) - delta(a)
+    return stored(p.layer, W, p.merged_b)
+
+
+def _low_rank_dropout(p: Problem) -> Array:
+    """Dropout on B A x alone; W x in the gained part sees all of x."""
+    y = p.layer.apply(p.x, p.W, p.b)
+    for a in p.adapters:
+        g = column(a.params.m) / _row_norm(a, p.W)
+        y = y + p.layer.apply(p.x, (g - 1) * p.W, None) + p.layer.apply(dropped(p.x, a), g * delta(a), None)
+    return y
+
+
+def _dropout_on_low_rank_only(case: Case) -> Answer | None:
+    if not case.adapters[0].dropout:
+        return None
+    if case.operation == "forward":
+        return {"y": _low_rank_dropout(pose(case))}
+    return None
+
+
+DORA_MISTAKES = (
+    Mistake(
+        name="norm-wrong-axis",
+        clause="DORA-norm",
+        sentence="the norm is taken over the columns instead of the rows of W + s B A (out, in)",
+        replay=gain(lambda a, W, W0: np.sqrt(_squares(W0 + delta(a), 0)).reshape(1, -1)),
+        links=("https://github.com/Comfy-Org/ComfyUI/issues/12938",),
+    ),
+    Mistake(
+        name="norm-of-base-only",
+        clause="DORA-norm",
+        sentence="the norm is that of the frozen weight, without s B A",
+        replay=gain(lambda a, W, W0: column(row_norm(W0))),
+    ),
+    Mistake(
+        name="norm-scale-forgotten",
+        clause="DORA-norm",
+        sentence="the norm is that of W + B A, without the scale",
+        replay=gain(lambda a, W, W0: column(row_norm(W0 + a.params.B @ a.params.A))),
+    ),
+    Mistake(
+        name="norm-not-rooted",
+        clause="DORA-norm",
+        sentence="the norm is the sum of squares, without its root",
+        replay=gain(lambda a, W, W0: column(_squares(W0 + delta(a), 1))),
+    ),
+    Mistake(
+        name="norm-global",
+        clause="DORA-norm",
+        sentence="the norm is that of the whole matrix instead of one per row",
+        replay=gain(lambda a, W, W0: np.sqrt(_squares(W0 + delta(a), None))),
+    ),
+    Mistake(
+        name="norm-l1",
+        clause="DORA-norm",
+        sentence="the norm is the sum of magnitudes instead of the Euclidean one",
+        replay=gain(lambda a, W, W0: column(np.sum(abs(W0 + delta(a)), axis=1))),
+    ),
+    Mistake(
+        name="norm-of-merged",
+        clause="DORA-several",
+        sentence="with several adapters the norm is measured on what the earlier ones made of the weight",
+        replay=gain(lambda a, W, W0: _row_norm(a, W)),
+        links=("https://github.com/huggingface/peft/issues/3608",),
+    ),
+    Mistake(
+        name="magnitude-ignored",
+        clause="DORA-formula",
+        sentence="the magnitude is ignored: this is plain LoRA",
+        replay=parts(lambda g, W, d: W + d, unmerge=lambda g, W, d: W - d),
+    ),
+    Mistake(
+        name="norm-ignored",
+        clause="DORA-formula",
+        sentence="the magnitude multiplies W + s B A, which is not divided by its norm",
+        replay=gain(lambda a, W, W0: 1.0),
+    ),
+    Mistake(
+        name="delta-not-normalised",
+        clause="DORA-formula",
+        sentence="m / n multiplies the frozen weight only, not s B A",
+        replay=parts(lambda g, W, d: g * W + d, unmerge=lambda g, W, d: (W - d) / g),
+    ),
+    Mistake(
+        name="base-not-normalised",
+        clause="DORA-formula",
+        sentence="m / n multiplies s B A only, not the frozen weight",
+        replay=parts(lambda g, W, d: W + g * d, unmerge=lambda g, W, d: W - g * d),
+    ),
+    Mistake(
+        name="bias-scaled",
+        clause="DORA-bias",
+        sentence="m / n multiplies the bias too",
+        replay=only(
+            forward=parts(lambda g, W, d: g * (W + d), bias=lambda g, b: g * b),
+            backward=parts(lambda g, W, d: g * (W + d), bias=lambda g, b: g * b),
+        ),
+        links=("https://github.com/huggingface/peft/issues/2122",),
+    ),
+    Mistake(
+        name="grad-through-norm",
+        clause="DORA-gradient",
+        sentence="the norm takes part in the gradient, where HF (and section 4.3 of the paper) holds it constant",
+        replay=only(backward=lambda case: autograd(case, _forward)),
+    ),
+    Mistake(
+        name="unmerge-with-merged-norm",
+        clause="DORA-unmerge",
+        sentence="unmerge divides by m / n with the norm of the merged weight instead of the one that merging used",
+        replay=only(unmerge=_merged_norm),
+    ),
+    Mistake(
+        name="dropout-on-low-rank-only",
+        clause="DORA-dropout",
+        sentence="dropout reaches B A x only; HF drops the input of the frozen weight in (m / n - 1) W x as well",
+        replay=_dropout_on_low_rank_only,
+    ),
+)
+
+SUITE = Suite(
+    variants=VARIANTS,
+    mistakes=(
+        *DORA_MISTAKES,
+        *lora.SCALING,
+        *lora.LAYOUT,
+        *(m for m in lora.GRADIENTS if m.name == "input-grad-missing"),
+        *(m for m in lora.DROPOUT if m.name != "dropout-on-base-too"),
+        *lora.MERGING,
+    ),
+    slack=4.0,  # (m/n - 1) W x + W x, as HF computes it, has larger terms than m/n W x
+)

@@ -1,0 +1,189 @@
+"""IA3: what is asked, and what ports get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from peft_ref import stack
+from peft_ref.arrays import Array
+from peft_ref.check.case import Answer, Case
+from peft_ref.check.mistake import Formula, Mistake, Suite, as_if, first_adapter_alone, merged_twice, only, stored, with_tensors
+from peft_ref.check.oracle import Problem, answer, pose
+from peft_ref.check.variants import Variant
+
+OUT = {"is_feedforward": False}
+IN = {"is_feedforward": True}
+
+
+def factors(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Powers of two, so that dividing by them is exact; none of them 1."""
+    return rng.choice([-2.0, -0.5, 0.25, 0.5, 2.0], shape)
+
+
+KINDS = ("linear", "transposed_linear", "conv2d", "conv3d", "conv2d-groups")
+DRAWS = {"l": factors}
+
+VARIANTS = (
+    Variant(name="output", clause="IA3-output", configs=(OUT,), layers=KINDS, draws=DRAWS),
+    Variant(name="feedforward", clause="IA3-feedforward", configs=(IN,), layers=KINDS, draws=DRAWS),
+    Variant(name="small", clause="IA3-output", configs=(OUT,), numbers="small", draws=DRAWS),
+    Variant(name="rounded", clause="IA3-output", configs=(OUT,), layers=("linear-large",), numbers="rounded"),
+    Variant(name="no-bias", clause="IA3-output", configs=(OUT,), bias=False, draws=DRAWS),
+    Variant(name="two-adapters", clause="IA3-several", configs=(OUT, OUT), layers=("linear", "conv2d"), draws=DRAWS),
+    Variant(name="two-feedforward", clause="IA3-several", configs=(IN, IN), draws=DRAWS),
+)
+
+
+def scaled_by(change: Callable[[Array], Array]) -> Callable[[Case], Answer | None]:
+    """The right formula with another l; the gradient follows the changed formula."""
+
+    def changed(p: Problem) -> Problem:
+        adapters = (a._replace(params=a.params._replace(l=change(a.params.l))) for a in p.adapters)
+        return p._replace(adapters=tuple(adapters))
+
+    def weight(p: Problem) -> tuple[Array, Array | None]:
+        return stack.merge(p.layer, p.W, p.b, changed(p).adapters)
+
+    def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        return stack.unmerge(p.layer, p.merged_W, p.merged_b, changed(p).adapters, p.W)
+
+    return Formula(weight=weight, unmerge=unmerge)
+
+
+def _no_bias_gain(p: Problem) -> tuple[Array, Array | None]:
+    return stack.merge(p.layer, p.W, p.b, p.adapters)[0], p.b
+
+
+def _output_with_bias(case: Case) -> bool:
+    return case.bias is not None and not case.adapters[0].config["is_feedforward"]
+
+
+def _merge_keeps_bias(case: Case) -> Answer | None:
+    return {**answer(case), "bias": case.bias} if _output_with_bias(case) and case.bias is not None else None
+
+
+def _bias_gain_ignored(case: Case) -> Answer | None:
+    if not _output_with_bias(case):
+        return None
+    if case.operation == "unmerge":
+        p = pose(case)
+        return stored(p.layer, stack.unmerge(p.layer, p.merged_W, None, p.adapters, p.W)[0], p.merged_b)
+    return Formula(weight=_no_bias_gain)(case)
+
+
+def _averaged(p: Problem) -> tuple[Array, Array | None]:
+    mean = sum(a.params.l for a in p.adapters) / len(p.adapters)
+    one = p.adapters[0]._replace(params=p.adapters[0].params._replace(l=mean))
+    return stack.merge(p.layer, p.W, p.b, [one])
+
+
+def _averaged_adapters(case: Case) -> Answer | None:
+    return Formula(weight=_averaged)(case) if len(case.adapters) > 1 else None
+
+
+def _bias_gradient_lost(case: Case) -> Answer | None:
+    """dl without the bias's part, g_i b_i: the gradient as if there were no bias."""
+    if not _output_with_bias(case) or len(case.adapters) > 1:
+        return None
+    p = pose(case)
+    return {**answer(case), **{k: v for k, v in answer(_without_bias(case)).items() if k != "x"}} if p.b is not None else None
+
+
+def _without_bias(case: Case) -> Case:
+    return replace(case, bias=None)
+
+
+def _epsilon(case: Case) -> Answer | None:
+    """HF divides by l + 1e-8."""
+    moved = with_tensors(case, lambda key, v: v + 1e-8)
+    return None if moved is None else answer(moved)
+
+
+def _multiplied_again(case: Case) -> Answer:
+    p = pose(case)
+    return stored(p.layer, *stack.merge(p.layer, p.merged_W, p.merged_b, p.adapters))
+
+
+SUITE = Suite(
+    variants=VARIANTS,
+    mistakes=(
+        Mistake(
+            name="ia3-one-plus-l",
+            clause="IA3-output",
+            sentence="the factor is 1 + l instead of l",
+            replay=scaled_by(lambda l: l + 1.0),
+        ),
+        Mistake(
+            name="ia3-applied-twice",
+            clause="IA3-output",
+            sentence="l is applied twice",
+            replay=scaled_by(lambda l: l * l),
+        ),
+        Mistake(
+            name="ia3-divides",
+            clause="IA3-output",
+            sentence="the layer is divided by l instead of multiplied",
+            replay=scaled_by(lambda l: 1.0 / l),
+        ),
+        Mistake(
+            name="ia3-ignored",
+            clause="IA3-output",
+            sentence="l is not applied at all: this is the frozen layer",
+            replay=as_if(lambda case: with_tensors(case, lambda key, v: np.ones_like(v))),
+        ),
+        Mistake(
+            name="ia3-bias-not-scaled",
+            clause="IA3-bias",
+            sentence="an output-scaling l multiplies the weight and not the bias",
+            replay=_bias_gain_ignored,
+        ),
+        Mistake(
+            name="ia3-bias-in-merge",
+            clause="IA3-bias",
+            sentence="the forward pass scales the bias, merging does not",
+            replay=only(merge=_merge_keeps_bias),
+            links=("https://github.com/huggingface/peft/issues/972",),
+        ),
+        Mistake(
+            name="ia3-unmerge-mul",
+            clause="IA3-merge",
+            sentence="unmerge multiplies by l again instead of dividing",
+            replay=only(unmerge=_multiplied_again),
+            links=("https://github.com/huggingface/peft/issues/3149",),
+        ),
+        Mistake(
+            name="ia3-unmerge-epsilon",
+            clause="IA3-merge",
+            sentence="unmerge divides by l + 1e-8, as HF PEFT does",
+            replay=only(unmerge=_epsilon),
+            dialect=True,
+        ),
+        Mistake(
+            name="double-merge",
+            clause="IA3-merge",
+            sentence="the adapter is merged twice",
+            replay=only(merge=merged_twice),
+        ),
+        Mistake(
+            name="only-first-adapter",
+            clause="IA3-several",
+            sentence="of several active adapters only the first one acts",
+            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+        ),
+        Mistake(
+            name="ia3-averaged",
+            clause="IA3-several",
+            sentence="several adapters are averaged instead of multiplied",
+            replay=_averaged_adapters,
+        ),
+        Mistake(
+            name="ia3-bias-gradient-lost",
+            clause="IA3-gradient",
+            sentence="the gradient of l lacks what flows through the bias",
+            replay=only(backward=_bias_gradient_lost),
+        ),
+    ),
+)

@@ -1,0 +1,153 @@
+"""LoHa: what is asked, and what ports get wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from peft_ref.arrays import Array
+from peft_ref.check.case import Answer, Case
+from peft_ref.check.mistake import (
+    Formula,
+    Mistake,
+    Suite,
+    first_adapter_alone,
+    gradients_times,
+    merged_twice,
+    one_by_one,
+    only,
+    reread,
+    stored,
+    unmerge_that_merges,
+    with_scale,
+)
+from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.variants import Variant
+from peft_ref.layers import Layer
+from peft_ref.methods.loha import LoHa, Params
+from peft_ref.stack import Adapter
+
+PLAIN = {"r": 4, "alpha": 6}
+
+VARIANTS = (
+    Variant(
+        name="plain", clause="LOHA-formula", configs=(PLAIN,), layers=("linear", "conv1d", "conv2d", "conv2d-groups", "conv1d-dilation")
+    ),
+    Variant(name="small", clause="LOHA-formula", configs=(PLAIN,), numbers="small"),
+    Variant(name="rounded", clause="LOHA-scale", configs=({"r": 3, "alpha": 5},), layers=("linear-large",), numbers="rounded"),
+    Variant(name="no-bias", clause="LOHA-formula", configs=(PLAIN,), bias=False),
+    Variant(name="two-adapters", clause="LOHA-several", configs=(PLAIN, {"r": 2, "alpha": 1}), layers=("linear", "conv1d")),
+)
+
+
+def other_delta(delta: Callable[[float, Params], Array]) -> Callable[[Case], Answer | None]:
+    """A wrong delta, given the scale and the four factors."""
+
+    def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+        assert isinstance(a.method, LoHa)
+        return W + delta(a.method.scale, a.params), b
+
+    def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        W = p.merged_W
+        for a in p.adapters:
+            assert isinstance(a.method, LoHa)
+            W = W - delta(a.method.scale, a.params)
+        return W, p.merged_b
+
+    formula = Formula(weight=one_by_one(step), unmerge=unmerge)
+
+    def replay(case: Case) -> Answer | None:
+        if case.operation != "delta":
+            return formula(case)
+        p = pose(case)
+        a = p.adapters[0]
+        assert isinstance(a.method, LoHa)
+        return stored(p.layer, delta(a.method.scale, a.params), None)
+
+    return replay
+
+
+SUITE = Suite(
+    variants=VARIANTS,
+    mistakes=(
+        Mistake(
+            name="scale-is-alpha",
+            clause="LOHA-scale",
+            sentence="the scale is alpha instead of alpha / r",
+            replay=with_scale(lambda alpha, r, rslora: alpha, "alpha"),
+        ),
+        Mistake(
+            name="scale-is-one",
+            clause="LOHA-scale",
+            sentence="alpha is ignored: the product is added unscaled",
+            replay=with_scale(lambda alpha, r, rslora: 1.0, "alpha"),
+            links=("https://github.com/Comfy-Org/ComfyUI/issues/15114",),
+        ),
+        Mistake(
+            name="scale-on-both-products",
+            clause="LOHA-scale",
+            sentence="each of the two products is scaled, so the scale counts twice",
+            replay=with_scale(lambda alpha, r, rslora: (alpha / r) ** 2, "alpha"),
+        ),
+        Mistake(
+            name="scale-rooted",
+            clause="LOHA-scale",
+            sentence="the scale is alpha / sqrt(r) instead of alpha / r",
+            replay=with_scale(lambda alpha, r, rslora: alpha / math.sqrt(r), "alpha"),
+        ),
+        Mistake(
+            name="products-added",
+            clause="LOHA-formula",
+            sentence="the two low-rank products are added instead of multiplied element by element",
+            replay=other_delta(lambda s, p: s * (p.w1_a @ p.w1_b + p.w2_a @ p.w2_b)),
+        ),
+        Mistake(
+            name="second-product-ignored",
+            clause="LOHA-formula",
+            sentence="only the first product is there: this is plain LoRA",
+            replay=other_delta(lambda s, p: s * (p.w1_a @ p.w1_b)),
+        ),
+        Mistake(
+            name="factors-crossed",
+            clause="LOHA-formula",
+            sentence="the factors are paired wrongly: (W1a W2b) * (W2a W1b)",
+            replay=other_delta(lambda s, p: s * ((p.w1_a @ p.w2_b) * (p.w2_a @ p.w1_b))),
+        ),
+        Mistake(
+            name="b-factors-transposed",
+            clause="LOHA-shapes",
+            sentence="the numbers of hada_w1_b and hada_w2_b are read as (in, r) instead of (r, in)",
+            replay=reread("_b"),
+        ),
+        Mistake(
+            name="a-factors-transposed",
+            clause="LOHA-shapes",
+            sentence="the numbers of hada_w1_a and hada_w2_a are read as (r, out) instead of (out, r)",
+            replay=reread("_a"),
+        ),
+        Mistake(
+            name="grad-scale-missing",
+            clause="LOHA-gradient",
+            sentence="the gradients lack the scale",
+            replay=gradients_times(lambda config: config["r"] / config["alpha"]),
+        ),
+        Mistake(
+            name="only-first-adapter",
+            clause="LOHA-several",
+            sentence="of several active adapters only the first one acts",
+            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+        ),
+        Mistake(
+            name="double-merge",
+            clause="LOHA-merge",
+            sentence="the adapter is merged twice",
+            replay=only(merge=merged_twice),
+        ),
+        Mistake(
+            name="unmerge-adds",
+            clause="LOHA-merge",
+            sentence="unmerge adds the delta again instead of taking it out",
+            replay=only(unmerge=unmerge_that_merges),
+        ),
+    ),
+)

@@ -1,0 +1,110 @@
+"""The right answer to a case, in whatever numbers it is asked in: float64, another backend's arrays, or `Exact`.
+
+`Problem` is a case with its arrays lifted and its methods built; `solve` is the only place that knows what each operation means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from peft_ref import stack
+from peft_ref.arrays import Array
+from peft_ref.check.case import Answer, Case, NDArray, build_method
+from peft_ref.check.exact import as_exact, exact_array
+from peft_ref.contracts import Additive, LowRank
+from peft_ref.layers import Layer
+from peft_ref.stack import Adapter, Dropout
+
+Lift: TypeAlias = Callable[[NDArray], Array]
+
+
+class Problem(NamedTuple):
+    layer: Layer
+    W: Array
+    b: Array | None
+    adapters: tuple[Adapter, ...]
+    x: Array | None
+    dy: Array | None
+    merged_W: Array | None
+    merged_b: Array | None
+
+
+def float64(array: NDArray) -> NDArray:
+    return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+
+def pose(case: Case, lift: Lift = float64) -> Problem:
+    """The case's arrays in the lifted numbers, its weight folded to a matrix."""
+
+    def maybe(array: NDArray | None) -> Array | None:
+        return None if array is None else lift(array)
+
+    layer = case.layer
+    if layer is None or case.weight is None:
+        raise ValueError(f"case {case.id}: {case.operation} is not about a layer")
+    adapters = []
+    for a in case.adapters:
+        method = build_method(case.method, a.config)
+        params = method.unpack(layer, {k: lift(v) for k, v in a.tensors.items()})
+        dropout = None if a.dropout is None else Dropout(lift(a.dropout[0]), a.dropout[1])
+        adapters.append(Adapter(method, params, dropout))
+    merged = None if case.merged_weight is None else layer.fold(lift(case.merged_weight))
+    return Problem(
+        layer,
+        layer.fold(lift(case.weight)),
+        maybe(case.bias),
+        tuple(adapters),
+        maybe(case.x),
+        maybe(case.dy),
+        merged,
+        maybe(case.merged_bias),
+    )
+
+
+def solve(problem: Problem, operation: str) -> dict[str, Array]:
+    """The arrays that `operation` asks for, by name, in their stored layout."""
+    layer, W, b, adapters, x, dy, merged_W, merged_b = problem
+    if operation == "forward":
+        return {"y": stack.forward(layer, W, b, adapters, x)}
+    if operation == "backward":
+        grads = stack.vjp(layer, W, b, adapters, x, dy)
+        out = {} if grads.x is None else {"x": grads.x}
+        return {**out, **name_gradients(layer, adapters, grads.params)}
+    if operation == "delta":
+        return {"weight": layer.unfold(static_delta(layer, adapters[0]))}
+    if operation == "merge":
+        return _weights(layer, *stack.merge(layer, W, b, adapters))
+    if operation == "unmerge":
+        return _weights(layer, *stack.unmerge(layer, merged_W, merged_b, adapters, W))
+    raise ValueError(f"no arrays answer the operation {operation!r}")
+
+
+def answer(case: Case) -> Answer:
+    """The right answer in float64."""
+    return solve(pose(case), case.operation)
+
+
+def exact_answer(case: Case) -> Answer:
+    """The right answer as object arrays of `Exact`: value, bound and bit budget of every element."""
+    return {name: as_exact(array) for name, array in solve(pose(case, exact_array), case.operation).items()}
+
+
+def static_delta(layer: Layer, adapter: Adapter) -> Array:
+    if not isinstance(adapter.method, LowRank | Additive):
+        raise ValueError(f"{type(adapter.method).__name__} has no additive delta")
+    return adapter.method.delta(layer, adapter.params).W
+
+
+def name_gradients(layer: Layer, adapters: tuple[Adapter, ...], grads: tuple[Any, ...]) -> dict[str, Array]:
+    """Every adapter's gradients as "<index>.<checkpoint key>", in stored shapes."""
+    return {
+        f"{i}.{key}": value for i, (a, g) in enumerate(zip(adapters, grads, strict=True)) for key, value in a.method.pack(layer, g).items()
+    }
+
+
+def _weights(layer: Layer, W: Array, b: Array | None) -> dict[str, Array]:
+    weights = {"weight": layer.unfold(W)}
+    return weights if b is None else {**weights, "bias": b}
