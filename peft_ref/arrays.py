@@ -2,7 +2,7 @@
 
 `namespace` is the one door to an array library. NumPy's own namespace conforms to the standard, so it is used as it is;
 every other library is reached through array-api-compat, which is imported only when such an array turns up
-(its import costs as much as NumPy's).
+(its import costs as much as NumPy's). A library that array-api-compat does not know can register a namespace.
 """
 
 from __future__ import annotations
@@ -16,15 +16,35 @@ import numpy as np
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
+# The one table that is filled at run time, by a backend when it is constructed: the array type is all that an array brings along.
+_registered: dict[type, Namespace] = {}
+
+
+def register_namespace(array_type: type, xp: Namespace) -> None:
+    """Make `xp` the namespace of arrays of `array_type`, a library that does not conform by itself and that array-api-compat does not know."""
+    _registered[array_type] = xp
+
 
 def namespace(*arrays: Array | None) -> Namespace:
     """The array API namespace that all `arrays` belong to (`None` is ignored)."""
     present = [a for a in arrays if a is not None]
     if all(isinstance(a, np.ndarray | np.generic) for a in present):
         return np
+    kinds = {type(a) for a in present}
+    if len(kinds) == 1 and (kind := kinds.pop()) in _registered:
+        return _registered[kind]
     import array_api_compat
 
     return array_api_compat.array_namespace(*present)
+
+
+def device(array: Array) -> Any:
+    """Where `array` lives, to give to a creation function; None where the library does not say."""
+    if type(array) in _registered:
+        return None
+    import array_api_compat
+
+    return array_api_compat.device(array)
 
 
 def to(array: np.ndarray[Any, Any], like: Array) -> Array:
@@ -32,9 +52,7 @@ def to(array: np.ndarray[Any, Any], like: Array) -> Array:
     xp = namespace(like)
     if xp is np:
         return np.asarray(array, dtype=like.dtype)
-    import array_api_compat
-
-    return xp.asarray(array, dtype=like.dtype, device=array_api_compat.device(like))
+    return xp.asarray(array, dtype=like.dtype, device=device(like))
 
 
 def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
@@ -42,9 +60,7 @@ def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     xp = namespace(like)
     if xp is np:
         return np.zeros(shape, dtype=like.dtype)
-    import array_api_compat
-
-    return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
+    return xp.zeros(shape, dtype=like.dtype, device=device(like))
 
 
 def as_rows(x: Array) -> Array:

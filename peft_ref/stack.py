@@ -3,7 +3,7 @@
     y_0 = layer(x; W_0, b_0),    (W_k, b_k) = T_k(W_{k-1}, b_{k-1}),    y = layer(x; W_n, b_n)
 
 Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
-one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0).
+one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
     y = layer.apply(x, Ws[-1], bs[-1])
     for a, side in zip(adapters, sides, strict=True):
         if side:
-            y = y + _side(layer, W, a, x)
+            y = y + _side(layer, W, b, a, x)
     return y
 
 
@@ -57,7 +57,7 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
     for k in reversed(range(len(adapters))):
         a = adapters[k]
         if sides[k]:
-            side_dx, grads[k] = _side_vjp(layer, W, a, x, dy)
+            side_dx, grads[k] = _side_vjp(layer, W, b, a, x, dy)
             dx = None if dx is None or side_dx is None else dx + side_dx
         else:
             g = a.method.weight_vjp(layer, a.params, Ws[k], bs[k], W, dW, db)
@@ -121,16 +121,16 @@ def _drop(a: Adapter, x: Array) -> Array:
     return x * xp.astype(a.dropout.mask, x.dtype) / (1 - a.dropout.p)
 
 
-def _side(layer: Layer, W: Array, a: Adapter, x: Array) -> Array:
+def _side(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array) -> Array:
     x = _drop(a, x)
     if isinstance(a.method, LowRank):
         B, A, b = a.method.factors(a.params)
         return layer.add_bias(layer.up(layer.down(A.shape[0]).apply(x, A, None), B), b)
-    effective, _ = a.method.weight(layer, a.params, W, None, W)
-    return layer.apply(x, effective - W, None)
+    effective, b = a.method.weight(layer, a.params, W, b0, W)
+    return layer.apply(x, effective - W, None if b is None or b0 is None else b - b0)
 
 
-def _side_vjp(layer: Layer, W: Array, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any]:
+def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any]:
     x = _drop(a, x)
     if isinstance(a.method, LowRank):
         B, A, b = a.method.factors(a.params)
@@ -140,7 +140,8 @@ def _side_vjp(layer: Layer, W: Array, a: Adapter, x: Array, dy: Array) -> tuple[
         grads = a.method.factors_vjp(a.params, Factors(dB, down.weight_vjp(x, dh), db))
         dx = down.input_vjp(x, A, dh)
     else:
-        effective, _ = a.method.weight(layer, a.params, W, None, W)
-        grads = a.method.weight_vjp(layer, a.params, W, None, W, layer.weight_vjp(x, dy), None).params
+        effective, b = a.method.weight(layer, a.params, W, b0, W)
+        db = None if b is None else layer.bias_vjp(dy)
+        grads = a.method.weight_vjp(layer, a.params, W, b0, W, layer.weight_vjp(x, dy), db).params
         dx = layer.input_vjp(x, effective - W, dy)
     return None if dx is None else _drop(a, dx), grads

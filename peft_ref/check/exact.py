@@ -5,14 +5,14 @@ error bound and the bit budget. Every number carries
 
     value   n * 2^e, exact (after a root or a division that does not come out: 200 correct bits)
     gauge   the value with every minus sign taken away: what the terms add up to in size
-    k       how many roundings may lie on the way to one term
-    quantum the power of two that every term is a whole multiple of, or None once a result was rounded
-    bits    how many significant bits any partial result may need
+    depth   how many operations lie on the way to one term
+    k       how many of them may have rounded, in a format of p significant bits
+    quantum the power of two that every term is a whole multiple of, or None once a result may have been rounded
 
 Adding n numbers in any order and association errs by at most (n - 1) u times the sum of their sizes, so k counts additions and not
 partial sums, and the bound holds for every evaluation order of the same sums and products:   |computed - value| <= k u gauge (1 + O(ku)).
-Where quantum and gauge leave no more than p bits between them, nothing is rounded in a p-bit format, in any order: bits must match.
-Division and root spread errors by first-order calculus.
+Where quantum and gauge leave no more than p bits between them, no partial result of any order is rounded: k stays zero, and bits must
+match. Division and root spread errors by first-order calculus.
 """
 
 from __future__ import annotations
@@ -31,37 +31,32 @@ Scalar: TypeAlias = "Exact | int | float | np.generic"
 
 
 class Exact:
-    """A dyadic number with its error bound and bit budget; see the module."""
+    """A dyadic number with its error bound in a format of `p` significant bits; see the module."""
 
-    __slots__ = ("bits", "e", "gauge", "k", "n", "quantum")
+    __slots__ = ("depth", "e", "gauge", "k", "n", "p", "quantum")
 
-    def __init__(self, n: int, e: int, gauge: float, k: float, quantum: int | None, bits: float) -> None:
-        self.n, self.e, self.gauge, self.k, self.quantum, self.bits = n, e, gauge, k, quantum, bits
+    def __init__(self, n: int, e: int, gauge: float, depth: float, k: float, quantum: int | None, p: int) -> None:
+        self.n, self.e, self.gauge, self.depth, self.k, self.quantum, self.p = n, e, gauge, depth, k, quantum, p
 
     @classmethod
-    def of(cls, value: float) -> Exact:
+    def of(cls, value: float, p: int) -> Exact:
         """A number that is given: exact, with nothing rounded yet."""
         top, bottom = float(value).as_integer_ratio()
-        return cls._given(top, 1 - bottom.bit_length(), 0.0)
+        if top == 0:
+            return cls(0, 0, 0.0, 0.0, 0.0, 0, p)
+        lowest = (top & -top).bit_length() - 1
+        n, e = top >> lowest, lowest + 1 - bottom.bit_length()
+        return cls(n, e, _size(n, e), 0.0, 0.0, e, p)
 
-    @classmethod
-    def _given(cls, n: int, e: int, k: float) -> Exact:
-        if n == 0:
-            return cls(0, 0, 0.0, 0.0, 0, 0.0)
-        shift = (n & -n).bit_length() - 1
-        n, e = n >> shift, e + shift
-        return cls(n, e, _size(n, e), k, e, float(abs(n).bit_length()))
-
-    @classmethod
-    def _lift(cls, other: Any) -> Exact | None:
+    def _lift(self, other: Any) -> Exact | None:
         if isinstance(other, Exact):
             return other
-        if isinstance(other, bool | int | float | np.generic):
-            constant = cls.of(float(other))
-            if abs(constant.n).bit_length() > CONSTANT_BITS:
-                constant.k, constant.quantum, constant.bits = 1.0, None, math.inf
-            return constant
-        return None
+        if not isinstance(other, bool | int | float | np.generic):
+            return None
+        constant = Exact.of(float(other), self.p)
+        if abs(constant.n).bit_length() > CONSTANT_BITS:
+            constant.k, constant.quantum = 1.0, None
+        return constant
 
     @property
     def fraction(self) -> Fraction:
@@ -71,16 +66,16 @@ class Exact:
         return float(self.fraction)
 
     def __repr__(self) -> str:
-        return f"Exact({float(self)!r}, k={self.k}, gauge={self.gauge:.3g}, bits={self.bits})"
+        return f"Exact({float(self)!r}, gauge={self.gauge:.3g}, depth={self.depth:g}, k={self.k:g})"
 
     def __neg__(self) -> Exact:
-        return Exact(-self.n, self.e, self.gauge, self.k, self.quantum, self.bits)
+        return Exact(-self.n, self.e, self.gauge, self.depth, self.k, self.quantum, self.p)
 
     def __abs__(self) -> Exact:
         return -self if self.n < 0 else self
 
     def __add__(self, other: Scalar) -> Exact:
-        b = Exact._lift(other)
+        b = self._lift(other)
         if b is None:
             return NotImplemented
         if b.gauge == 0.0:  # adding nothing rounds nothing
@@ -90,31 +85,31 @@ class Exact:
         e = min(self.e, b.e)
         n = (self.n << (self.e - e)) + (b.n << (b.e - e))
         quantum = None if self.quantum is None or b.quantum is None else min(self.quantum, b.quantum)
-        return _result(n, e, self.gauge + b.gauge, max(self.k, b.k) + 1.0, quantum, max(self.bits, b.bits))
+        return _result(n, e, self.gauge + b.gauge, max(self.depth, b.depth), max(self.k, b.k), quantum, self.p)
 
     __radd__ = __add__
 
     def __sub__(self, other: Scalar) -> Exact:
-        b = Exact._lift(other)
+        b = self._lift(other)
         return NotImplemented if b is None else self + (-b)
 
     def __rsub__(self, other: Scalar) -> Exact:
         return (-self) + other
 
     def __mul__(self, other: Scalar) -> Exact:
-        b = Exact._lift(other)
+        b = self._lift(other)
         if b is None:
             return NotImplemented
         if self.gauge == 0.0 or b.gauge == 0.0:
-            return Exact.of(0.0)
+            return Exact.of(0.0, self.p)
         quantum = None if self.quantum is None or b.quantum is None else self.quantum + b.quantum
-        k = self.k + b.k + 1.0
-        return _result(self.n * b.n, self.e + b.e, self.gauge * b.gauge, k, quantum, max(self.bits, b.bits))
+        gauge = self.gauge * b.gauge
+        return _result(self.n * b.n, self.e + b.e, gauge, self.depth + b.depth, self.k + b.k, quantum, self.p)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Scalar) -> Exact:
-        b = Exact._lift(other)
+        b = self._lift(other)
         if b is None:
             return NotImplemented
         if b.n == 0:
@@ -123,12 +118,12 @@ class Exact:
         size = abs(float(b))
         gauge = max(self.gauge * b.gauge / size / size, _size(n, e))
         quantum = _lowest(n, e) if came_out and self.quantum is not None and b.quantum is not None else None
-        if quantum is not None and abs(b.n) == 1 and b.gauge == size and self.quantum is not None:
-            quantum = self.quantum - b.e  # by a power of two: only the exponents move
-        return _result(n, e, gauge, self.k + b.k + 1.0, quantum, max(self.bits, b.bits))
+        if quantum is not None and self.quantum is not None and abs(b.n) & (abs(b.n) - 1) == 0:
+            quantum = min(quantum, self.quantum - b.e - b.n.bit_length() + 1)  # by a power of two: only exponents move
+        return _result(n, e, gauge, self.depth + b.depth, self.k + b.k, quantum, self.p)
 
     def __rtruediv__(self, other: Scalar) -> Exact:
-        a = Exact._lift(other)
+        a = self._lift(other)
         return NotImplemented if a is None else a / self
 
     def sqrt(self) -> Exact:
@@ -141,47 +136,43 @@ class Exact:
         shift += (self.e - shift) % 2
         scaled = self.n << shift if shift >= 0 else self.n >> -shift
         root = math.isqrt(scaled)
-        came_out = shift >= 0 and root * root == scaled
         e = (self.e - shift) // 2
+        came_out = shift >= 0 and root * root == scaled
         quantum = _lowest(root, e) if came_out and self.quantum is not None else None
         size = _size(root, e)
-        return _result(root, e, max(self.gauge / size, size), self.k / 2 + 1.0, quantum, self.bits)
+        return _result(root, e, max(self.gauge / size, size), self.depth / 2, self.k / 2, quantum, self.p)
 
     def __eq__(self, other: object) -> bool:
-        b = Exact._lift(other)
+        b = self._lift(other)
         return b is not None and self.fraction == b.fraction
 
     def __lt__(self, other: Scalar) -> bool:
-        return self.fraction < Fraction(float(other)) if not isinstance(other, Exact) else self.fraction < other.fraction
+        return float(self - other) < 0
 
     def __gt__(self, other: Scalar) -> bool:
-        return self.fraction > Fraction(float(other)) if not isinstance(other, Exact) else self.fraction > other.fraction
+        return float(self - other) > 0
 
     def __hash__(self) -> int:
         return hash(self.fraction)
 
 
-def exact_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def exact_array(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
     """An object array of `Exact` numbers with the values of `array`; integer arrays (indices, masks) stay as they are."""
-    if array.dtype.kind in "iub":
-        return array
+    return array if array.dtype.kind in "iub" else as_exact(array.astype(object), p)
+
+
+def as_exact(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
+    """An object array with its plain numbers (the zeros that nothing was added to) as `Exact` too."""
     out = np.empty(array.shape, dtype=object)
-    out.reshape(-1)[:] = [Exact.of(v) for v in array.reshape(-1).tolist()]
+    out.reshape(-1)[:] = [v if isinstance(v, Exact) else Exact.of(float(v), p) for v in array.reshape(-1)]
     return out
 
 
-def as_exact(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`array` with its plain zeros (what nothing was added to) as `Exact` too."""
-    out = np.empty(array.shape, dtype=object)
-    out.reshape(-1)[:] = [v if isinstance(v, Exact) else Exact.of(float(v)) for v in array.reshape(-1)]
-    return out
-
-
-def _result(n: int, e: int, gauge: float, k: float, quantum: int | None, bits: float) -> Exact:
-    if quantum is None:
-        return Exact(n, e, gauge, k, None, math.inf)
-    needed = math.frexp(gauge)[1] - quantum if gauge else 0
-    return Exact(n, e, gauge, k, quantum, max(bits, float(needed)))
+def _result(n: int, e: int, gauge: float, depth: float, k: float, quantum: int | None, p: int) -> Exact:
+    """What one operation makes: it rounds nothing if its arguments are not rounded and the budget of bits holds."""
+    if quantum is not None and k == 0.0 and math.frexp(gauge)[1] - quantum <= p:
+        return Exact(n, e, gauge, depth + 1.0, 0.0, quantum, p)
+    return Exact(n, e, gauge, depth + 1.0, k + 1.0, None, p)
 
 
 def _size(n: int, e: int) -> float:

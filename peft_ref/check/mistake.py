@@ -51,14 +51,29 @@ class Suite:
     slack: float = 1.0  # how much larger the terms of another honest evaluation order are than the formula's own
 
 
-def as_if(change: Callable[[Case], Case | None]) -> Replay:
+@dataclass(frozen=True)
+class AsIf:
     """The right answer to the changed case; None where there is nothing to change."""
 
-    def replay(case: Case) -> Answer | None:
-        changed = change(case)
+    change: Callable[[Case], Case | None]
+
+    def __call__(self, case: Case) -> Answer | None:
+        changed = self.change(case)
         return None if changed is None else answer(changed)
 
-    return replay
+    def then(self, other: AsIf) -> AsIf:
+        """Both changes at once."""
+
+        def both(case: Case) -> Case | None:
+            first = self.change(case)
+            second = other.change(case if first is None else first)
+            return first if second is None else second
+
+        return AsIf(both)
+
+
+def as_if(change: Callable[[Case], Case | None]) -> Replay:
+    return AsIf(change)
 
 
 def only(**wrong: Callable[[Case], Answer | None]) -> Replay:

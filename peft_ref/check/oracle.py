@@ -15,7 +15,7 @@ from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case, NDArray, build_method
 from peft_ref.check.exact import as_exact, exact_array
 from peft_ref.contracts import Additive, LowRank
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter, Dropout
 
 Lift: TypeAlias = Callable[[NDArray], Array]
@@ -87,9 +87,10 @@ def answer(case: Case) -> Answer:
     return solve(pose(case), case.operation)
 
 
-def exact_answer(case: Case) -> Answer:
-    """The right answer as object arrays of `Exact`: value, bound and bit budget of every element."""
-    return {name: as_exact(array) for name, array in solve(pose(case, exact_array), case.operation).items()}
+def exact_answer(case: Case, p: int) -> dict[str, NDArray]:
+    """The right answer as object arrays of `Exact`, with what may round in a format of `p` significant bits."""
+    right = solve(pose(case, lambda array: exact_array(array, p)), case.operation)
+    return {name: as_exact(array, p) for name, array in right.items()}
 
 
 def static_delta(layer: Layer, adapter: Adapter) -> Array:
@@ -108,3 +109,32 @@ def name_gradients(layer: Layer, adapters: tuple[Adapter, ...], grads: tuple[Any
 def _weights(layer: Layer, W: Array, b: Array | None) -> dict[str, Array]:
     weights = {"weight": layer.unfold(W)}
     return weights if b is None else {**weights, "bias": b}
+
+
+def null_answer(case: Case) -> Answer:
+    """What a port answers that has no adapters at all: the frozen layer, zero gradients."""
+    p = pose(case)
+    if case.operation in ("forward", "merge"):
+        return solve(p._replace(adapters=()), case.operation)
+    if case.operation == "unmerge":
+        return _weights(p.layer, p.merged_W, p.merged_b)
+    right = answer(case)
+    zeros = {name: np.zeros_like(v) for name, v in right.items()}
+    if case.operation == "backward" and "x" in right:
+        return {**zeros, "x": p.layer.input_vjp(p.x, p.W, p.dy)}
+    return zeros
+
+
+def smoke_case() -> Case:
+    """A frozen linear layer without adapters: what every harness must get right."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    return Case(
+        id="smoke",
+        method="frozen",
+        operation="forward",
+        clause="",
+        layer=Linear(in_features=3, out_features=2),
+        weight=rng.choice([-1.5, -0.5, 0.5, 1.0, 2.0], (2, 3)),
+        bias=np.asarray([0.5, -1.0]),
+        x=rng.choice([-1.5, -0.5, 0.5, 1.0, 2.0], (4, 3)),
+    )

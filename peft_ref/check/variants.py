@@ -64,6 +64,8 @@ class Variant:
     dropout: float = 0.0
     bias: bool = True
     draws: Mapping[str, Draw] = field(default_factory=dict)
+    # A frozen weight made to measure, given its matrix shape and the adapter's tensors.
+    weight: Callable[[np.random.Generator, tuple[int, int], Mapping[str, NDArray]], NDArray] | None = None
 
 
 def small(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
@@ -104,6 +106,8 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
         tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer)}
         dropout = (_mask(rng, x.shape), variant.dropout) if variant.dropout else None
         adapters.append(CaseAdapter(config=config_of(method), tensors=tensors, dropout=dropout))
+    if variant.weight is not None:
+        weight = layer.unfold(variant.weight(rng, layer.shape, adapters[0].tensors))
     case = Case(
         id=f"{where}.{operation}",
         method=name,

@@ -20,7 +20,7 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.contracts import Factors, Key, LowRank, Start, conv_key
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
 
@@ -82,6 +82,8 @@ class LoRA(LowRank[Params]):
 
     def check_geometry(self, layer: Layer) -> None:
         check_init(self, layer)
+        if self.lora_bias and layer.kind == "embedding":
+            raise UnsupportedLayerError("lora_bias=True on an embedding layer: HF PEFT refuses it.\n  Use lora_bias=False.")
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         A, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)

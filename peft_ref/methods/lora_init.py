@@ -56,6 +56,12 @@ def check_init(method: _HasRank, layer: Layer) -> None:
         raise UnsupportedLayerError(
             f"init_lora_weights={method.init_lora_weights!r} on a {layer.kind} layer: HF PEFT refuses it.\n  Use True, False or 'gaussian'."
         )
+    largest = min(layer.shape)
+    if layer.kind != "embedding" and method.init_lora_weights in ("pissa", "olora") and method.r > largest:
+        raise UnsupportedLayerError(
+            f"init_lora_weights={method.init_lora_weights!r} with r={method.r}: a weight {layer.shape} has only {largest} directions.\n"
+            f"  HF PEFT makes factors of rank {largest} under a config that says r={method.r}. Use r <= {largest}."
+        )
     if method.r % layer.groups:
         raise UnsupportedLayerError(f"r={method.r} on a convolution with groups={layer.groups}: the rank must be divisible by the groups.")
 

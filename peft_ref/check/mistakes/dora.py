@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from peft_ref.arrays import Array, row_norm
-from peft_ref.check.case import Answer, Case
+from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Formula, Mistake, Suite, autograd, dropped, one_by_one, only, stored
 from peft_ref.check.mistakes import lora
 from peft_ref.check.oracle import Problem, pose
@@ -18,8 +18,20 @@ from peft_ref.stack import Adapter
 
 M = {"m": gains}
 
+# Five whole numbers whose squares add up to a power of four: rows whose norm is 4 or 8.
+UNIT_ROWS = ((3, 2, 1, 1, 1), (2, 2, 2, 2, 0), (5, 5, 3, 2, 1), (7, 3, 2, 1, 1), (6, 4, 2, 2, 2), (6, 5, 1, 1, 1))
+
+
+def unit_norms(rng: np.random.Generator, shape: tuple[int, int], tensors: Mapping[str, NDArray]) -> NDArray:
+    """A frozen weight for which every row of W + s B A has a norm that is a power of two."""
+    rows = [rng.permutation(UNIT_ROWS[i % len(UNIT_ROWS)]) * rng.choice([-1, 1], shape[1]) for i in range(shape[0])]
+    s = lora.scale_of({**lora.PLAIN, "use_rslora": False})
+    return np.asarray(rows, dtype=np.float64) - s * (tensors["lora_B.weight"] @ tensors["lora_A.weight"])
+
+
 VARIANTS = (
     Variant(name="plain", clause="DORA-formula", configs=(lora.PLAIN,), layers=(*lora.KINDS, "conv1d-dilation"), draws=M),
+    Variant(name="unit-norm", clause="DORA-formula", configs=(lora.PLAIN,), numbers="small", draws=M, weight=unit_norms),
     Variant(
         name="rounded",
         clause="DORA-formula",

@@ -1,0 +1,215 @@
+"""How fresh parameters must be distributed, judged from many draws, and the cases that ask for them.
+
+A port draws with its own generator, so no number can be compared. What can: which parameters are exactly zero or one, within which bounds
+a uniform draw stays and how it fills them, the deviation of a normal draw, and, where a start is computed from the weight, the identities
+that survive the free choice of signs. The laws are written down here apart from the code that draws, from the catalogue of what
+HF PEFT 0.21.2 does. The distribution test is Kolmogorov and Smirnov's, at a level (about 1e-12) at which an honest port is never accused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from peft_ref.check.case import Case, CaseAdapter, NDArray, build_method, config_of, decode
+from peft_ref.check.tolerance import PRECISION
+from peft_ref.check.variants import LAYERS, dyadic, generator
+from peft_ref.layers import Layer
+
+DRAWS = 48
+KS_LIMIT = 3.8  # P(sqrt(n) D > 3.8) = 2 exp(-2 * 3.8^2) = 6e-13
+Draw: TypeAlias = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Law:
+    """What the numbers of one key must look like; `problem` says how they do not."""
+
+    text: str
+    problem: Callable[[NDArray, str], str]  # given all draws stacked, and the port's dtype
+
+
+def constant(value: float, name: str) -> Law:
+    def problem(draws: NDArray, dtype: str) -> str:
+        return "" if np.all(draws == value) else f"{name}: it must be {value:g} everywhere, and is not"
+
+    return Law(f"{value:g}", problem)
+
+
+def uniform(bound: float) -> Law:
+    def problem(draws: NDArray, dtype: str) -> str:
+        u = 2.0 ** -PRECISION[dtype]
+        if not np.any(draws):
+            return "init-A-zero: it is zero in every draw, so nothing can be learned from it together with a zero partner"
+        if np.max(np.abs(draws)) > bound * (1 + 2 * u):
+            return f"init-wrong-bound: {np.max(np.abs(draws)):.4g} was drawn, expected uniform within {bound:.4g}"
+        return _ks(draws, lambda v: np.clip((v + bound) / (2 * bound), 0, 1), f"uniform within {bound:.4g}", u * bound)
+
+    return Law(f"uniform within {bound:.4g}", problem)
+
+
+def normal(deviation: float) -> Law:
+    def problem(draws: NDArray, dtype: str) -> str:
+        if not np.any(draws):
+            return "init-zero: it is zero in every draw"
+        cdf = np.vectorize(NormalDist(0.0, deviation).cdf)
+        return _ks(draws, cdf, f"normal with deviation {deviation:.4g}", 2.0 ** -PRECISION[dtype] * deviation)
+
+    return Law(f"normal, deviation {deviation:.4g}", problem)
+
+
+def _ks(draws: NDArray, cdf: Callable[[NDArray], NDArray], law: str, rounding: float) -> str:
+    values = np.sort(draws.reshape(-1))
+    n = values.size
+    want = cdf(values)
+    steps = np.arange(n + 1) / n
+    # A coarse format rounds draws to few values: its steps may be as wide as the law's mass within one rounding.
+    slack = np.max(cdf(values + 2 * rounding) - want)
+    distance = max(np.max(steps[1:] - want), np.max(want - steps[:-1])) - slack
+    if distance * math.sqrt(n) <= KS_LIMIT:
+        return ""
+    return f"init-wrong-law: {n} draws with deviation {np.std(values):.4g} do not look {law} (Kolmogorov-Smirnov distance {distance:.2f})"
+
+
+def laws(case: Case) -> dict[str, Law]:
+    """The law of every key of a fresh adapter, where its numbers are drawn or constant."""
+    config, layer = case.adapters[0].config, case.layer
+    assert layer is not None
+    if case.method == "ia3":
+        return {"ia3_l": constant(1.0, "ia3-init-not-one")}
+    if case.method == "loha":
+        into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
+        return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
+    init = config["init_lora_weights"]
+    bias = {"lora_B.bias": constant(0.0, "init-bias-random")} if config.get("lora_bias") else {}
+    if layer.kind == "embedding":
+        zero = constant(0.0, "embedding-init-swapped: on an embedding A starts at zero and B at random")
+        return {"lora_embedding_A": normal(1.0) if init is False else zero, "lora_embedding_B": normal(1.0)}
+    into = uniform(1 / math.sqrt(layer.fan_in))
+    B = uniform(1 / math.sqrt(config["r"] // layer.groups)) if init is False else constant(0.0, "init-B-random")
+    A = normal(1 / config["r"]) if init == "gaussian" else into
+    return {} if init in ("pissa", "olora", "orthogonal") else {"lora_A.weight": A, "lora_B.weight": B, **bias}
+
+
+def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
+    """What is wrong with a port's fresh adapters; an empty string if nothing is."""
+    draws = answer.get("draws")
+    if not isinstance(draws, list) or not draws:
+        return f'the answer must hold "draws", a list of {case.question["draws"]} objects of tensors'
+    assert case.layer is not None
+    method = build_method(case.method, case.adapters[0].config)
+    specs = {s.key: s.stored_shape for s in method.spec(case.layer)}
+    read: list[Draw] = []
+    for draw in draws:
+        arrays = {k: np.asarray(decode(v), dtype=np.float64) for k, v in draw.items() if k != "weight"}
+        if arrays.keys() != specs.keys():
+            return f"a draw has the keys {sorted(arrays)}, expected {sorted(specs)}"
+        for key, array in arrays.items():
+            if array.shape != specs[key]:
+                return f"{key} is {array.shape}, expected {specs[key]}"
+        if "weight" in draw:
+            arrays["weight"] = np.asarray(decode(draw["weight"]), dtype=np.float64)
+        read.append(arrays)
+    for key, law in laws(case).items():
+        if problem := law.problem(np.stack([d[key] for d in read]), dtype):
+            return f"{key}: {problem}"
+    u = 2.0 ** -PRECISION[dtype]
+    return next((p for d in read if (p := _identity(case, case.layer, d, u))), "")
+
+
+def _identity(case: Case, layer: Layer, draw: Draw, u: float) -> str:
+    """The identities of one draw: those of starts computed from the weight, and DoRA's magnitude."""
+    config = case.adapters[0].config
+    if "init_lora_weights" not in config or (layer.kind == "embedding" and case.method != "dora"):
+        return ""
+    assert case.weight is not None
+    W = layer.fold(case.weight)
+    A, B = (draw[k].reshape(draw[k].shape[0], -1) for k in _factor_keys(layer))
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    tolerance = 200 * u * float(np.linalg.norm(W))
+    init = config["init_lora_weights"]
+    if init == "orthogonal":
+        if np.max(np.abs(B @ A)) > tolerance:
+            return "init-orthogonal: B A is not zero"
+        return "" if np.any(A) and np.any(B) else "init-orthogonal: a factor is zero; both must be random with B A = 0"
+    if init in ("pissa", "olora"):
+        if (problem := _taken_from_weight(init, W, A, B, config["r"], scale, tolerance)) != "":
+            return problem
+        if "weight" not in draw:
+            return f"init-{init}-base-kept: the answer has no weight; {init} takes s B A out of the frozen weight"
+        if np.max(np.abs(layer.fold(draw["weight"]) - (W - scale * (B @ A)))) > tolerance:
+            return f"init-{init}-base-kept: the frozen weight must become W - s B A"
+    if case.method == "dora":
+        base = layer.fold(draw["weight"]) if "weight" in draw else W
+        want = np.linalg.norm(base + scale * (B @ A), axis=1)
+        if np.max(np.abs(draw["lora_magnitude_vector"].reshape(-1) - want)) > tolerance:
+            return "init-magnitude: lora_magnitude_vector must start at the row norms of W + s B A"
+    return ""
+
+
+def _taken_from_weight(init: str, W: NDArray, A: NDArray, B: NDArray, r: int, scale: float, tolerance: float) -> str:
+    if init == "pissa":
+        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+        if np.max(np.abs(scale * (B @ A) - (U[:, :r] * S[:r]) @ Vh[:r])) > tolerance:
+            return "init-pissa: s B A is not the best rank-r part of W"
+        if np.max(np.abs(A @ A.T - np.diag(S[:r] / scale))) > tolerance:
+            return "init-pissa: the singular values are not shared evenly: A A^T must be diag(S) / s"
+        return ""
+    Q, R = np.linalg.qr(W)
+    if np.max(np.abs(B @ A - Q[:, :r] @ R[:r])) > tolerance:
+        return "init-olora: B A is not made of the first r columns of Q and rows of R"
+    return "" if np.max(np.abs(B.T @ B - np.eye(r))) <= tolerance else "init-olora: the columns of B are not orthonormal"
+
+
+def _factor_keys(layer: Layer) -> tuple[str, str]:
+    return ("lora_embedding_A", "lora_embedding_B") if layer.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+
+
+LORA_INITS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": False},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"},
+)
+ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
+    "lora": (
+        *(({"r": 4, "lora_alpha": 6, **c}, ("linear",)) for c in LORA_INITS),
+        ({"r": 4, "lora_alpha": 6}, ("transposed_linear", "embedding", "conv2d", "conv2d-groups")),
+        ({"r": 4, "lora_alpha": 6, "lora_bias": True}, ("linear",)),
+    ),
+    "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
+    "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
+    "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),
+}
+
+
+def init_cases(name: str, clause: str) -> tuple[Case, ...]:
+    """The cases that ask a method for fresh adapters."""
+    cases = []
+    for config, layers in ASKED[name]:
+        for layer_name in layers:
+            layer, method = LAYERS[layer_name], build_method(name, config)
+            init = str(config.get("init_lora_weights", "default")).lower() + ("-bias" if config.get("lora_bias") else "")
+            init += "-feedforward" if config.get("is_feedforward") else ""
+            computed = config.get("init_lora_weights") in ("pissa", "olora")
+            where = f"{name}.{layer_name}.init-{init}"
+            case = Case(
+                id=f"{where}.init",
+                method=name,
+                operation="init",
+                clause=clause,
+                layer=layer,
+                weight=dyadic(generator(where), layer.weight_shape),
+                bias=None if layer.kind == "embedding" else dyadic(generator(where + "b"), (layer.shape[0],)),
+                adapters=(CaseAdapter(config=config_of(method), tensors={}),),
+                question={"draws": 1 if computed else DRAWS},
+            )
+            cases.append(replace(case))
+    return tuple(cases)

@@ -1,0 +1,175 @@
+"""The judge: asks every case, grades every answer, and says why what is wrong is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from peft_ref.check.case import ARRAY_OPERATIONS, TEXT_OPERATIONS, Answer, Case
+from peft_ref.check.corpus import corpus
+from peft_ref.check.diagnose import Wrong, diagnose, expected_answer, grouped, rounded
+from peft_ref.check.init_laws import grade_init
+from peft_ref.check.mistakes import SUITES
+from peft_ref.check.oracle import null_answer, smoke_case
+from peft_ref.check.port import Answered, BrokenPort, Failed, Port, Skipped
+from peft_ref.check.result import PortInfo, Report, Verdict, Worst
+from peft_ref.check.search import smallest
+from peft_ref.check.text import grade_text
+from peft_ref.check.tolerance import compare
+
+Progress = Callable[[int, int, str], None]
+# A mistake counts as told apart when it stands this many tolerances away from the right answer.
+MARGIN = 2.0
+
+
+def judge(
+    port: Port,
+    cases: Sequence[Case] | None = None,
+    *,
+    progress: Progress | None = None,
+    search: bool = True,
+) -> Report:
+    """Asks `port` the cases (all of them by default) and reports. The port is closed at the end, whatever happens."""
+    began = time.monotonic()
+    asked = corpus() if cases is None else tuple(cases)
+    info = PortInfo(name="?")
+    try:
+        info = port.start()
+        if problem := _smoke(port, info):
+            return Report(port=info, verdicts=(), diagnoses=(), seconds=time.monotonic() - began, broken=problem)
+        verdicts, wrong = [], []
+        for n, case in enumerate(asked):
+            if progress is not None:
+                progress(n, len(asked), case.id)
+            verdict, answer = _grade(port, info, case)
+            verdicts.append(verdict)
+            if answer is not None:
+                wrong.append(Wrong(case, answer, verdict))
+        right = {v.case for v in verdicts if v.status == "right"}
+        diagnoses = diagnose(wrong, [c for c in asked if c.id in right], info.dtype)
+        if search and progress is not None and diagnoses:
+            progress(len(asked), len(asked), "looking for the smallest counterexample")
+        by_id = {c.id: c for c in asked}
+        if search:
+            diagnoses = [
+                d if d.dialect else replace(d, counterexample=smallest(port, [by_id[i] for i in d.cases], info.dtype)) for d in diagnoses
+            ]
+        dialects = {case for d in diagnoses if d.dialect for case in d.cases}
+        names = {case: d.mistakes[0] for d in diagnoses if d.dialect for case in d.cases}
+        final = [replace(v, status="dialect", reason=names[v.case]) if v.case in dialects else v for v in verdicts]
+        return Report(
+            port=info,
+            verdicts=tuple(final),
+            diagnoses=tuple(diagnoses),
+            seconds=time.monotonic() - began,
+            undecidable=undecidable(info.dtype, tuple(v.case for v in final if v.status in ("right", "undecidable"))),
+        )
+    except BrokenPort as error:
+        return Report(port=info, verdicts=(), diagnoses=(), seconds=time.monotonic() - began, broken=str(error))
+    finally:
+        port.close()
+
+
+def _smoke(port: Port, info: PortInfo) -> str:
+    """A frozen linear layer, no adapter: a port that fails here has a broken harness, whatever its mathematics."""
+    case = smoke_case()
+    reply = port.ask(case)
+    if isinstance(reply, Skipped):
+        return ""
+    if isinstance(reply, Failed):
+        return f"the smoke test (a frozen linear layer without adapters) failed: {reply.reason}"
+    if problem := misshapen(reply.answer, expected_answer(case, info.dtype).values):
+        return f"the smoke test (a frozen linear layer without adapters) failed: {problem}"
+    worst = compare(_arrays(reply.answer), expected_answer(case, info.dtype))
+    if worst.ratio <= 1:
+        return ""
+    return (
+        f"the smoke test failed: y = x W^T + b of a frozen linear layer, without any adapter, is wrong: y{list(worst.index)} is"
+        f" {worst.got:g}, expected {worst.want:g}. Look at how your harness reads nested lists and lays out the weight (out, in)"
+    )
+
+
+def _grade(port: Port, info: PortInfo, case: Case) -> tuple[Verdict, Answer | None]:
+    """The verdict on one case, and the answer if it is an array answer that is wrong."""
+    layer = case.layer.kind if case.layer is not None else ""
+    verdict = Verdict(case=case.id, method=case.method, operation=case.operation, layer=layer, clause=case.clause, status="right")
+    for allowed, value in ((info.operations, case.operation), (info.methods, case.method), (info.layers, layer)):
+        if allowed and value and value not in allowed:
+            return replace(verdict, status="not asked", reason=f"the port does not do {value}"), None
+    reply = port.ask(case)
+    if isinstance(reply, Skipped):
+        return replace(verdict, status="skipped", reason=reply.reason), None
+    if isinstance(reply, Failed):
+        return replace(verdict, status="error", reason=reply.reason), None
+    if case.operation in TEXT_OPERATIONS:
+        problem = grade_text(case, reply.answer)
+        return (replace(verdict, status="wrong", reason=problem), None) if problem else (verdict, None)
+    if case.operation == "init":
+        problem = grade_init(case, reply.answer, info.dtype)
+        return (replace(verdict, status="wrong", reason=problem), None) if problem else (verdict, None)
+    return _grade_arrays(verdict, case, reply, info.dtype)
+
+
+def _grade_arrays(verdict: Verdict, case: Case, reply: Answered, dtype: str) -> tuple[Verdict, Answer | None]:
+    expected = expected_answer(case, dtype)
+    verdict = replace(verdict, exact=expected.exact)
+    if problem := misshapen(reply.answer, expected.values):
+        return replace(verdict, status="error", reason=problem), None
+    got = _arrays(reply.answer)
+    worst = compare(got, expected)
+    if worst.ratio > 1:
+        return replace(verdict, status="wrong", worst=worst, reason=describe(worst, expected.exact)), got
+    if compare(null_answer(case), expected).ratio <= MARGIN:
+        reason = f"in {dtype} the answer of a layer without the adapter is within tolerance too"
+        return replace(verdict, status="undecidable", worst=worst, reason=reason), None
+    return replace(verdict, worst=worst), None
+
+
+def describe(worst: Worst, exact: bool) -> str:
+    at = f"{worst.name}{list(worst.index)}"
+    if not np.isfinite(worst.got):
+        return f"{at}: got {worst.got}, want {worst.want:.10g}"
+    how = "bits must match here" if exact else f"{worst.ratio:.2g} x tolerance"
+    return f"{at}: got {worst.got:.10g}, want {worst.want:.10g} ({how})"
+
+
+def misshapen(answer: Any, want: Answer) -> str:
+    """What is missing, too many or of a wrong shape; an empty string if nothing is."""
+    if missing := [name for name in want if name not in answer]:
+        return f"{', '.join(missing)} missing in the answer; there are {', '.join(answer) or 'none'}"
+    if extra := [name for name in answer if name not in want]:
+        return f"{', '.join(extra)} in the answer, which nobody asked for; expected {', '.join(want)}"
+    for name, array in want.items():
+        if tuple(answer[name].shape) != array.shape:
+            return f"{name} has the shape {tuple(answer[name].shape)}, expected {array.shape}"
+    return ""
+
+
+def _arrays(answer: Any) -> Answer:
+    return {name: np.asarray(value, dtype=np.float64) for name, value in answer.items()}
+
+
+@cache
+def undecidable(dtype: str, case_ids: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Per method, the mistakes that none of the given cases could have told from the right answer in `dtype`."""
+    ids = frozenset(case_ids)
+    asked = [c for c in corpus() if c.id in ids and c.operation in ARRAY_OPERATIONS]
+    hidden: dict[str, tuple[str, ...]] = {}
+    for method, cases in grouped(asked, lambda c: c.method).items():
+        open_mistakes = {m.name: m for m in SUITES[method].mistakes}
+        for case in cases:
+            if not open_mistakes:
+                break
+            expected = expected_answer(case, dtype)
+            for name, mistake in list(open_mistakes.items()):
+                replayed = mistake.replay(case)
+                if replayed is not None and compare(rounded(replayed, dtype), expected).ratio > MARGIN:
+                    del open_mistakes[name]
+        if open_mistakes:
+            hidden[method] = tuple(open_mistakes)
+    return hidden

@@ -1,0 +1,128 @@
+"""The messages between the judge and a port: JSON lines, one question, one answer. `spec/protocol.md` tells it to port authors.
+
+> {"command": "start", "protocol": 1}
+< {"name": "my_port", "dtype": "float32", ...}
+> {"command": "run", "case": {...}}
+< {"id": "...", "answer": {...}}   or   {"id": "...", "skipped": "why"}   or   {"id": "...", "error": "what"}
+> {"command": "stop"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case, decode, to_json
+from peft_ref.check.port import Answered, BrokenPort, Failed, Reply, Skipped
+from peft_ref.check.result import PortInfo
+from peft_ref.check.tolerance import PRECISION
+
+VERSION = 1
+START: dict[str, Any] = {"command": "start", "protocol": VERSION}
+STOP: dict[str, Any] = {"command": "stop"}
+
+
+def run_message(case: Case) -> dict[str, Any]:
+    return {"command": "run", "case": to_json(case)}
+
+
+def read_info(message: Any, validate: bool = False) -> PortInfo:
+    """What the answer to "start" says. Raises `BrokenPort` with what is wrong with it."""
+    if not isinstance(message, dict) or not isinstance(message.get("name"), str):
+        raise BrokenPort(
+            f'the answer to start is {_short(message)}; expected an object with at least {{"name": "...", "dtype": "float32"}}.'
+        )
+    if validate and (problem := violation(message, "info")):
+        raise BrokenPort(f"the answer to start does not fit the schema: {problem}")
+    dtype = message.get("dtype", "float64")
+    if dtype not in PRECISION:
+        raise BrokenPort(f"the port computes in dtype {dtype!r}; the judge knows {', '.join(PRECISION)}.")
+    lists = {key: tuple(message.get(key) or ()) for key in ("operations", "methods", "layers")}
+    texts = {key: str(message.get(key) or "") for key in ("language", "version", "homepage")}
+    return PortInfo(name=message["name"], dtype=dtype, **lists, **texts)
+
+
+def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:
+    """A port's reply to a case; whatever is wrong with it becomes a `Failed` that says what."""
+    if not isinstance(message, dict):
+        return Failed(f"the reply is no JSON object: {_short(message)}")
+    if validate and (problem := violation(message, "reply")):
+        return Failed(f"the reply does not fit the schema: {problem}")
+    if message.get("id") != case.id:
+        return Failed(f"the reply is for case {message.get('id')!r}; {case.id!r} was asked")
+    if "skipped" in message:
+        return Skipped(str(message["skipped"]) or "no reason given")
+    if "error" in message:
+        return Failed(f"the port reports: {_short(message['error'], 600)}")
+    if not isinstance(message.get("answer"), dict):
+        return Failed('the reply has none of "answer", "skipped" and "error"')
+    try:
+        if case.operation in ARRAY_OPERATIONS:
+            return Answered(flatten(message["answer"]))
+        return Answered(message["answer"])
+    except (ValueError, TypeError, AttributeError) as error:
+        return Failed(f"the answer cannot be read: {error}")
+
+
+def flatten(answer: Mapping[str, Any]) -> Answer:
+    """The arrays of an answer by name: "y", "x", "weight", and "0.lora_A.weight" for adapter 0's gradient. null means absent."""
+    out: Answer = {}
+    for name, value in answer.items():
+        if name == "adapters":
+            for i, tensors in enumerate(value):
+                out.update({f"{i}.{key}": _array(key, v) for key, v in tensors.items() if v is not None})
+        elif value is not None:
+            out[name] = _array(name, value)
+    return out
+
+
+def nest(case: Case, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way: arrays by name as the nested object a port sends."""
+    out: dict[str, Any] = {}
+    adapters: list[dict[str, Any]] = [{} for _ in case.adapters]
+    for name, value in flat.items():
+        index, _, key = name.partition(".")
+        if index.isdigit() and key:
+            adapters[int(index)][key] = value
+        else:
+            out[name] = value
+    return {**out, "adapters": adapters} if case.operation == "backward" else out
+
+
+def _array(name: str, value: Any) -> np.ndarray[Any, Any]:
+    try:
+        array = decode(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    assert array is not None
+    return array.astype(np.float64)
+
+
+def violation(message: Any, kind: str) -> str:
+    """Where `message` breaks the schema's definition `kind` ("start", "run", "info", "reply", "case"), or an empty string."""
+    import jsonschema
+
+    schema = {**schema_document(), "$ref": f"#/$defs/{kind}"}
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(message)
+    error = jsonschema.exceptions.best_match(errors)
+    if error is None:
+        return ""
+    where = "/".join(map(str, error.absolute_path)) or "the message"
+    return f"{where}: {_short(error.message, 300)}"
+
+
+@cache
+def schema_document() -> dict[str, Any]:
+    """The JSON Schema of every message."""
+    document: dict[str, Any] = json.loads(files("peft_ref.check").joinpath("protocol.schema.json").read_text("utf-8"))
+    return document
+
+
+def _short(value: Any, length: int = 200) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

@@ -1,0 +1,44 @@
+"""`peft-ref`: one small module per verb. Exit codes: 0 all right, 1 wrong, 2 the call or the port is broken."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from peft_ref.errors import PeftRefError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    from peft_ref import __version__
+    from peft_ref.cli import cases, check, demo
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, program = _split(arguments)
+    parser = argparse.ArgumentParser(
+        prog="peft-ref",
+        description="The reference of parameter-efficient fine-tuning methods, and a judge of implementations.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"peft-ref {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for module in (check, cases, demo):
+        module.add_parser(verbs)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options, program))
+    except PeftRefError as error:
+        print(f"peft-ref {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 2
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before "--", and the program after it."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]

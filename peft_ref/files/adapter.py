@@ -1,0 +1,151 @@
+"""An adapter folder: adapter_config.json and adapter_model.safetensors, as PEFT writes and reads them.
+
+    folder/                 the adapter "default"
+    folder/<name>/          every other adapter
+
+Adapter tensors become the method's own parameters, module by module. What else is saved stays apart under its whole key: modules that
+were trained whole (modules_to_save), biases (bias="all", "lora_only") and embeddings (save_embedding_layers). Every tensor has a place
+or is an error. An adapter that was read is written back to the byte.
+
+A pickle (adapter_model.bin) is refused: unpickling runs whatever code it holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft_ref.arrays import Array
+from peft_ref.contracts import Method
+from peft_ref.errors import FileFormatError, KeyMismatchError, UnsupportedLayerError
+from peft_ref.files.atomic import committed, replace_files
+from peft_ref.files.config import AdapterConfig, parse, render
+from peft_ref.files.infer import infer_layer
+from peft_ref.files.keys import PREFIX, check_adapter_name, sort_tensors
+from peft_ref.files.safetensors import RawTensor, Tensor, open_file, serialize
+from peft_ref.layers import Layer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (WEIGHTS, CONFIG)  # in the order they are put in place
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DEFAULT = "default"
+
+
+class AdapterModule(NamedTuple):
+    method: Method[Any]
+    layer: Layer  # as far as the tensors tell, where no model said it
+    params: Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AdapterFile:
+    config: AdapterConfig
+    modules: Mapping[str, AdapterModule]
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+
+def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
+    """The parameters of every module under their keys in a file, in their stored shapes."""
+    return {
+        f"{PREFIX}{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in module.method.pack(module.layer, module.params).items()
+    }
+
+
+def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> AdapterFile:
+    """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
+    found = sort_tensors(config, tensors)
+    if layers is not None:
+        _check_modules(config, found.modules, layers)
+    modules = {}
+    for name, own in found.modules.items():
+        if "base_layer" in name.split("."):
+            raise UnsupportedLayerError(
+                f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to several"
+                " target_parameters of one module,\n  which are not built yet."
+            )
+        for key, tensor in own.items():
+            if isinstance(tensor, RawTensor):
+                raise FileFormatError(
+                    f"{PREFIX}{name}.{key} is {tensor.dtype}, which is no NumPy dtype here.\n  Convert the adapter to F32."
+                )
+        method = config.method_for(name)
+        layer = infer_layer(method, own, name) if layers is None else layers[name]
+        method.check_layer(layer, name)
+        modules[name] = AdapterModule(method, layer, method.unpack(layer, own, where=PREFIX + name))
+    return AdapterFile(
+        config=config, modules=modules, modules_to_save=found.modules_to_save, biases=found.biases, embeddings=found.embeddings
+    )
+
+
+def all_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    """Everything that the adapter's file holds, by key."""
+    return {**state_dict(adapter.modules), **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
+
+
+def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Mapping[str, Layer] | None = None) -> AdapterFile:
+    """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
+    place = _place(Path(folder), name)
+    config_path, weights_path = (committed(place, file, FILES) for file in (CONFIG, WEIGHTS))
+    if not config_path.is_file():
+        raise FileFormatError(f"{place} has no {CONFIG}.\n  Adapters there: {', '.join(adapter_names(folder)) or 'none'}.")
+    if not weights_path.is_file():
+        pickles = sorted(p.name for p in place.iterdir() if p.suffix in PICKLES) if place.is_dir() else []
+        raise FileFormatError(f"{place} has no {WEIGHTS}." + (_pickle_remedy(pickles[0]) if pickles else "\n  Save the adapter again."))
+    try:
+        text = config_path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{config_path} is not text in UTF-8: {error}.") from error
+    config = parse(text, str(config_path))
+    file = open_file(weights_path)
+    adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
+    return AdapterFile(**{**vars(adapter), "metadata": file.metadata})
+
+
+def save_adapter(folder: str | os.PathLike[str], adapter: AdapterFile, name: str = DEFAULT) -> Path:
+    """Write an adapter's two files, both or none, and say where they lie."""
+    place = _place(Path(folder), name)
+    weights = serialize(all_tensors(adapter), adapter.metadata)
+    replace_files(place, {WEIGHTS: weights, CONFIG: render(adapter.config).encode()})
+    return place
+
+
+def adapter_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The adapters saved in a folder: itself as "default", and its sub-folders."""
+    folder = Path(folder)
+    here = (DEFAULT,) if (folder / CONFIG).is_file() else ()
+    below = sorted(p.name for p in folder.iterdir() if (p / CONFIG).is_file()) if folder.is_dir() else []
+    return here + tuple(name for name in below if not name.startswith("."))
+
+
+def _place(folder: Path, name: str) -> Path:
+    check_adapter_name(name)
+    return folder if name == DEFAULT else folder / name
+
+
+def _check_modules(config: AdapterConfig, found: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
+    if missing := sorted(layers.keys() - found.keys()):
+        keys = [spec.key for spec in config.method_for(missing[0]).spec(layers[missing[0]])]
+        raise KeyMismatchError(
+            f"{PREFIX}{missing[0]}: {', '.join(keys)} missing, and so for {len(missing) - 1} more modules.\n"
+            "  The file was made for other target modules, or another model."
+        )
+    if extra := sorted(found.keys() - layers.keys()):
+        raise KeyMismatchError(
+            f"{PREFIX}{extra[0]}.{min(found[extra[0]])}: the model adapts no module {extra[0]!r}, nor {len(extra) - 1} more.\n"
+            "  The file was made for other target modules, or another model."
+        )
+
+
+def _pickle_remedy(name: str) -> str:
+    return (
+        f" There is {name}, a pickle, and unpickling runs whatever code it holds: not read.\n"
+        "  In a sandbox, torch.load(weights_only=True) it and save it with safetensors.torch.save_file."
+    )

@@ -1,0 +1,209 @@
+"""adapter_config.json: one flat dict that is four things, kept apart here and written back as one.
+
+    method          the mathematics: peft_type and the switches choose the class, its fields are the hyper-parameters
+    targets         where it goes: target_modules and what narrows them down
+    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules
+    housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
+
+What was read and not changed is written back to the byte. A key that is absent has PEFT's default.
+
+HF      writes json.dumps(indent=2, sort_keys=True). That sorts the patterns too, although their first match wins: PEFT's own save can
+        change which rank a module gets. Here the patterns keep their order, which PEFT then reads as it was meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_ref.contracts import Method
+from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.files.patterns import check_pattern, first_match, full_match
+from peft_ref.files.rules import check, check_types, field_names, init_as_saved
+from peft_ref.files.targets import Targets
+from peft_ref.methods import METHODS
+
+DERIVED = frozenset({"is_feedforward"})  # fields of a method that patterns decide, module by module
+RANKS = ("r",)
+ALPHAS = ("lora_alpha", "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patterns:
+    """For which modules the method has another rank or scale, or is in a feed-forward block."""
+
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    feedforward_modules: str | tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    method: Method[Any]
+    targets: Targets = field(default_factory=Targets)
+    patterns: Patterns = field(default_factory=Patterns)
+    housekeeping: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = field(default=None, repr=False, compare=False)  # as it was read, for what has not changed since
+
+    def method_for(self, module_name: str) -> Method[Any]:
+        """The method of one module, with the rank, scale and place in the block that the patterns give it."""
+        p, names = self.patterns, field_names(type(self.method))
+        changes: dict[str, Any] = {}
+        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
+            if (key := first_match(pattern, module_name)) is not None:
+                changes[_one_of(fields, names, self.method)] = pattern[key]
+        if "is_feedforward" in names:
+            changes["is_feedforward"] = self._is_feedforward(module_name)
+        return dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]  # a dataclass
+
+    def _is_feedforward(self, module_name: str) -> bool:
+        modules = self.patterns.feedforward_modules
+        if modules is None:
+            raise ConfigError(
+                "feedforward_modules is null, so PEFT takes the architecture's default, which the file does not tell.\n"
+                "  Give the list; [] if no module is in a feed-forward block."
+            )
+        if isinstance(modules, str):
+            return full_match(modules, module_name)
+        return module_name.endswith(tuple(modules))  # PEFT asks for no dot before the name
+
+
+def parse(text: str, where: str = "adapter_config.json") -> AdapterConfig:
+    """The configuration that a JSON text holds."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise FileFormatError(f"{where}: a key is there twice among {', '.join(key for key, _ in pairs)}.")
+        return dict(pairs)
+
+    try:
+        data = json.loads(text, object_pairs_hook=once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{where} is not JSON: {error}.") from error
+    return dataclasses.replace(_split(data, where), text=text)
+
+
+def from_dict(data: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
+    """The configuration that a flat dict holds; undone by `flatten`."""
+    return parse(json.dumps(data, indent=2), where)
+
+
+def render(config: AdapterConfig) -> str:
+    """The JSON text of a configuration, in PEFT's format; what was read and not changed, as it was read."""
+    data = flatten(config)
+    if config.text is None:
+        return json.dumps(data, indent=2)
+    before = json.loads(config.text)
+    return config.text if json.dumps(data) == json.dumps(before) else json.dumps(data, indent=2)
+
+
+def flatten(config: AdapterConfig) -> dict[str, Any]:
+    """The flat configuration, keys in the order of the file it came from, else sorted as PEFT sorts them."""
+    now = _flat(config)
+    if config.text is None:
+        absent = {key for key in (*field_names(Targets), *field_names(Patterns)) if now[key] in (None, {})} - {"target_modules"}
+        return {key: now[key] for key in sorted(now.keys() - absent)}
+    read = json.loads(config.text)
+    before = _flat(_split(read, "adapter_config.json"))
+    out = {key: value if now[key] == before.get(key) else now[key] for key, value in read.items() if key in now}
+    added = {key: value for key, value in now.items() if key not in read and value != before.get(key)}
+    return dict(sorted({**out, **added}.items())) if list(read) == sorted(read) else {**out, **added}
+
+
+def _split(data: Any, where: str) -> AdapterConfig:
+    if not isinstance(data, Mapping) or not isinstance(data.get("peft_type"), str):
+        raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {_built()}.")
+    siblings = [cls for cls in METHODS.values() if cls.peft_type == data["peft_type"]]
+    if not siblings:
+        raise ConfigError(f"{where}: peft_type={data['peft_type']!r} is not built here.\n  Built: {_built()}.")
+    flags = frozenset(cls.flag for cls in siblings)
+    check(data, where, flags)
+    cls = _choose(siblings, data, where)
+    own = [name for name in field_names(cls) if name in data and name not in DERIVED]
+    values = {name: init_as_saved(data[name]) if name == "init_lora_weights" else data[name] for name in own}
+    check_types(cls, values, where)
+    try:
+        method = cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    given = {name: _tuples(data[name]) for name in field_names(Targets) if name in data}
+    _check_targets(given, where)
+    taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
+    return AdapterConfig(
+        method=method,
+        targets=Targets(**given),
+        patterns=_patterns(data, method, where),
+        housekeeping={key: value for key, value in data.items() if key not in taken},
+    )
+
+
+def _flat(config: AdapterConfig) -> dict[str, Any]:
+    method, cls = config.method, type(config.method)
+    switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
+    fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
+    places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
+    return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
+
+
+def _choose(siblings: list[type[Method[Any]]], data: Mapping[str, Any], where: str) -> type[Method[Any]]:
+    on = [cls for cls in siblings if cls.flag is not None and data.get(cls.flag)]
+    if len(on) > 1:
+        raise ConfigError(f"{where}: {' and '.join(str(cls.flag) for cls in on)} are both on, which no method here is.\n  Switch one off.")
+    plain = [cls for cls in siblings if cls.flag is None]
+    if not (on or plain):
+        raise ConfigError(f"{where}: plain {data['peft_type']} is not built here.\n  Built: {_built()}.")
+    return (on or plain)[0]
+
+
+def _built() -> str:
+    return ", ".join(sorted({cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}" for cls in METHODS.values()}))
+
+
+def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patterns:
+    names = field_names(type(method))
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
+        pattern = data.get(key) or {}
+        if not isinstance(pattern, Mapping):
+            raise ConfigError(f"{where}: {key} is a {type(pattern).__name__}, expected a map from name patterns to numbers.")
+        for expression, value in pattern.items():
+            check_pattern(expression, f"{where}: {key}")
+            change = {_one_of(fields, names, method): value}
+            check_types(type(method), change, f"{where}: {key} of {expression!r}")
+            try:
+                dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
+        found[key] = dict(pattern)
+    modules = _tuples(data.get("feedforward_modules"))
+    _check_targets({"feedforward_modules": modules}, where)
+    return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
+
+
+def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method[Any]) -> str:
+    for name in fields:
+        if name in names:
+            return name
+    raise ConfigError(f"{type(method).__name__} has no {' or '.join(fields)} that a pattern could change.\n  Leave the pattern empty.")
+
+
+def _check_targets(given: Mapping[str, Any], where: str) -> None:
+    """The forms that PEFT's annotations allow: names in a list, one text, layer numbers."""
+    for key, value in given.items():
+        item = int if key == "layers_to_transform" else str
+        alone = value is None or (type(value) is item and key not in ("modules_to_save", "target_parameters"))
+        if not alone and not (isinstance(value, tuple) and all(type(part) is item for part in value)):
+            raise ConfigError(f"{where}: {key}={_lists(value)!r:.80} is not what it can be, a list of {item.__name__}.")
+        if isinstance(value, str) and key != "layers_pattern" and value != "all-linear":
+            check_pattern(value, f"{where}: {key}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _lists(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | frozenset | set) else value

@@ -1,0 +1,124 @@
+"""The keys of an adapter's tensors: what each one belongs to, told by its structure alone.
+
+    base_model.model.<module path>.lora_A.weight                in a file
+    base_model.model.<module path>.lora_A.<adapter>.weight      in PEFT's memory: the adapter's name follows the parameter's own
+
+HF      drops other adapters' keys where ".<name>." occurs anywhere, so beside an adapter called "0" every `layers.0.*` is lost from the
+        saved file. Here a name is one only where a name can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from peft_ref.contracts import Key, Method
+from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.files.config import AdapterConfig
+from peft_ref.files.safetensors import Tensor
+
+PREFIX = "base_model.model."
+# Tables that PEFT saves as a whole when they are adapted or were resized (save_embedding_layers), under their usual names.
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings", "embeddings")
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, a module in PEFT's memory and a bare parameter in its files
+
+
+class Sorted(NamedTuple):
+    """The tensors of a file by what they are. Adapter tensors by module and key; the others under their whole key."""
+
+    modules: Mapping[str, Mapping[str, Tensor]]
+    modules_to_save: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    embeddings: Mapping[str, Tensor]
+
+
+def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted:
+    """Which tensor is what. One that is nothing the configuration asks for is an error."""
+    found = Sorted({}, {}, {}, {})
+    known = parameter_keys(type(config.method))
+    modules: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, str] = {}
+    for key in sorted(tensors):
+        if not key.startswith(PREFIX):
+            raise KeyMismatchError(f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?")
+        name = key.removeprefix(PREFIX)
+        place = _parameter(name, known, config)
+        if place is None:
+            rest[key] = name
+        else:
+            modules.setdefault(place[0], {})[place[1]] = tensors[key]
+    tables = {module for module, own in modules.items() if own.keys() & parameter_keys(type(config.method), only_embedding=True)}
+    for key, name in rest.items():
+        kind = _other(name, config, tables)
+        if kind is None:
+            saved, bias = list(config.targets.modules_to_save or ()), config.housekeeping.get("bias", "none")
+            raise KeyMismatchError(
+                f"{key!r} is no parameter of {type(config.method).__name__}, in no module of modules_to_save={saved},\n"
+                f"  no bias (bias={bias!r}) and no embedding. Remove it, or name its module in modules_to_save."
+            )
+        getattr(found, kind)[key] = tensors[key]
+    return found._replace(modules=modules)
+
+
+def parameter_keys(cls: type[Method[Any]], only_embedding: bool = False) -> frozenset[str]:
+    """Every key a parameter of this method can have, or those that only an embedding has."""
+    hints = get_type_hints(cls.params_type, include_extras=True).values()
+    keys = [extra for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key)]
+    return frozenset(key.key for key in keys if not only_embedding or key.kinds == {"embedding"})
+
+
+def parameter_name(key: str) -> str:
+    """The model's own name for what a key of `modules_to_save`, `biases` or `embeddings` holds."""
+    *path, last = key.removeprefix(PREFIX).split(".")
+    return ".".join([*path[:-1], last] if path[-1:] == ["base_layer"] else [*path, last])
+
+
+def with_adapter_name(key: str, adapter: str, tuner_prefix: str) -> str:
+    """A file's key of an adapter tensor as PEFT has it in memory."""
+    check_adapter_name(adapter)
+    *path, last = key.split(".")
+    if last == MAGNITUDE:
+        return f"{key}.{adapter}.weight"
+    if last.startswith(tuner_prefix):
+        return f"{key}.{adapter}"
+    return ".".join([*path, adapter, last])
+
+
+def without_adapter_name(key: str, adapter: str, tuner_prefix: str) -> str:
+    """Undoes `with_adapter_name`; a key that holds no adapter name there stays as it is."""
+    parts = key.removesuffix(".weight").split(".") if key.endswith(f".{MAGNITUDE}.{adapter}.weight") else key.split(".")
+    for at in (len(parts) - 1, len(parts) - 2):
+        if at > 0 and parts[at] == adapter and parts[at - 1].startswith(tuner_prefix):
+            return ".".join([*parts[:at], *parts[at + 1 :]])
+    return key
+
+
+def check_adapter_name(adapter: str) -> None:
+    if not adapter or adapter in (".", "..") or set(adapter) & {".", "/", "\\", "\0"}:
+        raise ConfigError(f"an adapter cannot be called {adapter!r}: the name is a part of keys and a folder.\n  Use no dots or slashes.")
+
+
+def _parameter(name: str, known: frozenset[str], config: AdapterConfig) -> tuple[str, str] | None:
+    """(module path, parameter key), if the last part or two of the name are a parameter of the method, or look like one."""
+    parts = name.split(".")
+    ends = [(".".join(parts[:-n]), ".".join(parts[-n:])) for n in (1, 2) if len(parts) > n]
+    looks = [end for end in ends if end[1].startswith(config.method.tuner_prefix) and not _is_saved(name, config)]
+    return next((end for end in ends if end[1] in known), looks[0] if looks else None)
+
+
+def _is_saved(name: str, config: AdapterConfig) -> bool:
+    """Whether a module above it is in modules_to_save, which may be called lora_head; PEFT asks for no dot before the name."""
+    path, saved = name.split(".")[:-1], tuple(config.targets.modules_to_save or ())
+    return any(".".join(path[: n + 1]).endswith(saved) for n in range(len(path)))
+
+
+def _other(name: str, config: AdapterConfig, tables: Collection[str]) -> str | None:
+    if _is_saved(name, config):
+        return "modules_to_save"
+    if name.endswith(".bias") and config.housekeeping.get("bias", "none") != "none":
+        return "biases"
+    module, _, last = parameter_name(name).rpartition(".")
+    adapted = f"{module}.base_layer.{last}" == name
+    if last in ("weight", "bias") and (module.rpartition(".")[2] in EMBEDDINGS or (adapted and module in tables)):
+        return "embeddings"
+    return None

@@ -1,0 +1,107 @@
+"""What an adapter_config.json may say: PEFT's own refusals, what is not built here yet, and what an init means once an adapter is saved.
+
+Loading a saved adapter runs its init again in PEFT, and then overwrites the parameters. So only what the init does to the frozen weight
+is left of it:
+
+    eva, lora_ga           need data; without it PEFT draws the default start and leaves the weight alone: read as True.  An adapter
+                           trained from lora_ga belongs to a changed weight, which PEFT does not restore either
+    pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
+    corda, loftq           take off what only data, or a quantiser, can tell: refused
+    mica                   holds B constant in training, which is another gradient: refused
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from peft_ref.contracts import Method
+from peft_ref.errors import ConfigError
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Switches that change what an adapter computes. One that a method of `METHODS` has as its `flag` is built; any other is refused when on.
+SWITCHES: Mapping[str, Mapping[str, str]] = {
+    "LORA": {
+        "use_bdlora": "BD-LoRA makes A or B block diagonal",
+        "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
+        "use_qalora": "QA-LoRA pools the input",
+        "velora_config": "VeLoRA has a gradient of its own",
+        "kasa_config": "KaSA adds a diagonal and truncates the frozen weight",
+        "monteclora_config": "MonteCLoRA adds noise in training",
+        "arrow_config": "Arrow routes between adapters",
+        "target_parameters": "target_parameters adapts bare parameters such as fused experts",
+        "layer_replication": "layer_replication rebuilds the model",
+        "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+    },
+    "LOHA": {"use_effective_conv2d": "use_effective_conv2d factorises the kernel"},
+}
+
+INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
+INITS_NOT_BUILT = {
+    "corda": "takes a part off the frozen weight that only its calibration data can tell; PEFT cannot load it without them either",
+    "loftq": "replaces the frozen weight by a quantised one",
+    "mica": "holds B constant in training",
+}
+
+
+def init_as_saved(init: Any) -> Any:
+    """What `init_lora_weights` of a saved adapter means."""
+    if isinstance(init, str) and init.lower() in INITS_NOT_BUILT:
+        reason = INITS_NOT_BUILT[init.lower()]
+        raise ConfigError(
+            f"init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
+            " path_initial_model_for_weight_conversion, or over the weight it was trained on with init_lora_weights=True."
+        )
+    if isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init):
+        return "pissa"
+    return INITS_AS_SAVED.get(init, init) if isinstance(init, str) else init
+
+
+def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> None:
+    """Raise `ConfigError` where PEFT refuses the configuration, or it asks for what is not built yet."""
+
+    def refuse(problem: str, remedy: str) -> None:
+        raise ConfigError(f"{where}: {problem} (HF PEFT refuses it too).\n  {remedy}")
+
+    kind, targets = data["peft_type"], data.get("target_modules")
+    for switch, what in SWITCHES.get(kind, {}).items():
+        if data.get(switch) and switch not in built:
+            raise ConfigError(f"{where}: {switch}={data[switch]!r:.60} is not built yet: {what}.\n  It would not be right as plain {kind}.")
+    if (task := data.get("task_type")) is not None and task not in TASK_TYPES:
+        refuse(f"task_type={task!r}", f"There are {', '.join(TASK_TYPES)}, and null.")
+    if data.get("layers_pattern") and data.get("layers_to_transform") is None:
+        refuse("layers_pattern without layers_to_transform", "Give the layers' numbers too.")
+    if kind == "LORA":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and data.get(name) is not None:
+                refuse(f"{name} with target_modules={targets!r}, a pattern", "Say it in the pattern, or list the module names.")
+        if data.get("lora_bias") and data.get("use_dora"):
+            refuse("lora_bias with use_dora", "Choose one.")
+        if data.get("megatron_config") and data.get("use_dora"):
+            refuse("megatron_config with use_dora", "Choose one.")
+        bias = data.get("bias", "none")
+        if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):
+            refuse(f"bias={bias!r}", "There are 'none', 'all' and 'lora_only'.")
+    feedforward = data.get("feedforward_modules")
+    if kind == "IA3" and isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
+        refuse(f"feedforward_modules={feedforward} are not all in target_modules={targets}", "Target them too.")
+
+
+def check_types(cls: type[Method[Any]], values: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` for a hyper-parameter that is of another type than its field."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
+        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str)}.get(hint)
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+            raise ConfigError(
+                f"{where}: {name}={value!r:.60} is of type {type(value).__name__}, expected {' or '.join(t.__name__ for t in wanted)}."
+            )
+
+
+def field_names(cls: type[Any]) -> tuple[str, ...]:
+    """The names of a frozen dataclass's fields."""
+    return tuple(f.name for f in dataclasses.fields(cls))
