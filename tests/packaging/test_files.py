@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from peft_ref.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,44 @@
+"""JAX on its default device.
+
+Traps: JAX turns float64 into float32 unless x64 is enabled, when an array is made and again at every operation; and on accelerators a
+float32 matrix product runs in lower precision by default. Both switches are set in the scope only, for this thread: a float64 array that
+is used outside `backend.scope()` is silently rounded to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, final
+
+import numpy as np
+
+from peft_ref.arrays import Array
+from peft_ref.backend import Backend, Host
+
+
+@final
+class JaxBackend(Backend):
+    name: ClassVar[str] = "jax"
+    library: ClassVar[str] = "jax"
+    install: ClassVar[str] = "pip install 'peft-ref[jax]'"
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        jax = self.module
+        try:
+            enable_x64 = jax.enable_x64
+        except AttributeError:  # before jax 0.8
+            from jax.experimental import enable_x64
+        with enable_x64(True), jax.default_matmul_precision("highest"):
+            yield
+
+    def hold(self, array: Host) -> Array:
+        return self.module.numpy.asarray(array)
+
+    def fetch(self, array: Array) -> Host:
+        return np.asarray(array)
+
+    @property
+    def device(self) -> str:
+        return str(self.module.devices()[0])

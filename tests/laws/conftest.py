@@ -1,0 +1,47 @@
+"""Which backends the laws run on: `--backend NAME` (or "module:Class", as often as you like), or else every one that is known.
+
+Known are the installed ones and, so that a checkout needs no installation, those of this repository's pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from peft_ref.backend import GROUP, Backend, BackendMissing, get_backend, installed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", default=[], help="a backend to run the laws on: its name, or module:Class")
+
+
+def known() -> dict[str, str]:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    return project["entry-points"][GROUP] | {name: point.value for name, point in installed().items()}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--backend", default=[]) or list(known())
+        metafunc.parametrize("backend", chosen, indirect=True, scope="session")
+
+
+@cache
+def _construct(name: str) -> Backend | BackendMissing:
+    try:
+        return get_backend(known().get(name, name))
+    except BackendMissing as missing:
+        return missing
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    found = _construct(request.param)
+    if isinstance(found, BackendMissing):
+        if request.config.getoption("--backend", default=[]):
+            pytest.fail(str(found))  # asked for by name
+        pytest.skip(found.reason)
+    return found

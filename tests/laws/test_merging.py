@@ -1,0 +1,242 @@
+"""Merged equals unmerged, unmerging undoes merging, and several adapters act in the order the contract says."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_ref import stack
+from peft_ref.contracts import Additive, LowRank
+from peft_ref.errors import ConfigError, NotMergeableError
+from peft_ref.layers import Conv, Embedding, Linear
+from peft_ref.methods import METHODS, DoRA, LoRA
+from peft_ref.stack import Adapter, Dropout
+from tests.laws.compare import assert_close, assert_same_bits
+from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, methods
+
+ADDITIVE = [(name, kind) for name, kind in PAIRS if issubclass(METHODS[name], LowRank | Additive)]
+SCALED = [(name, kind) for name, kind in ADDITIVE if {f.name for f in fields(METHODS[name])} & {"alpha", "lora_alpha"}]  # type: ignore[arg-type]
+
+
+def merged(case: Case, adapters: list[Adapter]) -> tuple[Host, Host | None] | None:
+    """The merged weight and bias, or None where the frozen ones cannot hold the adapters."""
+    try:
+        return stack.merge(case.layer, case.W, case.b, adapters)
+    except NotMergeableError:
+        return None
+
+
+def companion(data: st.DataObject, case: Case, stream: int) -> Adapter:
+    """A second adapter on the same layer, of any method that takes it."""
+    takers = [name for name, kind in PAIRS if kind == case.layer.kind]
+    name = data.draw(st.sampled_from(takers))
+    method = data.draw(methods(name).filter(lambda m: _takes(m, case)))
+    return Adapter(method, replace(case, method=method).params(stream))
+
+
+def _takes(method: Any, case: Case) -> bool:
+    try:
+        method.check_layer(case.layer)
+    except (ConfigError, TypeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_merged_equals_unmerged(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    adapters = [Adapter(case.method, case.params())]
+    if (after := merged(case, adapters)) is not None:
+        y = stack.forward(case.layer, case.W, case.b, adapters, case.x)
+        assert_close(y, case.layer.apply(case.x, *after), "the unmerged output")
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_merged_equals_unmerged_for_several_adapters(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    adapters = [Adapter(case.method, case.params()), companion(data, case, 21), companion(data, case, 22)]
+    if (after := merged(case, adapters)) is not None:
+        y = stack.forward(case.layer, case.W, case.b, adapters, case.x)
+        assert_close(y, case.layer.apply(case.x, *after), "the unmerged output", rounding=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_unmerge_undoes_merge(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    adapters = [Adapter(case.method, case.params()), companion(data, case, 21)]
+    if (after := merged(case, adapters)) is not None:
+        W, b = stack.unmerge(case.layer, *after, adapters, case.W)
+        assert_close(W, case.W, "the weight", rounding=1e-8)
+        if case.b is not None:
+            assert b is not None
+            assert_close(b, case.b, "the bias", rounding=1e-8)
+
+
+@pytest.mark.parametrize(("name", "kind"), ADDITIVE)
+@given(data=st.data())
+@LAW
+def test_unmerge_gives_the_same_bits_back_where_nothing_is_rounded(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind, dyadic=True))
+    adapters = [Adapter(case.method, case.params())]
+    after = merged(case, adapters)
+    if after is None or any(change is not None and not _short(change - before) for change, before in zip(after, (case.W, case.b), strict=True)):
+        return  # a scale like 1/3: W + dW is rounded
+    W, b = stack.unmerge(case.layer, *after, adapters, case.W)
+    assert_same_bits(W, case.W, "the weight")
+    if case.b is not None:
+        assert b is not None
+        assert_same_bits(b, case.b, "the bias")
+
+
+def _short(delta: Host) -> bool:
+    grid = delta * 2.0**30
+    return bool(np.all(grid == np.round(grid)) and np.all(np.abs(delta) < 2.0**20))
+
+
+@pytest.mark.parametrize(("name", "kind"), SCALED)
+@given(data=st.data())
+@LAW
+def test_doubling_alpha_doubles_what_is_added(name: str, kind: str, data: st.DataObject) -> None:
+    """On a weight of zeros the output is what the adapter adds, and a factor of two rounds nothing: the bits must match."""
+    case = data.draw(cases(name, kind))
+    alpha = "alpha" if "alpha" in {f.name for f in fields(case.method)} else "lora_alpha"  # type: ignore[arg-type]
+    twice = replace(case.method, **{alpha: 2 * getattr(case.method, alpha)})  # type: ignore[type-var]
+    p, zero = case.params(), np.zeros_like(case.W)
+    b = None if case.b is None else np.zeros_like(case.b)
+    once = stack.forward(case.layer, zero, b, [Adapter(case.method, p)], case.x)
+    assert np.any(once != 0) or np.all(once == 0)
+    assert_same_bits(stack.forward(case.layer, zero, b, [Adapter(twice, p)], case.x), 2 * once, "the output at twice alpha")
+
+
+@pytest.mark.parametrize(("name", "kind"), ADDITIVE)
+@given(data=st.data())
+@LAW
+def test_additive_adapters_add_up_in_any_order(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    first, second = Adapter(case.method, case.params()), Adapter(case.method, case.params(21))
+
+    def y(*adapters: Adapter) -> Host:
+        return stack.forward(case.layer, case.W, case.b, adapters, case.x)
+
+    assert_close(y(first, second), y(first) + y(second) - y(), "the output of both")
+    assert_close(y(second, first), y(first, second), "the output in the other order")
+
+
+@pytest.mark.parametrize("kind", sorted(DoRA.kinds))
+@given(data=st.data())
+@LAW
+def test_dora_after_another_adapter_scales_its_weight_by_the_norm_at_the_frozen_weight(kind: str, data: st.DataObject) -> None:
+    """W2 = m / |W0 + s B A| (W1 + s B A), the norm taken row by row, whatever made W1 out of W0."""
+    case = data.draw(cases("dora", kind))
+    p, below = case.params(), companion(data, case, 21)
+    under = merged(case, [below])
+    if under is None:
+        return
+    assert isinstance(case.method, DoRA)
+    s = case.method.lora_alpha / (case.method.r ** (0.5 if case.method.use_rslora else 1))
+    delta = s * p.B @ p.A
+    gain = p.m / np.linalg.norm(case.W + delta, axis=1)
+    expected = gain[:, np.newaxis] * (under[0] + delta)
+    got, _ = stack.merge(case.layer, case.W, case.b, [below, Adapter(case.method, p)])
+    assert_close(got, expected, "the weight")
+
+
+def test_the_order_of_a_reweighting_and_an_additive_adapter_matters() -> None:
+    layer = Linear(in_features=3, out_features=2)
+    case = Case(LoRA(r=2), layer, True, (4, 3), 5)
+    dora = DoRA(r=2)
+    lora = Adapter(case.method, case.params())
+    reweight = Adapter(dora, replace(case, method=dora).params(21))
+    one = stack.forward(layer, case.W, case.b, [lora, reweight], case.x)
+    other = stack.forward(layer, case.W, case.b, [reweight, lora], case.x)
+    assert np.max(np.abs(one - other)) > 1e-3
+
+
+@given(data=st.data())
+@LAW
+def test_lora_on_a_grouped_convolution_is_not_mergeable_and_runs_unmerged(data: st.DataObject) -> None:
+    """Unmerged it is the convolution with A, all channels in one group, followed by the grouped 1x1 convolution with B."""
+    kind = data.draw(st.sampled_from(("conv1d", "conv2d", "conv3d")))
+    case = data.draw(cases("lora", kind).filter(lambda c: c.layer.groups > 1))
+    p = case.params()
+    adapter = Adapter(case.method, p)
+    with pytest.raises(NotMergeableError, match="groups"):
+        stack.merge(case.layer, case.W, case.b, [adapter])
+    with pytest.raises(NotMergeableError, match="groups"):
+        stack.unmerge(case.layer, case.W, case.b, [adapter], case.W)
+    layer, method = case.layer, case.method
+    assert isinstance(layer, Conv)
+    assert isinstance(method, LoRA)
+    down = replace(layer, out_channels=method.r, groups=1)
+    ones = (1,) * len(layer.kernel_size)
+    up = Conv(in_channels=method.r, out_channels=layer.out_channels, kernel_size=ones, groups=layer.groups)
+    change = method.scale * up.apply(down.apply(case.x, p.A, None), p.B, p.c)
+    got = stack.forward(layer, case.W, case.b, [adapter], case.x) - layer.apply(case.x, case.W, case.b)
+    assert_close(got, change, "what the adapter adds")
+
+
+@pytest.mark.parametrize("kind", sorted(LoRA.kinds - {"embedding"}))
+@given(data=st.data())
+@LAW
+def test_lora_bias_on_a_layer_without_bias_is_not_mergeable(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases("lora", kind).filter(lambda c: not c.bias and c.layer.groups == 1))
+    case = replace(case, method=replace(case.method, lora_bias=True))  # type: ignore[type-var]
+    with pytest.raises(NotMergeableError, match="bias"):
+        stack.merge(case.layer, case.W, None, [Adapter(case.method, case.params())])
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] != "embedding"])
+@given(data=st.data())
+@LAW
+def test_dropout_that_keeps_everything_changes_nothing(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    p, layer = case.params(), case.layer
+    plain, kept = Adapter(case.method, p), Adapter(case.method, p, Dropout(np.ones(case.shape), 0.0))
+    got = stack.forward(layer, case.W, case.b, [kept], case.x)
+    assert_close(got, stack.forward(layer, case.W, case.b, [plain], case.x), "the output")
+    expected = stack.vjp(layer, case.W, case.b, [plain], case.x, case.dy)
+    gradients = stack.vjp(layer, case.W, case.b, [kept], case.x, case.dy)
+    assert_close(gradients.x, expected.x, "the gradient of x")
+    for field in p._fields:
+        if getattr(p, field) is not None:
+            assert_close(getattr(gradients.params[0], field), getattr(expected.params[0], field), f"the gradient of {field}", rounding=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] != "embedding"])
+@given(data=st.data())
+@LAW
+def test_dropout_that_drops_everything_leaves_only_what_does_not_see_the_input(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind))
+    dropped = Adapter(case.method, case.params(), Dropout(np.zeros(case.shape), 0.5))
+    got = stack.forward(case.layer, case.W, case.b, [dropped], case.x)
+    change = got - case.layer.apply(case.x, case.W, case.b)
+    at_zero = stack.forward(case.layer, case.W, case.b, [dropped], np.zeros(case.shape))
+    assert_close(change, at_zero - case.layer.apply(np.zeros(case.shape), case.W, case.b), "what the adapter adds")
+
+
+def test_dropout_before_a_reweighting_adapter_is_refused() -> None:
+    layer = Linear(in_features=3, out_features=2)
+    case = Case(LoRA(r=2), layer, False, (4, 3), 5)
+    lora = Adapter(case.method, case.params(), Dropout(np.ones((4, 3)), 0.0))
+    dora = Adapter(DoRA(r=2), replace(case, method=DoRA(r=2)).params(21))
+    with pytest.raises(ConfigError, match="reweighting"):
+        stack.forward(layer, case.W, None, [lora, dora], case.x)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in PAIRS if kind == "embedding"])
+def test_dropout_on_an_embedding_is_refused(name: str) -> None:
+    layer = Embedding(num_embeddings=4, embedding_dim=3)
+    case = Case(METHODS[name](), layer, False, (5,), 5)
+    with pytest.raises(ConfigError, match="embedding"):
+        stack.forward(layer, case.W, None, [Adapter(case.method, case.params(), Dropout(np.ones(5), 0.0))], case.x)

@@ -1,0 +1,71 @@
+"""A fresh adapter: it has the declared shapes, and it changes nothing where it promises to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_ref import stack
+from peft_ref.contracts import KINDS
+from peft_ref.errors import UnsupportedLayerError
+from peft_ref.methods import METHODS
+from peft_ref.stack import Adapter
+from tests.laws.compare import assert_close, assert_same_bits
+from tests.laws.strategies import LAW, PAIRS, STRANGERS, cases, layers
+
+# Methods whose default start is not the identity in HF PEFT either.
+NOT_THE_IDENTITY: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[0] not in NOT_THE_IDENTITY])
+@given(data=st.data())
+@LAW
+def test_a_fresh_adapter_changes_nothing(name: str, kind: str, data: st.DataObject) -> None:
+    """Where the start changes the frozen weight (pissa, olora), the weight it returns takes the old one's place."""
+    case = data.draw(cases(name, kind, fresh=True))
+    start = case.method.init(case.layer, case.W, np.random.default_rng([case.seed, 30]))
+    got = stack.forward(case.layer, start.W, case.b, [Adapter(case.method, start.params)], case.x)
+    assert_close(got, case.layer.apply(case.x, case.W, case.b), "the output", rounding=1e-11)
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_a_fresh_adapter_has_the_declared_shapes_and_the_dtype_of_the_weight(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind, fresh=True))
+    W = case.W.astype(np.float32)
+    start = case.method.init(case.layer, W, np.random.default_rng([case.seed, 30]))
+    declared = {s.field: s.shape for s in case.method.spec(case.layer)}
+    got = {field: value.shape for field, value in zip(start.params._fields, start.params, strict=True) if value is not None}
+    assert got == declared
+    assert start.W.shape == W.shape
+    for array in (start.W, *(value for value in start.params if value is not None and value.dtype.kind == "f")):
+        assert array.dtype == np.float32
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_the_same_generator_gives_the_same_start(name: str, kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name, kind, fresh=True))
+    one, other = (case.method.init(case.layer, case.W, np.random.default_rng([case.seed, 30])) for _ in range(2))
+    for field in one.params._fields:
+        if getattr(one.params, field) is not None:
+            assert_same_bits(getattr(other.params, field), getattr(one.params, field), field)
+
+
+@pytest.mark.parametrize(("name", "kind"), STRANGERS)
+@given(data=st.data())
+@LAW
+def test_a_kind_of_layer_that_is_not_supported_is_refused_by_name(name: str, kind: str, data: st.DataObject) -> None:
+    layer = data.draw(layers(kind))
+    with pytest.raises(UnsupportedLayerError, match=f"at 'block.0': a {kind} layer"):
+        METHODS[name]().check_layer(layer, "block.0")
+
+
+def test_every_method_supports_a_kind_of_layer_and_no_unknown_one() -> None:
+    for name, cls in METHODS.items():
+        assert cls.kinds, name
+        assert cls.kinds <= KINDS, name
