@@ -21,7 +21,7 @@ _registered: dict[type, Namespace] = {}
 
 
 def register_namespace(array_type: type, xp: Namespace) -> None:
-    """Make `xp` the namespace of arrays of `array_type`, a library that does not conform by itself and that array-api-compat does not know."""
+    """Make `xp` the namespace of arrays of `array_type`: of a library that does not conform and that array-api-compat does not know."""
     _registered[array_type] = xp
 
 

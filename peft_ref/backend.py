@@ -63,7 +63,7 @@ class Backend(ABC):
     def fetch(self, array: Array) -> Host:
         """An array of the library as a NumPy array, dtype kept. A lazy one is computed now."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - optional, not forgotten
         """Set up the library once, after its import. Raise `BackendMissing` when what it runs on is not here."""
 
     def settle(self, arrays: Sequence[Array]) -> list[Array]:
@@ -154,7 +154,9 @@ class Backend(ABC):
                 product = namespace(x).sum(x * x @ x, axis=0)
             for what, got, expected in (("a trip there and back", x, sent), ("x * x @ x", product, np.sum(sent * sent @ sent, axis=0))):
                 if self.dtype_of(got) != compute_dtype(dtype):
-                    raise BackendBroken(f"backend {self.name!r}: {what} in {dtype} is held in {self.dtype_of(got)}, not {compute_dtype(dtype)}")
+                    raise BackendBroken(
+                        f"backend {self.name!r}: {what} in {dtype} is held in {self.dtype_of(got)}, not {compute_dtype(dtype)}"
+                    )
                 if not np.array_equal(self.to_numpy(got, dtype), round_to(expected, dtype)):
                     raise BackendBroken(
                         f"backend {self.name!r}: {what} in {dtype} gave {self.to_numpy(got, dtype).tolist()}, expected {expected.tolist()}"
@@ -173,7 +175,7 @@ def compute_dtype(dtype: str) -> str:
 
 
 def round_to(array: Host, dtype: str) -> Host:
-    """`array` in float64 with every value rounded, once and to nearest even, to one that `dtype` holds; what is too large becomes infinite."""
+    """`array` in float64, every value rounded once and to nearest even to one that `dtype` holds. What is too large becomes infinite."""
     if array.dtype.kind not in "fV":
         raise ConfigError(f"an array of {array.dtype} cannot be rounded to {dtype}.\n  Give real floating point numbers.")
     wide = array.astype(np.float64)
@@ -191,7 +193,8 @@ def _odd_float32(wide: Host) -> Host:
     """float64 as float32, what is cut off kept as an odd last bit: ml_dtypes goes to bfloat16 through float32 and would round twice."""
     near = wide.astype(np.float32)
     cut = np.where(np.abs(near) > np.abs(wide), np.nextafter(near, np.float32(0)), near)
-    return (cut.view(np.uint32) | (cut != wide).astype(np.uint32)).view(np.float32)
+    odd: Host = cut.view(np.uint32) | (cut != wide).astype(np.uint32)
+    return odd.view(np.float32)
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -217,7 +220,9 @@ def get_backend(name: str) -> Backend:
     points = installed()
     if name not in points:
         known = ", ".join(points) or "none; a checkout that is not installed registers none (pip install -e .)"
-        raise BackendMissing(f"no backend named {name!r}.\n  Installed: {known}.\n  Or name its class: 'peft_ref_backends.numpy:NumpyBackend'.")
+        raise BackendMissing(
+            f"no backend named {name!r}.\n  Installed: {known}.\n  Or name its class: 'peft_ref_backends.numpy:NumpyBackend'."
+        )
     return _construct(points[name].value)
 
 

@@ -34,7 +34,8 @@ class CupyBackend(Backend):
         return self.module.asarray(array)
 
     def fetch(self, array: Array) -> Host:
-        return self.module.asnumpy(array)
+        host: Host = self.module.asnumpy(array)
+        return host
 
     @property
     def device(self) -> str:

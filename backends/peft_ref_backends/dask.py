@@ -5,6 +5,7 @@ Every array is one chunk: Dask's linalg and fft ask for that along the axes they
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import ClassVar, final
 
@@ -27,12 +28,10 @@ class DaskBackend(Backend):
         return np.asarray(array.compute(scheduler="synchronous"))
 
     def settle(self, arrays: Sequence[Array]) -> list[Array]:
-        import dask
+        from dask.base import persist
 
-        return list(dask.persist(*arrays, scheduler="synchronous"))
+        return list(persist(*arrays, scheduler="synchronous"))
 
     @property
     def version(self) -> str:
-        import dask
-
-        return str(dask.__version__)
+        return importlib.metadata.version("dask")

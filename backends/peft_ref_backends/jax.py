@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import ClassVar, final
 
 import numpy as np
@@ -26,11 +27,8 @@ class JaxBackend(Backend):
     @contextmanager
     def scope(self) -> Iterator[None]:
         jax = self.module
-        try:
-            enable_x64 = jax.enable_x64
-        except AttributeError:  # before jax 0.8
-            from jax.experimental import enable_x64
-        with enable_x64(True), jax.default_matmul_precision("highest"):
+        home = jax if "enable_x64" in vars(jax) else import_module("jax.experimental")  # where older versions keep it
+        with home.enable_x64(True), jax.default_matmul_precision("highest"):
             yield
 
     def hold(self, array: Host) -> Array:

@@ -61,7 +61,8 @@ class MlxBackend(Backend):
         register_namespace(self.module.array, _Namespace(self.module))
 
     def scope(self) -> AbstractContextManager[Any]:
-        return self.module.stream(self.module.cpu)
+        on_cpu: AbstractContextManager[Any] = self.module.stream(self.module.cpu)
+        return on_cpu
 
     def hold(self, array: Host) -> Array:
         return self.module.array(array, dtype=getattr(self.module, array.dtype.name if array.dtype != bool else "bool_"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
+import numpy as np
+
 from peft_ref.arrays import Array
 from peft_ref.backend import Backend, Host
 
@@ -19,4 +21,4 @@ class NumpyBackend(Backend):
         return array
 
     def fetch(self, array: Array) -> Host:
-        return array
+        return np.asarray(array)

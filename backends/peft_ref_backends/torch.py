@@ -35,4 +35,5 @@ class TorchBackend(Backend):
         return self.module.from_numpy(array)
 
     def fetch(self, array: Array) -> Host:
-        return array.detach().cpu().resolve_conj().resolve_neg().numpy()
+        host: Host = array.detach().cpu().resolve_conj().resolve_neg().numpy()
+        return host

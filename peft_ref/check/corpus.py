@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_ref.check.case import Case, build_method
 from peft_ref.check.mistakes import SUITES
+from peft_ref.check.text_cases import text_cases
 from peft_ref.check.variants import LAYERS, Variant, make_case
 from peft_ref.contracts import Additive, LowRank, Method
 from peft_ref.errors import UnsupportedLayerError
@@ -19,8 +20,7 @@ from peft_ref.methods import METHODS
 def corpus(method: str | None = None) -> tuple[Case, ...]:
     """Every case, of one method or of all."""
     names = [method] if method else sorted(METHODS)
-    arrays = tuple(case for name in names for case in _cases(name, SUITES[name].variants))
-    return arrays + tuple(case for name in names for case in SUITES[name].text_cases())
+    return tuple(case for name in names for case in (*_cases(name, SUITES[name].variants), *text_cases(name, name.upper())))
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

@@ -9,6 +9,7 @@ Ambiguity is reported, never guessed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple, TypeVar
@@ -105,60 +106,59 @@ def _pair(method: str, wrong: list[Wrong], right: list[Case], dtype: str) -> tup
     """Two mistakes made at once, of the kind that can be: both change the case."""
     simple = [m for m in SUITES[method].mistakes if isinstance(m.replay, AsIf)]
     for first, second in combinations(simple, 2):
-        if _fits(first.replay.then(second.replay), wrong, right, dtype):  # type: ignore[attr-defined, arg-type]  # filtered above
+        if _fits(first.replay.then(second.replay), wrong, right, dtype):  # type: ignore[attr-defined]  # filtered above
             return first, second
     return None
 
 
 def _named(method: str, group: list[Wrong], mistakes: list[Mistake], together: bool = False) -> Diagnosis:
-    sentences = [m.sentence for m in mistakes]
-    text = f"Your numbers are what you get when {(' and ' if together else '; or when ').join(sentences)}."
-    worst = max((w.verdict.worst for w in group if w.verdict.worst), key=lambda x: x.ratio, default=None)
-    return Diagnosis(
-        method=method,
-        **_where(group),
+    sentences = (" and " if together else "; or when ").join(m.sentence for m in mistakes)
+    return replace(
+        _of(method, group, mistakes[0].clause, f"Your numbers are what you get when {sentences}."),
         mistakes=tuple(m.name for m in mistakes),
-        text=text,
-        clause=mistakes[0].clause,
         links=tuple(link for m in mistakes for link in m.links),
         dialect=all(m.dialect for m in mistakes),
         together=together,
-        worst=worst,
     )
 
 
 def _unknown(method: str, group: list[Wrong], dtype: str) -> Diagnosis:
-    worst = max((w.verdict.worst for w in group if w.verdict.worst), key=lambda x: x.ratio, default=None)
     fit = next((text for w in group if (text := _fit(w, dtype))), "")
     text = "No known mistake gives these numbers." + (f" {fit}" if fit else "")
-    return Diagnosis(method=method, **_where(group), mistakes=(), text=text, clause=group[0].case.clause, worst=worst)
+    return _of(method, group, group[0].case.clause, text)
 
 
-class _Where(NamedTuple):
-    operations: tuple[str, ...]
-    layers: tuple[str, ...]
-    cases: tuple[str, ...]
-
-
-def _where(group: Sequence[Wrong]) -> dict[str, tuple[str, ...]]:
-    kinds = [w.case.layer.kind for w in group if w.case.layer is not None]
-    return _Where(
-        tuple(dict.fromkeys(w.case.operation for w in group)),
-        tuple(dict.fromkeys(kinds)),
-        tuple(w.case.id for w in group),
-    )._asdict()
+def _of(method: str, group: Sequence[Wrong], clause: str, text: str) -> Diagnosis:
+    return Diagnosis(
+        method=method,
+        operations=tuple(dict.fromkeys(w.case.operation for w in group)),
+        layers=tuple(dict.fromkeys(w.case.layer.kind for w in group if w.case.layer is not None)),
+        cases=tuple(w.case.id for w in group),
+        mistakes=(),
+        text=text,
+        clause=clause,
+        worst=max((w.verdict.worst for w in group if w.verdict.worst), key=lambda x: x.ratio, default=None),
+    )
 
 
 def _joined(diagnoses: list[Diagnosis]) -> list[Diagnosis]:
     """Diagnoses of the same mistakes as one."""
     out: list[Diagnosis] = []
     for group in grouped(diagnoses, lambda d: (d.mistakes or d.text, d.together)).values():
-        first = group[0]
-        merged = {name: tuple(dict.fromkeys(v for d in group for v in getattr(d, name))) for name in ("operations", "layers", "cases")}
-        worst = max((d.worst for d in group if d.worst), key=lambda x: x.ratio, default=None)
-        values = {f: getattr(first, f) for f in first.__dataclass_fields__}
-        out.append(Diagnosis(**{**values, **merged, "worst": worst}))
+        out.append(
+            replace(
+                group[0],
+                operations=_union(d.operations for d in group),
+                layers=_union(d.layers for d in group),
+                cases=_union(d.cases for d in group),
+                worst=max((d.worst for d in group if d.worst), key=lambda x: x.ratio, default=None),
+            )
+        )
     return out
+
+
+def _union(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for part in parts for name in part))
 
 
 def _fit(w: Wrong, dtype: str) -> str:
@@ -176,4 +176,4 @@ def _fit(w: Wrong, dtype: str) -> str:
 
 
 def _only(name: str, expected: Expected) -> Expected:
-    return Expected(*({name: part[name]} for part in expected[:3]), expected.exact)
+    return Expected({name: expected.values[name]}, {name: expected.tolerance[name]}, {name: expected.likely[name]}, expected.exact)

@@ -13,7 +13,7 @@ that no case tells from another, fails a test.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -47,7 +47,6 @@ class Suite:
 
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
-    text_cases: Callable[[], Iterable[Case]] = tuple
     slack: float = 1.0  # how much larger the terms of another honest evaluation order are than the formula's own
 
 
@@ -130,7 +129,7 @@ def autograd(case: Case, forward: Callable[[Problem], Array]) -> Answer:
     p = pose(case, tape.tape_array)
     assert case.dy is not None
     tape.backward(forward(p), case.dy)
-    grads = [a.method.params_type(*[None if v is None else tape.gradients(v) for v in a.params]) for a in p.adapters]
+    grads = [a.method.to_params(**{f: v if v is None else tape.gradients(v) for f, v in a.params._asdict().items()}) for a in p.adapters]
     out: Answer = {}
     if p.x is not None and p.x.dtype == object:
         out["x"] = tape.gradients(p.x)

@@ -48,7 +48,8 @@ def pose(case: Case, lift: Lift = float64) -> Problem:
     adapters = []
     for a in case.adapters:
         method = build_method(case.method, a.config)
-        params = method.unpack(layer, {k: lift(v) for k, v in a.tensors.items()})
+        # A question about fresh adapters brings none.
+        params = method.unpack(layer, {k: lift(v) for k, v in a.tensors.items()}) if a.tensors else None
         dropout = None if a.dropout is None else Dropout(lift(a.dropout[0]), a.dropout[1])
         adapters.append(Adapter(method, params, dropout))
     merged = None if case.merged_weight is None else layer.fold(lift(case.merged_weight))
@@ -120,8 +121,8 @@ def null_answer(case: Case) -> Answer:
         return _weights(p.layer, p.merged_W, p.merged_b)
     right = answer(case)
     zeros = {name: np.zeros_like(v) for name, v in right.items()}
-    if case.operation == "backward" and "x" in right:
-        return {**zeros, "x": p.layer.input_vjp(p.x, p.W, p.dy)}
+    if "x" in zeros:
+        zeros["x"] = np.asarray(p.layer.input_vjp(p.x, p.W, p.dy))
     return zeros
 
 

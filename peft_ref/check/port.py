@@ -5,7 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, TypeAlias, final
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case
+import numpy as np
+
+from peft_ref.arrays import Array
+from peft_ref.backend import Backend
+from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray
 from peft_ref.check.oracle import pose, solve
 from peft_ref.check.result import PortInfo
 
@@ -49,7 +53,7 @@ class BrokenPort(Exception):
 class BackendPort(Port):
     """Our own mathematics on an array backend, in the given dtype."""
 
-    def __init__(self, backend: Any, dtype: str) -> None:
+    def __init__(self, backend: Backend, dtype: str) -> None:
         self._backend, self._dtype = backend, dtype
 
     def start(self) -> PortInfo:
@@ -61,14 +65,31 @@ class BackendPort(Port):
         )
 
     def ask(self, case: Case) -> Reply:
-        if case.operation not in ARRAY_OPERATIONS:
-            return Skipped("not about arrays: every backend gives the same answer")
-        backend = self._backend
+        if case.operation in TEXT_OPERATIONS:
+            return Skipped("about text, not about arrays: every backend gives the same answer")
         try:
-            out = solve(pose(case, lambda array: backend.from_numpy(array, self._dtype)), case.operation)
-            return Answered({name: backend.to_numpy(array, self._dtype) for name, array in out.items()})
+            with self._backend.scope():  # JAX computes in float32 outside of it
+                return Answered(self._draws(case) if case.operation == "init" else self._arrays(case))
         except Exception as error:  # a backend may raise anything; it costs this case and no other
             return Failed(f"{type(error).__name__}: {error}")
+
+    def _arrays(self, case: Case) -> Answer:
+        out = solve(pose(case, self._lift), case.operation)
+        return {name: self._backend.to_numpy(array, self._dtype) for name, array in out.items()}
+
+    def _draws(self, case: Case) -> dict[str, Any]:
+        """Fresh adapters, each from a generator of its own."""
+        problem = pose(case, self._lift)
+        layer, method = problem.layer, problem.adapters[0].method
+        draws = []
+        for seed in range(case.question["draws"]):
+            start = method.init(layer, problem.W, np.random.default_rng(seed))
+            tensors = {**method.pack(layer, start.params), "weight": layer.unfold(start.W)}
+            draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in tensors.items()})
+        return {"draws": draws}
+
+    def _lift(self, array: NDArray) -> Array:
+        return self._backend.from_numpy(array, self._dtype)
 
     def close(self) -> None:
         pass

@@ -42,9 +42,16 @@ def read_info(message: Any, validate: bool = False) -> PortInfo:
     dtype = message.get("dtype", "float64")
     if dtype not in PRECISION:
         raise BrokenPort(f"the port computes in dtype {dtype!r}; the judge knows {', '.join(PRECISION)}.")
-    lists = {key: tuple(message.get(key) or ()) for key in ("operations", "methods", "layers")}
-    texts = {key: str(message.get(key) or "") for key in ("language", "version", "homepage")}
-    return PortInfo(name=message["name"], dtype=dtype, **lists, **texts)
+    return PortInfo(
+        name=message["name"],
+        dtype=dtype,
+        language=str(message.get("language") or ""),
+        version=str(message.get("version") or ""),
+        homepage=str(message.get("homepage") or ""),
+        operations=tuple(message.get("operations") or ()),
+        methods=tuple(message.get("methods") or ()),
+        layers=tuple(message.get("layers") or ()),
+    )
 
 
 def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:

@@ -41,10 +41,10 @@ class Node:
         return self * -1.0
 
     def __sub__(self, other: Any) -> Node:
-        return self + (-other)
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> Node:
-        return (-self) + other
+        return (-self).__add__(other)
 
     def __truediv__(self, other: Any) -> Node:
         if isinstance(other, Node):

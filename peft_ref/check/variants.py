@@ -4,9 +4,9 @@
     every dimension different, none 1; a bias present; no factor zero, no parameter at its initial value
     absolute expected values, never a round trip: `unmerge` gets a weight that is not what `merge` gives
 
-Three kinds of numbers: "small" (+-1, +-2: exact even in bfloat16), "dyadic" (multiples of 1/2 up to 3/2: exact in float16 and up), "rounded"
-(a scale like 5/3 and larger sizes: nothing is exact, a bound is needed). All inputs have at most 8 significant bits, so that no format
-rounds them on the way in.
+Three kinds of numbers: "small" (+-1, +-2: exact even in bfloat16), "dyadic" (multiples of 1/2 up to 3/2: exact in float16 and up),
+"rounded" (a scale like 5/3 and larger sizes: nothing is exact, a bound is needed). All inputs have at most 8 significant bits, so that
+no format rounds them on the way in.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def dyadic(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
 
 
 def rounded(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
-    return rng.integers(17, 64, shape) * rng.choice([-1.0, 1.0], shape) / 32
+    return np.asarray(rng.integers(17, 64, shape) * rng.choice([-1.0, 1.0], shape) / 32)
 
 
 def gains(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:

@@ -12,7 +12,7 @@ from peft_ref.errors import PeftRefError
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     from peft_ref import __version__
-    from peft_ref.cli import cases, check, demo
+    from peft_ref.cli import cases, check
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, program = _split(arguments)
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"peft-ref {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (check, cases, demo):
+    for module in (check, cases):
         module.add_parser(verbs)
     options = parser.parse_args(arguments)
     try:

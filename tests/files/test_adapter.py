@@ -196,6 +196,9 @@ def test_an_adapter_s_name_is_removed_only_where_a_name_can_be() -> None:
     for name in ("default", "0", "weight", "q", "lora_A"):
         for key in ("layers.0.q.lora_A.weight", "layers.0.weight.lora_embedding_A", "h.0.default.lora_B.bias", "q.lora_magnitude_vector"):
             assert without_adapter_name(with_adapter_name(key, name, "lora_"), name, "lora_") == key
+    assert with_adapter_name("q.lora_A.weight", "x", "lora_") == "q.lora_A.x.weight"
+    assert with_adapter_name("q.lora_embedding_A", "x", "lora_") == "q.lora_embedding_A.x"
+    assert with_adapter_name("q.lora_magnitude_vector", "x", "lora_") == "q.lora_magnitude_vector.x.weight"
     assert without_adapter_name("layers.0.weight", "0", "lora_") == "layers.0.weight"
     assert without_adapter_name("layers.0.lora_A.0.weight", "0", "lora_") == "layers.0.lora_A.weight"
 

@@ -175,6 +175,22 @@ def test_a_save_killed_between_the_renames_is_finished_by_finish(tmp_path: Path,
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
 
 
+def test_a_save_that_was_not_decided_is_thrown_away_by_finish(tmp_path: Path, stop: Any, monkeypatch: Any) -> None:
+    folder = tmp_path / "a"
+    save_adapter(folder, numbered(1))
+    made = stop(0, fail)
+    save_adapter(folder, numbered(1))
+    decision = [i for i, name in enumerate(made, 1) if name == "replace"][1]
+    monkeypatch.undo()
+    stop(decision, fail, True)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(folder, numbered(2))
+    monkeypatch.undo()
+    assert number(folder) == 1
+    finish(folder, FILES)
+    assert number(folder) == 1
+
+
 def test_nothing_is_written_when_the_adapter_cannot_be_serialised(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", numbered(1))
     bad = numbered(2)

@@ -262,7 +262,7 @@ def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: st
 
 @pytest.mark.parametrize("case", OURS)
 def test_peft_misses_no_key_of_what_we_write_and_finds_none_too_many(tmp_path: Path, case: str) -> None:
-    make, config = CASES[case]
+    make, _ = CASES[case]
     model = adapted(case)
     model.save_pretrained(tmp_path / "hf")
     loaded = load_adapter(tmp_path / "hf")

@@ -139,6 +139,7 @@ LIES = {
     "offsets the wrong way round": ({"header": {"x": claim(offsets=(8, 0))}, "data": b"12345678"}, "'x' claims the bytes"),
     "offsets out of the file": ({"header": {"x": claim(shape=(4,), offsets=(0, 16))}, "data": b"12345678"}, "'x' claims the bytes"),
     "a wrong shape product": ({"header": {"x": claim(shape=(3,))}, "data": b"12345678"}, r"'x': F32 of shape \(3,\) takes 12 bytes"),
+    "a shape that leaves bytes over": ({"header": {"x": claim(shape=(1,))}, "data": b"12345678"}, "'x': F32 .* takes 4 bytes"),
     "overlapping tensors": (
         {"header": {"x": claim(), "y": claim(offsets=(4, 12))}, "data": b"123456789012"},
         "tensor 'x' and tensor 'y' overlap",

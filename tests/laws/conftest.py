@@ -20,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def known() -> dict[str, str]:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    return project["entry-points"][GROUP] | {name: point.value for name, point in installed().items()}
+    ours: dict[str, str] = project["entry-points"][GROUP]
+    return ours | {name: point.value for name, point in installed().items()}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -92,7 +92,7 @@ class Case:
         return map_params(lambda value: self.numbers(next(streams), value.shape), params)
 
 
-def map_params(f: Callable[[Any], Any], params: Any, *more: Any) -> Any:
+def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
     """`f` over the floating point arrays of a Params; the others stay."""
     rows = zip(params, *more, strict=True)
     return type(params)(*(f(*row) if isinstance(row[0], np.ndarray) and row[0].dtype.kind == "f" else row[0] for row in rows))

@@ -38,6 +38,7 @@ def test_a_batch_is_computed_row_by_row_and_its_gradients_add_up(name: str, kind
         assert_close(stack.forward(layer, W, b, adapters, np.asarray(x[row])), y[row], f"row {row} of the output")
         alone = stack.vjp(layer, W, b, adapters, np.asarray(x[row]), dy[row])
         if gradients.x is not None:
+            assert alone.x is not None
             assert_close(alone.x, gradients.x[row], f"row {row} of the gradient of x")
         for field in sums:
             sums[field] = sums[field] + getattr(alone.params[0], field)
@@ -64,7 +65,7 @@ def everything(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(arrays: dict[str, Any]) -> dict[str, Host]:
-    rest = {name: value for name, value in arrays.items() if name != "params" and value is not None}
+    rest: dict[str, Host] = {name: value for name, value in arrays.items() if name != "params" and value is not None}
     return rest | {name: value for name, value in arrays["params"]._asdict().items() if value is not None}
 
 

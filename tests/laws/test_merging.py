@@ -90,7 +90,9 @@ def test_unmerge_gives_the_same_bits_back_where_nothing_is_rounded(name: str, ki
     case = data.draw(cases(name, kind, dyadic=True))
     adapters = [Adapter(case.method, case.params())]
     after = merged(case, adapters)
-    if after is None or any(change is not None and not _short(change - before) for change, before in zip(after, (case.W, case.b), strict=True)):
+    if after is None or any(
+        change is not None and not _short(change - before) for change, before in zip(after, (case.W, case.b), strict=True)
+    ):
         return  # a scale like 1/3: W + dW is rounded
     W, b = stack.unmerge(case.layer, *after, adapters, case.W)
     assert_same_bits(W, case.W, "the weight")
@@ -115,7 +117,6 @@ def test_doubling_alpha_doubles_what_is_added(name: str, kind: str, data: st.Dat
     p, zero = case.params(), np.zeros_like(case.W)
     b = None if case.b is None else np.zeros_like(case.b)
     once = stack.forward(case.layer, zero, b, [Adapter(case.method, p)], case.x)
-    assert np.any(once != 0) or np.all(once == 0)
     assert_same_bits(stack.forward(case.layer, zero, b, [Adapter(twice, p)], case.x), 2 * once, "the output at twice alpha")
 
 
@@ -207,10 +208,14 @@ def test_dropout_that_keeps_everything_changes_nothing(name: str, kind: str, dat
     assert_close(got, stack.forward(layer, case.W, case.b, [plain], case.x), "the output")
     expected = stack.vjp(layer, case.W, case.b, [plain], case.x, case.dy)
     gradients = stack.vjp(layer, case.W, case.b, [kept], case.x, case.dy)
+    assert gradients.x is not None
+    assert expected.x is not None
     assert_close(gradients.x, expected.x, "the gradient of x")
     for field in p._fields:
         if getattr(p, field) is not None:
-            assert_close(getattr(gradients.params[0], field), getattr(expected.params[0], field), f"the gradient of {field}", rounding=1e-11)
+            assert_close(
+                getattr(gradients.params[0], field), getattr(expected.params[0], field), f"the gradient of {field}", rounding=1e-11
+            )
 
 
 @pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] != "embedding"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import peft_ref.check.mistakes.dora as dora
+import peft_ref.check.mistakes.ia3 as ia3
+import peft_ref.check.mistakes.loha as loha
+import peft_ref.check.mistakes.lora as lora
 from peft_ref.check.mistake import Suite
-from peft_ref.check.mistakes import dora, ia3, loha, lora
 
 SUITES: dict[str, Suite] = {
     "dora": dora.SUITE,

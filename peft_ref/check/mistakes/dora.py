@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from peft_ref.arrays import Array, row_norm
+from peft_ref.check import lora_family as lora
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Formula, Mistake, Suite, autograd, dropped, one_by_one, only, stored
-from peft_ref.check.mistakes import lora
 from peft_ref.check.oracle import Problem, pose
 from peft_ref.check.tape import constant
 from peft_ref.check.variants import Variant, gains

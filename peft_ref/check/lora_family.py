@@ -1,0 +1,182 @@
+"""What the methods of LoRA's family get wrong alike: scale, layout, gradient, dropout, merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft_ref import stack
+from peft_ref.arrays import Array
+from peft_ref.check.case import Answer, Case
+from peft_ref.check.mistake import (
+    Mistake,
+    as_if,
+    autograd,
+    base_alone_backward,
+    dropped,
+    gradients_times,
+    merged_twice,
+    only,
+    reread,
+    unmerge_that_merges,
+    with_scale,
+    without_dropout,
+)
+from peft_ref.check.oracle import Problem, pose
+
+PLAIN = {"r": 4, "lora_alpha": 6}
+RSLORA = {**PLAIN, "use_rslora": True}
+KINDS = ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d")
+
+
+def scale_of(config: Mapping[str, Any]) -> float:
+    return float(config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]))
+
+
+def _not_rescaled(case: Case) -> Case | None:
+    if not any(a.dropout for a in case.adapters):
+        return None
+    adapters = (a if a.dropout is None else replace(a, dropout=(a.dropout[0], 0.0)) for a in case.adapters)
+    return replace(case, adapters=tuple(adapters))
+
+
+def _dropped_everywhere(p: Problem) -> Array:
+    a = p.adapters[0]
+    return stack.forward(p.layer, p.W, p.b, [a._replace(dropout=None)], dropped(p.x, a))
+
+
+def dropout_on_base_too(case: Case) -> Answer | None:
+    if not case.adapters[0].dropout:
+        return None
+    if case.operation == "forward":
+        return {"y": _dropped_everywhere(pose(case))}
+    return autograd(case, _dropped_everywhere) if case.operation == "backward" else None
+
+
+MLX_VLM = ("https://github.com/Blaizzy/mlx-vlm/issues/845", "https://github.com/Blaizzy/mlx-vlm/issues/986")
+RSLORA_LINKS = ("https://github.com/NVIDIA/TensorRT-LLM/issues/1668", "https://github.com/vllm-project/vllm/issues/10798")
+
+SCALING = (
+    Mistake(
+        name="scale-is-alpha",
+        clause="LORA-scale",
+        sentence="the scale is alpha instead of alpha / r",
+        replay=with_scale(lambda alpha, r, rslora: alpha),
+        links=MLX_VLM,
+    ),
+    Mistake(
+        name="scale-is-one",
+        clause="LORA-scale",
+        sentence="alpha is ignored: the low-rank product is added unscaled",
+        replay=with_scale(lambda alpha, r, rslora: 1.0),
+        links=("https://github.com/mflux-community/mflux/issues/449", "https://github.com/cloneofsimo/lora/issues/187"),
+    ),
+    Mistake(
+        name="scale-inverted",
+        clause="LORA-scale",
+        sentence="the scale is r / alpha instead of alpha / r",
+        replay=with_scale(lambda alpha, r, rslora: r / alpha),
+    ),
+    Mistake(
+        name="scale-twice",
+        clause="LORA-scale",
+        sentence="the scale is applied twice, once to each factor",
+        replay=with_scale(lambda alpha, r, rslora: (alpha / (math.sqrt(r) if rslora else r)) ** 2),
+    ),
+    Mistake(
+        name="rslora-ignored",
+        clause="LORA-rslora",
+        sentence="use_rslora is not read: the scale is alpha / r instead of alpha / sqrt(r)",
+        replay=with_scale(lambda alpha, r, rslora: alpha / r),
+        links=RSLORA_LINKS,
+    ),
+    Mistake(
+        name="rslora-always",
+        clause="LORA-rslora",
+        sentence="the scale is alpha / sqrt(r) without use_rslora",
+        replay=with_scale(lambda alpha, r, rslora: alpha / math.sqrt(r)),
+    ),
+    Mistake(
+        name="rslora-wrong-root",
+        clause="LORA-rslora",
+        sentence="with use_rslora the scale is sqrt(alpha / r) instead of alpha / sqrt(r)",
+        replay=with_scale(lambda alpha, r, rslora: math.sqrt(alpha / r) if rslora else alpha / r),
+    ),
+)
+
+LAYOUT = (
+    Mistake(
+        name="A-transposed",
+        clause="LORA-shapes",
+        sentence="lora_A's numbers are read as (in, r) instead of (r, in)",
+        replay=reread("_A"),
+        links=("https://github.com/paiml/aprender/issues/2138",),
+    ),
+    Mistake(
+        name="B-transposed",
+        clause="LORA-shapes",
+        sentence="lora_B's numbers are read as (r, out) instead of (out, r)",
+        replay=reread("_B"),
+        links=("https://github.com/osaurus-ai/vmlx-swift/issues/320",),
+    ),
+)
+
+GRADIENTS = (
+    Mistake(
+        name="input-grad-missing",
+        clause="LORA-gradient",
+        sentence="the gradient of x stops at the adapter: only the frozen weight's part is there",
+        replay=only(backward=base_alone_backward),
+    ),
+    Mistake(
+        name="grad-scale-missing",
+        clause="LORA-gradient",
+        sentence="the gradients of A and B lack the scale",
+        replay=gradients_times(lambda config: 1 / scale_of(config)),
+    ),
+    Mistake(
+        name="grad-scale-twice",
+        clause="LORA-gradient",
+        sentence="the gradients of A and B carry the scale twice",
+        replay=gradients_times(scale_of),
+    ),
+)
+
+DROPOUT = (
+    Mistake(
+        name="dropout-missing",
+        clause="LORA-dropout",
+        sentence="dropout is not applied",
+        replay=as_if(without_dropout),
+        links=("https://github.com/paiml/aprender/issues/2170",),
+    ),
+    Mistake(
+        name="dropout-not-rescaled",
+        clause="LORA-dropout",
+        sentence="what dropout keeps is not divided by 1 - p",
+        replay=as_if(_not_rescaled),
+    ),
+    Mistake(
+        name="dropout-on-base-too",
+        clause="LORA-dropout",
+        sentence="dropout reaches the frozen layer's input as well, instead of the adapter's only",
+        replay=dropout_on_base_too,
+    ),
+)
+
+MERGING = (
+    Mistake(
+        name="double-merge",
+        clause="LORA-merge",
+        sentence="the adapter is merged twice",
+        replay=only(merge=merged_twice),
+    ),
+    Mistake(
+        name="unmerge-adds",
+        clause="LORA-unmerge",
+        sentence="unmerge adds the delta again instead of taking it out",
+        replay=only(unmerge=unmerge_that_merges),
+    ),
+)

@@ -1,0 +1,98 @@
+"""The known ways to be wrong about names, keys and configurations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+Question: TypeAlias = Mapping[str, Any]
+
+
+def _as_if(**changes: Any) -> Callable[[Question], set[str]]:
+    """The modules that another configuration targets."""
+
+    def wrong(question: Question) -> set[str]:
+        from peft_ref.check.target_graph import matched_names
+        from peft_ref.errors import TargetError
+
+        try:
+            return set(matched_names(question["modules"], {**question["config"], **changes}, question["model"]))
+        except TargetError:
+            return set()
+
+    return wrong
+
+
+def _suffix_without_dot(question: Question) -> set[str]:
+    targets = question["config"].get("target_modules")
+    if not isinstance(targets, list):
+        return set()
+    return {m["name"] for m in question["modules"] if m["name"].endswith(tuple(targets))}
+
+
+def _searched(question: Question) -> set[str]:
+    pattern = question["config"].get("target_modules")
+    if not isinstance(pattern, str) or pattern == "all-linear":
+        return set()
+    return {m["name"] for m in question["modules"] if re.search(pattern, m["name"])}
+
+
+def _every_linear(question: Question) -> set[str]:
+    if question["config"].get("target_modules") != "all-linear":
+        return set()
+    return {m["name"] for m in question["modules"] if m["kind"] in ("linear", "transposed_linear")}
+
+
+TARGET_MISTAKES: dict[str, tuple[str, Callable[[Question], set[str]]]] = {
+    "suffix-without-dot": ("a name in target_modules matches any ending, not only a whole last part", _suffix_without_dot),
+    "regex-searched": ("a regex must match the whole name, not a part of it", _searched),
+    "output-head-adapted": ("all-linear leaves the output head out", _every_linear),
+    "exclude-ignored": ("exclude_modules is not read", _as_if(exclude_modules=None)),
+    "layers-ignored": ("layers_to_transform is not read", _as_if(layers_to_transform=None, layers_pattern=None)),
+}
+
+
+def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
+    """For a question about a configuration, the questions that a port may have answered instead."""
+    config = dict(question["adapter_config"])
+
+    def asked(**changes: Any) -> Question:
+        return {**question, "adapter_config": {**config, **changes}}
+
+    alpha = "alpha" if config.get("peft_type") in ("LOHA", "LOKR") else "lora_alpha"
+    mistakes: dict[str, tuple[str, Question]] = {}
+    if config.get("rank_pattern"):
+        mistakes["rank-pattern-ignored"] = ("rank_pattern is not read", asked(rank_pattern={}))
+    if config.get("alpha_pattern"):
+        mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
+        mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
+    if alpha not in config and "r" in config:
+        for value, text in ((0, "0"), (1, "1"), (config["r"], "r"), (16, "16"), (32, "32")):
+            mistakes[f"missing-alpha-default-{text}"] = (
+                f"a missing {alpha} is taken for {text}; its default is 8",
+                asked(**{alpha: value}),
+            )
+    if config.get("use_rslora"):
+        mistakes["rslora-ignored"] = ("use_rslora is not read", asked(use_rslora=False))
+    if config.get("feedforward_modules"):
+        mistakes["feedforward-ignored"] = ("feedforward_modules is not read", asked(feedforward_modules=[]))
+    return mistakes
+
+
+KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
+    "key-prefix-missing": ("the keys lack the prefix base_model.model.", lambda key, name: key.removeprefix("base_model.model.")),
+    "key-prefix-short": (
+        "the keys begin with base_model. instead of base_model.model.",
+        lambda key, name: "base_model." + key.removeprefix("base_model.model."),
+    ),
+    "adapter-name-in-key": (
+        "the adapter's name stays in the keys; a saved file has none",
+        lambda key, name: re.sub(r"(lora_[AB]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)", rf"\1.{name}", key, count=1),
+    ),
+    "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),
+    "peft-numeric-name": (
+        "modules whose path holds the adapter's name are lost: PEFT filters by substring",
+        lambda key, name: "" if f".{name}." in key else key,
+    ),
+}

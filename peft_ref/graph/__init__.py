@@ -1,0 +1,28 @@
+"""A model as named modules, and which of them an adapter goes to.
+
+protocol     what a model graph is
+mapping      arrays by name
+checkpoint   a safetensors folder, by its headers
+torch        a live torch model; nothing here imports torch
+targets      target_modules and its companions, matched as HF PEFT matches them
+defaults     PEFT's target modules per method and architecture
+"""
+
+from peft_ref.graph.checkpoint import CheckpointGraph
+from peft_ref.graph.mapping import MappingGraph
+from peft_ref.graph.protocol import Graph, Module, Parameter
+from peft_ref.graph.targets import Matched, Targets, explain, match
+from peft_ref.graph.torch import TorchGraph
+
+__all__ = [
+    "CheckpointGraph",
+    "Graph",
+    "MappingGraph",
+    "Matched",
+    "Module",
+    "Parameter",
+    "Targets",
+    "TorchGraph",
+    "explain",
+    "match",
+]

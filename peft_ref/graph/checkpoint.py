@@ -1,0 +1,179 @@
+"""A checkpoint folder as a model: `config.json` and the headers of its safetensors files. No tensor is read before `weight` asks for one.
+
+What a file does not say, and what is done about it:
+
+    order        the tensors of a file are sorted by dtype and name. Here modules are sorted by name, numbers as numbers; within a block that
+                 is not the order in which the live model holds them
+    geometry     stride, padding, dilation and groups of a convolution: `Module.exact` is False
+    modules      one without parameters (dropout, activation) is not there; a tied head or embedding is added back from config.json
+    prefix       some files leave out, or have, a prefix that the live model has not: GPT-2 on the hub says "h.0.attn", the live language
+                 model "transformer.h.0.attn". Lists of suffixes match both; a regex or a full name is meant for the live model. `prefix` is
+                 put before every module's and parameter's name here, and taken off again when a tensor is read
+    layout       transformers 5 fuses the experts of some mixtures (mixtral) when it loads them; the file has the old names
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from peft_ref.arrays import Array
+from peft_ref.errors import FileFormatError
+from peft_ref.graph.names import stored_modules
+from peft_ref.graph.protocol import Graph, Module, Parameter
+from peft_ref.graph.ties import head_of, tied_parameters
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BITS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", **{f"{s}{8 * n}": f"<{s.lower()}{n}" for s in "UI" for n in (1, 2, 4, 8)}}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # from the start of the file
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """The tensors of a safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        length = int.from_bytes(size, "little")
+        text = file.read(length) if len(size) == 8 and length <= 100_000_000 else b""
+    if len(size) < 8 or len(text) != length:
+        raise FileFormatError(f"{path}: the first 8 bytes promise a header of {length} bytes, which is not there.\n  No safetensors file?")
+    try:
+        header = json.loads(text)
+        places = {}
+        for name, claim in header.items():
+            if name != "__metadata__":
+                begin, end = claim["data_offsets"]
+                shape = tuple(int(n) for n in claim["shape"])
+                places[name] = Place(path, str(claim["dtype"]), shape, 8 + length + int(begin), 8 + length + int(end))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise FileFormatError(f"{path}: the header cannot be read ({error!r:.80}).\n  No safetensors file, or a damaged one.") from error
+    return places
+
+
+@final
+@dataclass(frozen=True)
+class CheckpointGraph(Graph):
+    """The model in a folder that `save_pretrained` wrote: one safetensors file, or several and their index."""
+
+    folder: str | os.PathLike[str]
+    prefix: str = field(default="", kw_only=True)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        path = Path(self.folder) / "config.json"
+        return MappingProxyType(_json_object(path)) if path.is_file() else MappingProxyType({})
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        folder = Path(self.folder)
+        if (folder / SINGLE).is_file():
+            found = read_header(folder / SINGLE)
+        elif (folder / INDEX).is_file():
+            found = _sharded(folder)
+        else:
+            raise FileFormatError(f"{folder}: neither {SINGLE} nor {INDEX} is there.\n  Give the folder that `save_pretrained` wrote.")
+        return {self.prefix + name: found[name] for name in sorted(found, key=_natural)}
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, Parameter]:
+        return MappingProxyType({n: Parameter(name=n, shape=p.shape, dtype=p.dtype) for n, p in self._places.items()})
+
+    @cached_property
+    def _tied(self) -> Mapping[str, str]:
+        return MappingProxyType(tied_parameters(self._parameters, self.config))
+
+    @cached_property
+    def _modules(self) -> Mapping[str, Module]:
+        first = dict(self._parameters)
+        second = {s: Parameter(name=s, shape=first[f].shape, dtype=first[f].dtype) for s, f in self._tied.items()}
+        return MappingProxyType(stored_modules(first | second, self.config))
+
+    def modules(self) -> Mapping[str, Module]:
+        return self._modules
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        return self._parameters
+
+    def tied(self) -> Mapping[str, str]:
+        return self._tied
+
+    @property
+    def output_head(self) -> str | None:
+        return head_of(self._modules)
+
+    @property
+    def pretrained(self) -> bool:
+        return "model_type" in self.config
+
+    def weight(self, name: str) -> Array:
+        place = self._places[self.resolve(name)]
+        dtype = _dtype(place, name)
+        if place.end - place.begin != math.prod(place.shape) * dtype.itemsize:
+            raise FileFormatError(f"{place.path}: {name} is {place.dtype} of shape {place.shape}, its bytes are {place.end - place.begin}.")
+        with place.path.open("rb") as file:
+            file.seek(place.begin)
+            data = file.read(place.end - place.begin)
+        if len(data) != place.end - place.begin:
+            raise FileFormatError(f"{place.path}: the file ends inside {name}.\n  It was cut off; get it again.")
+        return np.frombuffer(bytearray(data), dtype=dtype).reshape(place.shape)
+
+
+def _dtype(place: Place, name: str) -> np.dtype[Any]:
+    if place.dtype in _BITS:
+        return np.dtype(_BITS[place.dtype])
+    import ml_dtypes
+
+    own = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+    if place.dtype not in own:
+        raise FileFormatError(f"{place.path}: {name} is {place.dtype}, which is no NumPy dtype here.")
+    dtype: np.dtype[Any] = np.dtype(own[place.dtype])
+    return dtype
+
+
+def _sharded(folder: Path) -> dict[str, Place]:
+    shards = _json_object(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+        raise FileFormatError(f"{folder / INDEX}: weight_map is not a map from tensor names to files beside it.")
+    headers = {file: read_header(folder / file) for file in sorted(set(shards.values()))}
+    if missing := [name for name, file in shards.items() if name not in headers[file]]:
+        raise FileFormatError(f"{folder}: {missing[0]!r} is not in {shards[missing[0]]}, where the index says it is.\n  Get both again.")
+    return {name: headers[file][name] for name, file in shards.items()}
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path} is a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that puts layers.2 before layers.10."""
+    parts = (re.fullmatch(r"[0-9]+", part) for part in name.split("."))
+    return [(0, int(found[0]), "") if found else (1, 0, part) for found, part in zip(parts, name.split("."), strict=True)]

@@ -1,0 +1,172 @@
+"""A case's layer as a torch module with PEFT's adapters on it.
+
+The layer is the only module of a model, under the name "layer". Tensors go in and gradients come out through PEFT's own state dict
+functions, so the checkpoint keys of a case are tested too. A dropout mask replaces PEFT's dropout module by one that multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Json = Mapping[str, Any]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CONFIGS: Mapping[str, type[PeftConfig]] = {"LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
+CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+PREFIX = "base_model.model.layer."
+
+
+class NotInPeft(Exception):
+    """PEFT cannot do what is asked; the message says why."""
+
+
+class Mask(nn.Module):
+    """Dropout with a given mask. DoRA asks for an `Identity` or for training mode, so this is neither, and the model trains."""
+
+    def __init__(self, mask: torch.Tensor, p: float) -> None:
+        super().__init__()
+        self.mask, self.p = mask, p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask / (1 - self.p)
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class Adapted(NamedTuple):
+    model: Any
+    layer: Any
+
+
+def adapted(case: Json, dtype: torch.dtype) -> Adapted:
+    """The layer with the case's adapters, all of them active."""
+    check(case)
+    base = build(case["layer"], dtype)
+    adapters = case.get("adapters", ())
+    if not adapters:
+        return Adapted(base, base)
+    model = inject(base, case["layer"], adapters)
+    layer = model.base_model.model.layer
+    for name, adapter in zip(names(case), adapters, strict=True):
+        tensors = {PREFIX + key: array(value, dtype) for key, value in adapter["tensors"].items()}
+        result = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        if result.unexpected_keys:
+            raise KeyError(f"PEFT does not expect {result.unexpected_keys}")
+    model.eval()
+    if any(adapter["dropout"] for adapter in adapters):
+        model.train()
+        for name, adapter in zip(names(case), adapters, strict=True):
+            drop = adapter["dropout"]
+            layer.lora_dropout[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+    return Adapted(model, layer)
+
+
+def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
+    """One freshly drawn adapter, and the frozen weight where drawing changed it."""
+    check(case)
+    init = case["adapters"][0]["config"].get("init_lora_weights")
+    if init in ("pissa", "olora") and dtype == torch.float64:
+        raise NotInPeft(f"PEFT refuses init_lora_weights={init!r} on float64 and works it out in float32: ask with --dtype float32")
+    model = inject(build(case["layer"], dtype), case["layer"], case["adapters"])
+    draw = {key: nested(value) for key, value in own_tensors(model, names(case)[0]).items()}
+    weight = model.base_model.model.layer.get_base_layer().weight
+    changed = not torch.equal(weight, array(case["layer"]["weight"], dtype))
+    return {**draw, "weight": nested(weight)} if changed else draw
+
+
+def check(case: Json) -> None:
+    """Raise `NotInPeft` for what is known to go wrong there."""
+    layer, lora = case["layer"], case["method"] in ("lora", "dora")
+    if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
+        raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")
+
+
+def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
+    model: Any = None
+    for i, adapter in enumerate(adapters):
+        config = config_of(adapter["config"], layer)
+        if model is None:
+            model = get_peft_model(Model(base), config, adapter_name="a0", autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
+    model.base_model.set_adapter([f"a{i}" for i in range(len(adapters))])
+    return model
+
+
+def config_of(config: Json, layer: Json) -> PeftConfig:
+    """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say."""
+    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward")}
+    if config["peft_type"] == "IA3":
+        own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
+    if config["peft_type"] in ("LORA", "IA3"):
+        own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
+    return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
+
+
+def build(layer: Json, dtype: torch.dtype) -> nn.Module:
+    """The frozen layer. A `Conv1D` always has a bias: where the case has none it is zero."""
+    kind, bias = layer["kind"], layer["bias"]
+    module: nn.Module
+    if kind == "linear":
+        module = nn.Linear(layer["in_features"], layer["out_features"], bias=bias is not None)
+    elif kind == "transposed_linear":
+        module = Conv1D(layer["out_features"], layer["in_features"])
+    elif kind == "embedding":
+        module = nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
+    else:
+        geometry = {key: tuple(layer[key]) for key in ("kernel_size", "stride", "padding", "dilation")}
+        channels = layer["in_channels"], layer["out_channels"]
+        module = CONVOLUTIONS[kind](*channels, **geometry, groups=layer["groups"], bias=bias is not None)
+    module.weight = nn.Parameter(array(layer["weight"], dtype))
+    if bias is not None:
+        module.bias = nn.Parameter(array(bias, dtype))
+    return module.to(dtype)
+
+
+def names(case: Json) -> list[str]:
+    return [f"a{i}" for i in range(len(case["adapters"]))]
+
+
+def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
+    """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return [{key: nested(value) for key, value in own_tensors(model, name, found).items()} for name in names(case)]
+
+
+def own_tensors(model: Any, adapter: str, state_dict: Any = None) -> dict[str, torch.Tensor]:
+    tensors = get_peft_model_state_dict(model, state_dict, adapter_name=adapter, save_embedding_layers=False)
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+
+
+def array(value: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Nested lists as a tensor."""
+    return torch.from_numpy(np.asarray(value, dtype=np.float64)).to(dtype)
+
+
+def nested(tensor: torch.Tensor) -> Any:
+    """A tensor as nested lists, numbers that are not finite as strings."""
+    values = tensor.detach().double()
+    if bool(torch.isfinite(values).all()):
+        return values.tolist()
+    return name_nonfinite(values.tolist())
+
+
+def name_nonfinite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [name_nonfinite(v) for v in value]
+    return value if math.isfinite(value) else "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
