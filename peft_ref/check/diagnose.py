@@ -20,7 +20,7 @@ from peft_ref.backend import round_to
 from peft_ref.check.case import Answer, Case
 from peft_ref.check.mistake import AsIf, Mistake
 from peft_ref.check.mistakes import SUITES
-from peft_ref.check.oracle import answer, exact_answer, null_answer
+from peft_ref.check.oracle import answer, exact_answer, in_size, null_answer
 from peft_ref.check.result import Diagnosis, Verdict
 from peft_ref.check.tolerance import PRECISION, Expected, compare, expect, near
 
@@ -95,11 +95,16 @@ def rounded(answer: Answer, dtype: str) -> Answer:
     return {name: round_to(array, dtype) for name, array in answer.items()}
 
 
+def expectation(case: Case, dtype: str) -> Expected:
+    """The right answer to an array case with its tolerance in `dtype`."""
+    apart = case.method in SUITES and SUITES[case.method].base_apart
+    return expect(exact_answer(case, PRECISION[dtype]), dtype, null_answer(in_size(case)) if apart else None)
+
+
 @lru_cache(maxsize=8192)
 def expected_answer(case: Case, dtype: str) -> Expected:
-    """The right answer to an array case with its tolerance in `dtype`. Cases are compared by identity."""
-    slack = SUITES[case.method].slack if case.method in SUITES else 1.0
-    return expect(exact_answer(case, PRECISION[dtype]), dtype, slack)
+    """`expectation`, remembered. Cases are compared by identity."""
+    return expectation(case, dtype)
 
 
 def _pair(method: str, wrong: list[Wrong], right: list[Case], dtype: str) -> tuple[Mistake, Mistake] | None:

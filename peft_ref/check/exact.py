@@ -6,13 +6,15 @@ error bound and the bit budget. Every number carries
     value   n * 2^e, exact (after a root or a division that does not come out: 200 correct bits)
     gauge   the value with every minus sign taken away: what the terms add up to in size
     depth   how many operations lie on the way to one term
-    k       how many of them may have rounded, in a format of p significant bits
+    k       how many of them may have rounded, in a format of p significant bits: none, or all
+    err     what the arguments of a root or a division were off by, as far as it reaches here; in units of u = 2^-p
     quantum the power of two that every term is a whole multiple of, or None once a result may have been rounded
 
-Adding n numbers in any order and association errs by at most (n - 1) u times the sum of their sizes, so k counts additions and not
-partial sums, and the bound holds for every evaluation order of the same sums and products:   |computed - value| <= k u gauge (1 + O(ku)).
+Adding n numbers in any order and association errs by at most (n - 1) u times the sum of their sizes, and a factor may be multiplied
+into every term or into the sum, so k counts all operations on the way once one of them may round: which ones do is the order's choice.
+The bound holds for every evaluation order of the same sums and products:   |computed - value| <= u (k gauge + err) (1 + O(ku)).
 Where quantum and gauge leave no more than p bits between them, no partial result of any order is rounded: k stays zero, and bits must
-match. Division and root spread errors by first-order calculus.
+match. Nobody multiplies out a root or a divisor, so what comes out of one is a new term of its own size; the errors behind it add up in err.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ Scalar: TypeAlias = "Exact | int | float | np.generic"
 class Exact:
     """A dyadic number with its error bound in a format of `p` significant bits; see the module."""
 
-    __slots__ = ("depth", "e", "gauge", "k", "n", "p", "quantum")
+    __slots__ = ("depth", "e", "err", "gauge", "n", "p", "quantum")
 
-    def __init__(self, n: int, e: int, gauge: float, depth: float, k: float, quantum: int | None, p: int) -> None:
-        self.n, self.e, self.gauge, self.depth, self.k, self.quantum, self.p = n, e, gauge, depth, k, quantum, p
+    def __init__(self, n: int, e: int, gauge: float, depth: int, err: float, quantum: int | None, p: int) -> None:
+        self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p = n, e, gauge, depth, err, quantum, p
 
     @classmethod
     def of(cls, value: float, p: int) -> Exact:
         """A number that is given: exact, with nothing rounded yet."""
         top, bottom = float(value).as_integer_ratio()
         if top == 0:
-            return cls(0, 0, 0.0, 0.0, 0.0, 0, p)
+            return cls(0, 0, 0.0, 0, 0.0, 0, p)
         lowest = (top & -top).bit_length() - 1
         n, e = top >> lowest, lowest + 1 - bottom.bit_length()
-        return cls(n, e, _size(n, e), 0.0, 0.0, e, p)
+        return cls(n, e, _size(n, e), 0, 0.0, e, p)
 
     def _lift(self, other: Any) -> Exact | None:
         if isinstance(other, Exact):
@@ -55,8 +57,17 @@ class Exact:
             return None
         constant = Exact.of(float(other), self.p)
         if abs(constant.n).bit_length() > CONSTANT_BITS:
-            constant.k, constant.quantum = 1.0, None
+            constant.depth, constant.quantum = 1, None
         return constant
+
+    @property
+    def k(self) -> int:
+        return 0 if self.quantum is not None else self.depth
+
+    @property
+    def _relative(self) -> float:
+        """How far a computed number may be off its value, as a share of it, in units of u."""
+        return (self.k * self.gauge + self.err) / _size(self.n, self.e)
 
     @property
     def fraction(self) -> Fraction:
@@ -66,10 +77,10 @@ class Exact:
         return float(self.fraction)
 
     def __repr__(self) -> str:
-        return f"Exact({float(self)!r}, gauge={self.gauge:.3g}, depth={self.depth:g}, k={self.k:g})"
+        return f"Exact({float(self)!r}, gauge={self.gauge:.3g}, depth={self.depth}, k={self.k}, err={self.err:.3g})"
 
     def __neg__(self) -> Exact:
-        return Exact(-self.n, self.e, self.gauge, self.depth, self.k, self.quantum, self.p)
+        return Exact(-self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p)
 
     def __abs__(self) -> Exact:
         return -self if self.n < 0 else self
@@ -85,7 +96,7 @@ class Exact:
         e = min(self.e, b.e)
         n = (self.n << (self.e - e)) + (b.n << (b.e - e))
         quantum = None if self.quantum is None or b.quantum is None else min(self.quantum, b.quantum)
-        return _result(n, e, self.gauge + b.gauge, max(self.depth, b.depth), max(self.k, b.k), quantum, self.p)
+        return _result(n, e, self.gauge + b.gauge, max(self.depth, b.depth), self.err + b.err, quantum, self.p)
 
     __radd__ = __add__
 
@@ -103,8 +114,8 @@ class Exact:
         if self.gauge == 0.0 or b.gauge == 0.0:
             return Exact.of(0.0, self.p)
         quantum = None if self.quantum is None or b.quantum is None else self.quantum + b.quantum
-        gauge = self.gauge * b.gauge
-        return _result(self.n * b.n, self.e + b.e, gauge, self.depth + b.depth, self.k + b.k, quantum, self.p)
+        err = self.gauge * b.err + b.gauge * self.err + self.err * b.err * 2.0**-self.p if self.err + b.err < math.inf else math.inf
+        return _result(self.n * b.n, self.e + b.e, self.gauge * b.gauge, self.depth + b.depth, err, quantum, self.p)
 
     __rmul__ = __mul__
 
@@ -115,12 +126,14 @@ class Exact:
         if b.n == 0:
             raise ZeroDivisionError("division by an exact zero")
         n, e, came_out = _divide(self.n, self.e, b.n, b.e)
-        size = abs(float(b))
-        gauge = max(self.gauge * b.gauge / size / size, _size(n, e))
+        size, u = _size(b.n, b.e), 2.0**-self.p
         quantum = _lowest(n, e) if came_out and self.quantum is not None and b.quantum is not None else None
         if quantum is not None and self.quantum is not None and abs(b.n) & (abs(b.n) - 1) == 0:
             quantum = min(quantum, self.quantum - b.e - b.n.bit_length() + 1)  # by a power of two: only exponents move
-        return _result(n, e, gauge, self.depth + b.depth, self.k + b.k, quantum, self.p)
+        off = b._relative
+        grown = self.gauge * off * (1 + self.k * u) + self.err
+        err = grown / size / (1 - off * u) if off * u < 1 else math.inf
+        return _result(n, e, self.gauge / size, self.depth + 1, err, quantum, self.p)  # one more: a reciprocal is rounded, then the product
 
     def __rtruediv__(self, other: Scalar) -> Exact:
         a = self._lift(other)
@@ -139,8 +152,10 @@ class Exact:
         e = (self.e - shift) // 2
         came_out = shift >= 0 and root * root == scaled
         quantum = _lowest(root, e) if came_out and self.quantum is not None else None
-        size = _size(root, e)
-        return _result(root, e, max(self.gauge / size, size), self.depth / 2, self.k / 2, quantum, self.p)
+        size, off = _size(root, e), self._relative
+        share = off * 2.0**-self.p
+        err = size * off / (1 + math.sqrt(1 - share)) if share < 1 else math.inf
+        return _result(root, e, size, 1, err, quantum, self.p)  # one more, as for a division
 
     def __eq__(self, other: object) -> bool:
         b = self._lift(other)
@@ -168,11 +183,10 @@ def as_exact(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
     return out
 
 
-def _result(n: int, e: int, gauge: float, depth: float, k: float, quantum: int | None, p: int) -> Exact:
+def _result(n: int, e: int, gauge: float, depth: int, err: float, quantum: int | None, p: int) -> Exact:
     """What one operation makes: it rounds nothing if its arguments are not rounded and the budget of bits holds."""
-    if quantum is not None and k == 0.0 and math.frexp(gauge)[1] - quantum <= p:
-        return Exact(n, e, gauge, depth + 1.0, 0.0, quantum, p)
-    return Exact(n, e, gauge, depth + 1.0, k + 1.0, None, p)
+    fits = quantum is not None and math.frexp(gauge)[1] - quantum <= p
+    return Exact(n, e, gauge, depth + 1, err, quantum if fits else None, p)
 
 
 def _size(n: int, e: int) -> float:

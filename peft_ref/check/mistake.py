@@ -47,7 +47,7 @@ class Suite:
 
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
-    slack: float = 1.0  # how much larger the terms of another honest evaluation order are than the formula's own
+    base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 
 @dataclass(frozen=True)

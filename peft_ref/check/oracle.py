@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter, Dropout
 
 Lift: TypeAlias = Callable[[NDArray], Array]
+FROZEN = ("weight", "bias", "x", "dy", "merged_weight", "merged_bias")
 
 
 class Problem(NamedTuple):
@@ -124,6 +126,12 @@ def null_answer(case: Case) -> Answer:
     if "x" in zeros:
         zeros["x"] = np.asarray(p.layer.input_vjp(p.x, p.W, p.dy))
     return zeros
+
+
+def in_size(case: Case) -> Case:
+    """The case with the sizes of the frozen layer's numbers: what its own answer adds up to without any cancellation."""
+    sizes = {name: None if (v := getattr(case, name)) is None else np.abs(v) for name in FROZEN}
+    return replace(case, **sizes)
 
 
 def smoke_case() -> Case:

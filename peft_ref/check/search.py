@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Case, CaseAdapter, NDArray, build_method, encode, to_json
-from peft_ref.check.oracle import exact_answer
+from peft_ref.check.diagnose import expectation
 from peft_ref.check.port import Answered, Port
 from peft_ref.check.protocol import nest
 from peft_ref.check.result import Counterexample
-from peft_ref.check.tolerance import PRECISION, Expected, compare, expect
+from peft_ref.check.tolerance import Expected, compare
 from peft_ref.layers import Embedding, Layer, Linear
 
 SECONDS = 6.0
@@ -65,7 +65,7 @@ class _Asker:
         return compare(got, expected).ratio > 1
 
     def _expected(self, case: Case) -> Expected:
-        return expect(exact_answer(case, PRECISION[self._dtype]), self._dtype, 4.0)
+        return expectation(case, self._dtype)
 
     def counterexample(self, case: Case) -> Counterexample | None:
         reply = self._port.ask(case)

@@ -1,8 +1,8 @@
 """How far an honest computation may drift, element by element, and where it may not drift at all.
 
-`Exact` numbers carry k roundings over a gauge: in a format of unit roundoff u the bound is k u gauge / (1 - k u). The judge allows twice
-that and two roundings more (a float32 sum rounded once to bfloat16, an input read through a decimal), times a method's slack for
-honest formulas with larger terms. Where nothing can have rounded, bits must match.
+`Exact` numbers carry k roundings over a gauge, and the error err of what they were divided by: in a format of unit roundoff u the bound is
+u (k gauge + err). The judge allows two roundings more (a float32 sum rounded once to bfloat16, an input read through a
+decimal). Where nothing can have rounded, bits must match.
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ class Expected(NamedTuple):
     exact: bool
 
 
-def expect(right: dict[str, np.ndarray[Any, Any]], dtype: str, slack: float = 1.0) -> Expected:
-    """From an answer in `Exact` numbers of the dtype's precision. With a slack above 1 bits never have to match."""
+def expect(right: dict[str, np.ndarray[Any, Any]], dtype: str, apart: Answer | None = None) -> Expected:
+    """From an answer in `Exact` numbers of the dtype's precision.
+
+    `apart` is the size of terms that an honest order adds and subtracts again; then bits never have to match.
+    """
     u = 2.0 ** -PRECISION[dtype]
     values = {name: array.astype(np.float64) for name, array in right.items()}
-    likely = {name: _map(lambda e: 3 * math.sqrt(e.depth + 2) * u * e.gauge, array) for name, array in right.items()}
-    exact = slack == 1.0 and _nothing_rounds(right, dtype)
-    bounds = {name: _map(lambda e: 0.0 if exact else _bound(e.k, e.gauge, dtype, slack), array) for name, array in right.items()}
+    more = {name: 0.0 if apart is None else 2 * apart[name] for name in right}
+    roots = {name: 3 * np.sqrt(_map(lambda e: e.depth + 2, array)) for name, array in right.items()}
+    errors = {name: _map(lambda e: e.err, array) for name, array in right.items()}
+    gauges = {name: _map(lambda e: e.gauge, array) + more[name] for name, array in right.items()}
+    likely = {name: u * (roots[name] * gauges[name] + errors[name]) for name in right}
+    exact = apart is None and _nothing_rounds(right, dtype)
+    bounds = {name: np.zeros(array.shape) if exact else _bound(array, gauges[name], errors[name], dtype) for name, array in right.items()}
     return Expected(values, bounds, likely, exact)
 
 
@@ -78,10 +85,11 @@ def near(got: Answer, other: Answer, expected: Expected, dtype: str) -> bool:
     return True
 
 
-def _bound(k: float, gauge: float, dtype: str, slack: float) -> float:
-    drift = 2 * slack * (k + 2) * 2.0 ** -PRECISION[dtype]
-    tiny = (k + 2) * TINY[dtype]
-    return math.inf if drift >= 1 else drift * gauge / (1 - drift) + tiny
+def _bound(right: np.ndarray[Any, Any], gauge: np.ndarray[Any, Any], err: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    u = 2.0 ** -PRECISION[dtype]
+    roundings = _map(lambda e: e.k + 2, right)
+    share = np.asarray([n * u / (1 - n * u) if n * u < 1 else math.inf for n in roundings.reshape(-1)]).reshape(roundings.shape)
+    return np.asarray(np.where(gauge > 0, share * np.maximum(gauge, 1e-300), 0.0) + u * err + roundings * TINY[dtype])
 
 
 def _map(f: Any, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

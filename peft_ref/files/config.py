@@ -21,9 +21,10 @@ from typing import Any
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.patterns import check_pattern, first_match, full_match
-from peft_ref.files.rules import check, check_types, field_names, init_as_saved
-from peft_ref.files.targets import Targets
+from peft_ref.files.rules import check, check_pattern, check_types, field_names, init_as_saved
+from peft_ref.graph.patterns import pattern_key
+from peft_ref.graph.targets import Targets, is_feedforward
+from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS
 
 DERIVED = frozenset({"is_feedforward"})  # fields of a method that patterns decide, module by module
@@ -53,7 +54,7 @@ class AdapterConfig:
         p, names = self.patterns, field_names(type(self.method))
         changes: dict[str, Any] = {}
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
-            if (key := first_match(pattern, module_name)) is not None:
+            if (key := pattern_key(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
@@ -66,9 +67,7 @@ class AdapterConfig:
                 "feedforward_modules is null, so PEFT takes the architecture's default, which the file does not tell.\n"
                 "  Give the list; [] if no module is in a feed-forward block."
             )
-        if isinstance(modules, str):
-            return full_match(modules, module_name)
-        return module_name.endswith(tuple(modules))  # PEFT asks for no dot before the name
+        return is_feedforward(modules, module_name)
 
 
 def parse(text: str, where: str = "adapter_config.json") -> AdapterConfig:
@@ -129,12 +128,12 @@ def _split(data: Any, where: str) -> AdapterConfig:
         method = cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    given = {name: _tuples(data[name]) for name in field_names(Targets) if name in data}
-    _check_targets(given, where)
+    given = {name: data[name] for name in field_names(Targets) if name in data}
+    targets = _targets(given, data["peft_type"], where)
     taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,
-        targets=Targets(**given),
+        targets=targets,
         patterns=_patterns(data, method, where),
         housekeeping={key: value for key, value in data.items() if key not in taken},
     )
@@ -178,8 +177,7 @@ def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patte
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
         found[key] = dict(pattern)
-    modules = _tuples(data.get("feedforward_modules"))
-    _check_targets({"feedforward_modules": modules}, where)
+    modules = _feedforward(data.get("feedforward_modules"), where)
     return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
 
 
@@ -190,19 +188,24 @@ def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method[Any]
     raise ConfigError(f"{type(method).__name__} has no {' or '.join(fields)} that a pattern could change.\n  Leave the pattern empty.")
 
 
-def _check_targets(given: Mapping[str, Any], where: str) -> None:
-    """The forms that PEFT's annotations allow: names in a list, one text, layer numbers."""
-    for key, value in given.items():
-        item = int if key == "layers_to_transform" else str
-        alone = value is None or (type(value) is item and key not in ("modules_to_save", "target_parameters"))
-        if not alone and not (isinstance(value, tuple) and all(type(part) is item for part in value)):
-            raise ConfigError(f"{where}: {key}={_lists(value)!r:.80} is not what it can be, a list of {item.__name__}.")
-        if isinstance(value, str) and key != "layers_pattern" and value != "all-linear":
-            check_pattern(value, f"{where}: {key}")
+def _targets(given: Mapping[str, Any], peft_type: str, where: str) -> Targets:
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(given.get(key), str):
+            check_pattern(given[key], f"{where}: {key}")
+    try:
+        targets = Targets(**given)
+        check_targets(targets, peft_type)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return targets
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _feedforward(modules: Any, where: str) -> str | tuple[str, ...] | None:
+    if isinstance(modules, str):
+        check_pattern(modules, f"{where}: feedforward_modules")
+    elif modules is not None and not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        raise ConfigError(f"{where}: feedforward_modules={modules!r:.80} is no list of names.")
+    return tuple(modules) if isinstance(modules, list) else modules
 
 
 def _lists(value: Any) -> Any:

@@ -72,12 +72,7 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             raise ConfigError(f"{where}: {switch}={data[switch]!r:.60} is not built yet: {what}.\n  It would not be right as plain {kind}.")
     if (task := data.get("task_type")) is not None and task not in TASK_TYPES:
         refuse(f"task_type={task!r}", f"There are {', '.join(TASK_TYPES)}, and null.")
-    if data.get("layers_pattern") and data.get("layers_to_transform") is None:
-        refuse("layers_pattern without layers_to_transform", "Give the layers' numbers too.")
     if kind == "LORA":
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(targets, str) and data.get(name) is not None:
-                refuse(f"{name} with target_modules={targets!r}, a pattern", "Say it in the pattern, or list the module names.")
         if data.get("lora_bias") and data.get("use_dora"):
             refuse("lora_bias with use_dora", "Choose one.")
         if data.get("megatron_config") and data.get("use_dora"):
@@ -88,6 +83,15 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
     feedforward = data.get("feedforward_modules")
     if kind == "IA3" and isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
         refuse(f"feedforward_modules={feedforward} are not all in target_modules={targets}", "Target them too.")
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"{where}: {pattern!r} is no regular expression ({error}).\n  A module's name has its dots escaped: 'h\\.0'."
+        ) from None
 
 
 def check_types(cls: type[Method[Any]], values: Mapping[str, Any], where: str) -> None:

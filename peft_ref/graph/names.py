@@ -22,12 +22,39 @@ _GPT2 = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D: Mapping[str, frozenset[str]] = MappingProxyType(
     dict.fromkeys(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder", "clvp"), _GPT2)
 )
-# The last part of an embedding's name. `embed_out` and `patch_embed` are not: those are linear maps.
+# The last part of an embedding's name, where no architecture has a linear layer of that name.
 EMBEDDINGS = frozenset(
-    {"embed_in", "embed_positions", "embed_tokens", "embedding", "embeddings", "lang_embeddings", "pos_embed", "position_embedding"}
-    | {"position_embeddings", "positions_embed", "rel_embeddings", "relative_attention_bias", "shared", "tok_embeddings", "token_embedding"}
-    | {"token_type_embeddings", "tokens_embed", "word_embedding", "word_embeddings", "wpe", "wte"}
+    (
+        "box_position_embeddings char_position_embeddings cls_embed codebook col_position_embeddings column_embedder "
+        "column_embeddings denoising_class_embed distance_embedding embed embed_audio_tokens embed_char embed_global embed_in "
+        "embed_positions embed_text_tokens embed_timestep embed_tokens embed_tokens_per_layer embedding embeddings "
+        "encoder_hash_tok_embedding entity_embeddings freq_emb generation_embeddings h_position_embeddings input_embeds_layer "
+        "label_embed lang_embeddings language_embedding level_embed ngram_embeddings no_mask_embed not_a_point_embed "
+        "num_speakers_embed point_embed pos_emb pos_embed position_embedding position_embedding_table position_embeddings "
+        "position_embeds_layer positions_embed pronunciation_embed queries_embedder query_embed query_position_embeddings "
+        "reference_point_embed rel_attn_embed rel_embeddings rel_pos_emb relative_attention_bias row_embedder row_embeddings "
+        "row_position_embeddings segment_emb segment_embedding shape_embed shared speaker_embedding text_position_embedding "
+        "text_token_embedding tile_embedding tok_embeddings token_embedding token_type_embeddings tokens_embed unit_embedding "
+        "value_embeddings visual_embeddings_table visual_position_embeddings visual_token_type_embeddings w_position_embeddings "
+        "word_embedding word_embeddings wpe wte x_position_embeddings y_position_embeddings"
+        " audio_bos_eos_token hq_token iou_token mask_tokens obj_score_token presence_token queries_features"
+    ).split()
 )
+# Names that say nothing alone.
+RARE_EMBEDDINGS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "cpmant": frozenset({"input_embedding"}),
+        "ctrl": frozenset({"w"}),
+        "lw_detr": frozenset({"query_feat"}),
+        "phi4_multimodal": frozenset({"bias_values"}),
+        "rf_detr": frozenset({"query_feat"}),
+        "sam3": frozenset({"reference_points"}),
+        "speecht5": frozenset({"pe_k"}),
+    }
+)
+# Routers of mixtures are bare parameters in transformers 5, but linear layers in these.
+ROUTERS = frozenset({"gate", "router"})
+LINEAR_ROUTERS = frozenset({"afmoe", "d_fine", "deimv2", "llama4", "llama4_text", "phimoe"})
 
 
 def holders(parameters: Iterable[str]) -> list[str]:
@@ -53,7 +80,9 @@ def layer_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> La
     if 0 in shape:
         return None
     if len(shape) == 2:
-        if last in EMBEDDINGS:
+        if last in ROUTERS and model_type and model_type not in LINEAR_ROUTERS:
+            return None
+        if last in EMBEDDINGS or last in RARE_EMBEDDINGS.get(model_type, ()):
             return Embedding(num_embeddings=shape[0], embedding_dim=shape[1])
         if last in CONV1D.get(model_type, ()):
             return Linear(in_features=shape[0], out_features=shape[1], transposed=True)
@@ -71,4 +100,3 @@ def stored_modules(parameters: Mapping[str, Parameter], config: Mapping[str, Any
         if holder:
             own[holder][last] = parameter
     return {name: module_of(name, mine, config) for name, mine in own.items()}
-

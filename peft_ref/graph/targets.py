@@ -31,6 +31,7 @@ ALL_LINEAR = "all-linear"
 SEQ_CLS_HEADS = ("score", "classifier")
 # What a task adds to modules_to_save. Only for SEQ_CLS does PEFT add it before it matches, so only there it keeps the adapter away.
 SAVED_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+NOT_SAVED = ("ModuleDict", "ModuleList", "ParameterDict", "ParameterList")
 MANY = 20  # from so many target modules on, PEFT condenses the list
 
 V = TypeVar("V")
@@ -86,7 +87,9 @@ def match(
     parameters = _parameters(targets, graph, chosen)
     if not chosen and not parameters and targets.target_modules != DUMMY:
         raise TargetError(_nothing(targets, rules, graph, verdicts))
-    return Matched(chosen, _saved(targets, graph, task_type), parameters, tuple(_notes(targets, rules, graph, verdicts, parameters)))
+    return Matched(
+        chosen, _saved(targets, graph, task_type, chosen), parameters, tuple(_notes(targets, rules, graph, verdicts, parameters))
+    )
 
 
 def explain(targets: Targets, graph: Graph, *, peft_type: str = "LORA", task_type: str | None = None) -> dict[str, str]:
@@ -241,9 +244,18 @@ def _parameters(targets: Targets, graph: Graph, chosen: Collection[str]) -> tupl
     return tuple(sorted(found, key=lambda name: order[name.rpartition(".")[0]]))
 
 
-def _saved(targets: Targets, graph: Graph, task_type: str | None) -> tuple[str, ...]:
+def _saved(targets: Targets, graph: Graph, task_type: str | None, chosen: Collection[str]) -> tuple[str, ...]:
     ends = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task_type or "", ()))
-    return tuple(name for name in (*graph.modules(), *graph.aliases()) if name.endswith(ends)) if ends else ()
+    found = tuple(name for name in (*graph.modules(), *graph.aliases()) if name.endswith(ends)) if ends else ()
+    for name in found:
+        kind = graph.modules()[graph.aliases().get(name, name)].class_name
+        if name in chosen or kind in NOT_SAVED:
+            what = "gets an adapter from target_modules" if name in chosen else f"is a {kind}"
+            raise UnsupportedLayerError(
+                f"modules_to_save takes every module whose name ends with {' or '.join(map(repr, ends))}.\n"
+                f"  {name!r} is one and {what} (HF PEFT refuses it too). Name the modules in full, and exclude them from target_modules."
+            )
+    return found
 
 
 def _nothing(targets: Targets, rules: Rules, graph: Graph, verdicts: Mapping[str, Verdict]) -> str:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from peft_ref import stack
 from peft_ref.contracts import KINDS
 from peft_ref.errors import UnsupportedLayerError
-from peft_ref.methods import METHODS
+from peft_ref.layers import Linear
+from peft_ref.methods import METHODS, LoRA
 from peft_ref.stack import Adapter
 from tests.laws.compare import assert_close, assert_same_bits
-from tests.laws.strategies import LAW, PAIRS, STRANGERS, cases, layers
+from tests.laws.strategies import LAW, PAIRS, STRANGERS, Case, Host, cases, layers
 
 # Methods whose default start is not the identity in HF PEFT either.
 NOT_THE_IDENTITY: frozenset[str] = frozenset()
@@ -69,3 +70,47 @@ def test_every_method_supports_a_kind_of_layer_and_no_unknown_one() -> None:
     for name, cls in METHODS.items():
         assert cls.kinds, name
         assert cls.kinds <= KINDS, name
+
+
+# What the starts of LoRA promise beyond changing nothing
+
+
+def start_of(data: st.DataObject, init: str) -> tuple[Case, float, Host, Host, Host]:
+    """The case, the scale, the factors B and A and the frozen weight of a fresh LoRA on a linear layer."""
+    size = st.integers(2, 6)
+    layer = Linear(in_features=data.draw(size), out_features=data.draw(size), transposed=data.draw(st.booleans()))
+    r, alpha = data.draw(st.sampled_from((2, 1) if init != "orthogonal" else (2, 4))), data.draw(st.sampled_from((2, 1, 3.5)))
+    case = Case(LoRA(r=r, lora_alpha=alpha, init_lora_weights=init), layer, False, (3, layer.in_features), data.draw(st.integers(0, 2**20)))
+    start = case.method.init(layer, case.W, np.random.default_rng([case.seed, 30]))
+    return case, alpha / r, start.params.B, start.params.A, start.W
+
+
+@given(data=st.data())
+@LAW
+def test_pissa_takes_out_the_best_approximation_of_its_rank(data: st.DataObject) -> None:
+    """Eckart and Young: what is left has the singular values after the first r, and both factors share the root of those taken."""
+    case, scale, B, A, left = start_of(data, "pissa")
+    r = A.shape[0]
+    values = np.linalg.svd(case.W, compute_uv=False)
+    rest = np.concatenate([values[r:], np.zeros(r)])
+    assert_close(np.linalg.svd(left, compute_uv=False), rest, "the singular values of what is left", rounding=1e-10)
+    for factor in (B.T @ B, A @ A.T):
+        assert_close(factor, np.diag(values[:r] / scale), "a factor's products", rounding=1e-10)
+
+
+@given(data=st.data())
+@LAW
+def test_olora_starts_with_orthonormal_columns_and_what_they_see_of_the_weight(data: st.DataObject) -> None:
+    case, _, B, A, _ = start_of(data, "olora")
+    assert_close(B.T @ B, np.eye(A.shape[0]), "B^T B")
+    assert_close(A, B.T @ case.W, "A")
+
+
+@given(data=st.data())
+@LAW
+def test_orthogonal_starts_with_two_factors_that_cancel_though_neither_is_zero(data: st.DataObject) -> None:
+    case, _, B, A, left = start_of(data, "orthogonal")
+    assert_close(B @ A, np.zeros(case.W.shape), "B A", rounding=1e-14)
+    assert np.linalg.norm(A) > 1e-3
+    assert np.linalg.norm(B) > 1e-3
+    assert_same_bits(left, case.W, "the frozen weight")

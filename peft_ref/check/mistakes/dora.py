@@ -149,13 +149,14 @@ DORA_MISTAKES = (
         clause="DORA-norm",
         sentence="the norm is taken over the columns instead of the rows of W + s B A (out, in)",
         replay=gain(lambda a, W, W0: np.sqrt(_squares(W0 + delta(a), 0)).reshape(1, -1)),
-        links=("https://github.com/Comfy-Org/ComfyUI/issues/12938",),
+        links=("https://github.com/KohakuBlueleaf/LyCORIS/issues/216",),
     ),
     Mistake(
         name="norm-of-base-only",
         clause="DORA-norm",
         sentence="the norm is that of the frozen weight, without s B A",
         replay=gain(lambda a, W, W0: column(row_norm(W0))),
+        links=("https://github.com/Comfy-Org/ComfyUI/pull/15458",),
     ),
     Mistake(
         name="norm-scale-forgotten",
@@ -220,7 +221,7 @@ DORA_MISTAKES = (
             forward=parts(lambda g, W, d: g * (W + d), bias=lambda g, b: g * b),
             backward=parts(lambda g, W, d: g * (W + d), bias=lambda g, b: g * b),
         ),
-        links=("https://github.com/huggingface/peft/issues/2122",),
+        links=("https://github.com/huggingface/peft/pull/2371",),
     ),
     Mistake(
         name="grad-through-norm",
@@ -252,5 +253,5 @@ SUITE = Suite(
         *(m for m in lora.DROPOUT if m.name != "dropout-on-base-too"),
         *lora.MERGING,
     ),
-    slack=4.0,  # (m/n - 1) W x + W x, as HF computes it, has larger terms than m/n W x
+    base_apart=True,  # HF computes W x + (m/n - 1) W x
 )

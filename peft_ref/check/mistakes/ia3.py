@@ -145,7 +145,7 @@ SUITE = Suite(
             clause="IA3-bias",
             sentence="the forward pass scales the bias, merging does not",
             replay=only(merge=_merge_keeps_bias),
-            links=("https://github.com/huggingface/peft/issues/972",),
+            links=("https://github.com/huggingface/peft/pull/972",),
         ),
         Mistake(
             name="ia3-unmerge-mul",

@@ -81,7 +81,6 @@ SUITE = Suite(
             clause="LOHA-scale",
             sentence="alpha is ignored: the product is added unscaled",
             replay=with_scale(lambda alpha, r, rslora: 1.0, "alpha"),
-            links=("https://github.com/Comfy-Org/ComfyUI/issues/15114",),
         ),
         Mistake(
             name="scale-on-both-products",

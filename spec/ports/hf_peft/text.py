@@ -1,1 +1,111 @@
-TEXT_OPERATIONS = {}
+"""The operations about names: which modules a configuration targets, what it gives each of them, under which keys an adapter is saved.
+
+The model is made of the case's names alone; its layers are as small as can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from model import CONFIGS, CONVOLUTIONS, array, nested
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Json = Mapping[str, Any]
+
+
+class Named(PreTrainedModel):
+    """A model of the given modules. PEFT asks it for its architecture, and for its output head where all linear layers are targeted."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], model_type: str | None = None, output_head: str | None = None) -> None:
+        super().__init__(type("Config", (PretrainedConfig,), {"model_type": model_type or "custom"})())
+        self.output_head = output_head
+        for name, module in modules:
+            parent: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, module)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.get_submodule(self.output_head) if self.output_head else None
+
+
+def targets(case: Json) -> dict[str, Any]:
+    modules = [(m["name"], small(m["kind"])) for m in case["modules"]]
+    model = Named(modules, case["model"].get("model_type"), case["model"].get("output_head"))
+    own = {key: value for key, value in case["config"].items() if key != "peft_type"}
+    try:
+        tuner: Any = get_peft_model(model, CONFIGS[case["config"].get("peft_type", "LORA")](**own)).base_model
+    except (ValueError, TypeError) as refusal:
+        return {"error": f"{type(refusal).__name__}: {refusal}"}
+    return {"modules": list(tuner.targeted_module_names)}
+
+
+def config(case: Json) -> dict[str, Any]:
+    model = adapted([(name, nn.Linear(2, 2)) for name in case["modules"]], case["adapter_config"], "default")
+    answer: dict[str, Any] = {}
+    for name in case["modules"]:
+        layer: Any = model.get_base_model().get_submodule(name)
+        if case["adapter_config"]["peft_type"] == "IA3":
+            answer[name] = {"is_feedforward": layer.is_feedforward}
+        else:
+            answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"]}
+    return {"modules": answer}
+
+
+def state_dict(case: Json) -> dict[str, Any]:
+    """The tensors are put straight into PEFT's parameters, so that their keys come from PEFT alone."""
+    adapter = case["adapter_name"]
+    model = adapted([(m["name"], sized(m["layer"])) for m in case["modules"]], case["adapter_config"], adapter)
+    for module in case["modules"]:
+        layer = model.get_base_model().get_submodule(module["name"])
+        for key, value in module["tensors"].items():
+            parameter = parameter_of(layer, key, adapter)
+            tensor = array(value, parameter.dtype)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")
+            parameter.data = tensor
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {"tensors": {key: nested(value) for key, value in tensors.items()}}
+
+
+TEXT_OPERATIONS: Mapping[str, Callable[[Json], dict[str, Any]]] = {"targets": targets, "config": config, "state_dict": state_dict}
+
+
+def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str) -> Any:
+    """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
+    own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
+    peft_config: PeftConfig = CONFIGS[given["peft_type"]](**own)
+    return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
+
+
+def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
+    attribute, *rest = key.split(".")
+    holder = getattr(layer, attribute)[adapter]
+    return holder if isinstance(holder, torch.Tensor) else getattr(holder, rest[0] if rest else "weight")
+
+
+def small(kind: str) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(2, 2)
+    if kind == "transposed_linear":
+        return Conv1D(2, 2)
+    if kind == "embedding":
+        return nn.Embedding(2, 2)
+    return CONVOLUTIONS[kind](2, 2, 1) if kind in CONVOLUTIONS else nn.Identity()
+
+
+def sized(layer: Json) -> nn.Module:
+    """A layer of the case's sizes with any numbers."""
+    if layer["kind"] == "linear":
+        return nn.Linear(layer["in_features"], layer["out_features"])
+    if layer["kind"] == "embedding":
+        return nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
+    raise ValueError(f"state_dict on a {layer['kind']} layer is not asked yet")

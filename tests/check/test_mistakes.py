@@ -1,0 +1,102 @@
+"""Every named mistake shows in the corpus, and no two look alike: otherwise the judge would be silent, or would guess."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from peft_ref.check.judge import judge
+from peft_ref.check.mistake import Mistake
+from peft_ref.check.mistakes import SUITES
+from peft_ref.check.oracle import answer
+from tests.check.discrimination import MARGIN, array_cases, between, replays, separation
+from tests.check.function_port import FunctionPort
+
+PRECISE = ("float64", "float32")
+ALL = [(method, mistake) for method, suite in SUITES.items() for mistake in suite.mistakes]
+NAMED = [pytest.param(method, mistake, id=f"{method}-{mistake.name}") for method, mistake in ALL]
+
+
+@pytest.mark.parametrize("dtype", PRECISE)
+@pytest.mark.parametrize("method", SUITES)
+def test_every_mistake_stands_ten_tolerances_away_somewhere(method: str, dtype: str) -> None:
+    unseen = {name: max(row.values()) for name, row in separation(method, dtype).items() if max(row.values()) <= MARGIN}
+    assert not unseen
+
+
+@pytest.mark.parametrize("dtype", PRECISE)
+@pytest.mark.parametrize("method", SUITES)
+def test_every_two_mistakes_stand_ten_tolerances_apart_somewhere(method: str, dtype: str) -> None:
+    alike = [
+        (one, other) for one, other in combinations(replays(method), 2) if max(between(method, one, other, dtype).values()) <= MARGIN
+    ]
+    assert not alike
+
+
+@pytest.mark.parametrize("method", SUITES)
+def test_no_two_rows_of_the_matrix_are_equal(method: str) -> None:
+    # The numbers of the answers, not the infinities that exact cases give.
+    rows = separation(method, "float32")
+    alike = []
+    for one, other in combinations(rows, 2):
+        same = all(
+            (one in (a := replays(method)) and case.id in a[one]) == (case.id in a[other])
+            and (case.id not in a[one] or all(np.array_equal(a[one][case.id][k], a[other][case.id].get(k)) for k in a[one][case.id]))
+            for case in array_cases(method)
+        )
+        alike += [(one, other)] if same else []
+    assert not alike
+
+
+@pytest.mark.parametrize("dtype", PRECISE)
+@pytest.mark.parametrize(("method", "mistake"), NAMED)
+def test_a_port_that_makes_a_mistake_hears_its_name_and_no_other(method: str, mistake: Mistake, dtype: str) -> None:
+    made = replays(method)[mistake.name]
+    port = FunctionPort(lambda case: made[case.id] if case.id in made else answer(case), dtype)
+    report = judge(port, array_cases(method), search=False)
+    assert not report.broken
+    assert [d.mistakes for d in report.diagnoses] == [(mistake.name,)]
+    assert mistake.sentence in report.diagnoses[0].text
+    assert report.exit_code == (0 if mistake.dialect else 1)
+
+
+@pytest.mark.parametrize("method", SUITES)
+def test_a_replay_answers_in_the_right_shapes(method: str) -> None:
+    """A replay of another shape would be an error of the harness, never a diagnosis."""
+    for case in array_cases(method):
+        right = {k: v.shape for k, v in answer(case).items()}
+        for name, answers in replays(method).items():
+            if case.id in answers:
+                assert {k: np.shape(v) for k, v in answers[case.id].items()} == right, (name, case.id)
+
+
+@pytest.mark.parametrize("method", SUITES)
+def test_every_replay_is_finite(method: str) -> None:
+    for name, answers in replays(method).items():
+        for case, out in answers.items():
+            assert all(np.all(np.isfinite(v)) for v in out.values()), (name, case)
+
+
+@pytest.mark.parametrize(("method", "at_least"), [("lora", 16), ("dora", 11), ("loha", 8), ("ia3", 8)])
+def test_there_are_as_many_mistakes_as_people_make(method: str, at_least: int) -> None:
+    names = [m.name for m in SUITES[method].mistakes]
+    assert len(set(names)) == len(names) >= at_least
+
+
+@pytest.mark.parametrize(("method", "mistake"), NAMED)
+def test_a_mistake_explains_itself(method: str, mistake: Mistake) -> None:
+    assert mistake.name == mistake.name.lower().replace(" ", "-")
+    assert mistake.sentence
+    assert not mistake.sentence.endswith(".")
+    assert mistake.clause
+    assert all(link.startswith("https://") for link in mistake.links)
+
+
+def test_mistakes_of_one_name_are_one_mistake() -> None:
+    """The same name in two suites says nearly the same: a reader learns it once."""
+    sentences: dict[str, set[str]] = {}
+    for _, mistake in ALL:
+        sentences.setdefault(mistake.name, set()).add(mistake.sentence.split(":")[0])
+    assert not {name: texts for name, texts in sentences.items() if len(texts) > 2}

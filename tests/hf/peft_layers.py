@@ -1,0 +1,121 @@
+"""One torch layer under PEFT, beside the same layer here: what the differential tests compare."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from peft_ref.contracts import Method
+from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.stack import Adapter
+
+LAYERS: dict[str, Layer] = {
+    "linear": Linear(in_features=5, out_features=7),
+    "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
+    "embedding": Embedding(num_embeddings=9, embedding_dim=6),
+    "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
+    "conv2d": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), stride=(2, 1), padding=(1, 2)),
+    "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
+    "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
+    "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
+}
+INPUTS = {
+    "linear": (2, 3, 5),
+    "transposed_linear": (2, 3, 5),
+    "embedding": (2, 4),
+    "conv1d": (2, 3, 8),
+    "conv2d": (2, 3, 7, 6),
+    "conv2d-groups": (2, 4, 5, 6),
+    "conv2d-dilation": (2, 3, 8, 7),
+    "conv3d": (2, 2, 4, 3, 5),
+}
+
+
+class Pair(NamedTuple):
+    """A PEFT model around one layer, and that layer with its adapters here."""
+
+    model: Any
+    tuner: Any  # PEFT's layer
+    layer: Layer
+    W: np.ndarray[Any, Any]
+    b: np.ndarray[Any, Any] | None
+    adapters: list[Adapter]
+    parameters: list[dict[str, Any]]  # per adapter: torch parameter by checkpoint key
+
+
+def torch_layer(layer: Layer, bias: bool) -> torch.nn.Module:
+    if isinstance(layer, Embedding):
+        return torch.nn.Embedding(layer.num_embeddings, layer.embedding_dim)
+    if isinstance(layer, Linear):
+        return Conv1D(layer.out_features, layer.in_features) if layer.transposed else torch.nn.Linear(*layer.shape[::-1], bias=bias)
+    assert isinstance(layer, Conv)
+    conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[len(layer.kernel_size) - 1]
+    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    return conv(layer.in_channels, layer.out_channels, layer.kernel_size, bias=bias, **geometry)
+
+
+def pair(
+    layer: Layer,
+    method: Method[Any],
+    configs: Sequence[peft.PeftConfig],
+    rng: np.random.Generator,
+    bias: bool = True,
+    draw: Mapping[str, Any] | None = None,
+) -> Pair:
+    """Every adapter's numbers random, the same on both sides, all adapters active in order."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = torch_layer(layer, bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.target(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float64)
+        try:
+            model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
+            for n, config in enumerate(configs[1:], start=1):
+                model.add_adapter(f"a{n}", config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    names = [f"a{n}" for n in range(len(configs))]
+    model.base_model.set_adapter(names)
+    tuner = model.base_model.model.target
+    adapters, parameters = [], []
+    for name in names:
+        saved = peft.get_peft_model_state_dict(model, adapter_name=name)
+        tensors, own = {}, {}
+        for spec in method.spec(layer):
+            assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
+            parameter = _parameter(model, spec.key, name)
+            values = rng.normal(size=spec.stored_shape)
+            if spec.field in ("m", "l"):
+                values = np.abs(values) + 0.5
+            parameter.data = torch.tensor(values).reshape(parameter.shape)
+            parameter.requires_grad_(True)
+            tensors[spec.key], own[spec.key] = values, parameter
+        assert len(saved) == len(tensors)
+        adapters.append(Adapter(method, method.unpack(layer, tensors)))
+        parameters.append(own)
+    base = tuner.base_layer
+    weight = base.weight.detach().numpy().copy()
+    has_bias = getattr(base, "bias", None) is not None
+    return Pair(model, tuner, layer, layer.fold(weight), base.bias.detach().numpy().copy() if has_bias else None, adapters, parameters)
+
+
+def _parameter(model: Any, key: str, adapter: str) -> Any:
+    """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
+    for name, parameter in model.named_parameters():
+        own = name.removeprefix("base_model.model.target.")
+        if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
+            return parameter
+    raise KeyError(key)

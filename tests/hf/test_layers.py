@@ -1,0 +1,200 @@
+"""Outputs, every gradient, merge and unmerge equal HF PEFT's in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
+
+from peft_ref import stack  # noqa: E402
+from peft_ref.contracts import LowRank, Method  # noqa: E402
+from peft_ref.errors import UnsupportedLayerError  # noqa: E402
+from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.stack import Dropout  # noqa: E402
+
+pytestmark = pytest.mark.hf
+TOLERANCE = 1e-12  # relative to the largest number of the array
+
+SETTINGS: dict[str, Method[Any]] = {
+    "lora": LoRA(r=4, lora_alpha=6, init_lora_weights=False),
+    "lora-rslora": LoRA(r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False),
+    "lora-bias": LoRA(r=4, lora_alpha=6, lora_bias=True, init_lora_weights=False),
+    "dora": DoRA(r=4, lora_alpha=6),
+    "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True),
+    "loha": LoHa(r=4, alpha=6, init_weights=False),
+    "ia3": IA3(),
+    "ia3-feedforward": IA3(is_feedforward=True),
+}
+# Where PEFT 0.21.2 itself crashes: LoRA's A is built without the layer's dilation.
+CRASHES = {(name, "conv2d-dilation") for name in SETTINGS if name.startswith(("lora", "dora"))}
+
+
+def config(method: Method[Any], dropout: float = 0.0) -> Any:
+    """PEFT's configuration of the same hyper-parameters."""
+    values = dataclasses.asdict(method)  # type: ignore[call-overload]
+    if isinstance(method, IA3):
+        targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
+        return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
+    cls = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    switch = {method.flag: True} if method.flag else {}
+    if dropout:
+        values["lora_dropout"] = dropout
+    return cls(target_modules=["target"], **values, **switch)
+
+
+def supported() -> list[tuple[str, str]]:
+    pairs = []
+    for name, method in SETTINGS.items():
+        for layer_name, layer in LAYERS.items():
+            try:
+                method.check_layer(layer)
+                method.spec(layer)
+            except UnsupportedLayerError:
+                continue
+            if name == "lora-bias" and layer_name == "embedding":
+                continue
+            if (name, layer_name) not in CRASHES:
+                pairs.append((name, layer_name))
+    return pairs
+
+
+def close(got: Any, want: Any) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    assert np.max(np.abs(got - want), initial=0.0) <= TOLERANCE * max(np.max(np.abs(want), initial=0.0), 1.0)
+
+
+def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropout: float = 0.0) -> tuple[Pair, Any, Any]:
+    rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
+    layer, method = LAYERS[layer_name], SETTINGS[name]
+    p = pair(layer, method, [config(method, dropout)] * adapters, rng, bias)
+    shape = INPUTS[layer_name]
+    x = rng.integers(0, 9, shape) if layer.kind == "embedding" else rng.normal(size=shape)
+    y = stack.forward(layer, p.W, p.b, p.adapters, x)
+    return p, x, rng.normal(size=y.shape)
+
+
+def check_forward_and_gradients(p: Pair, x: Any, dy: Any) -> None:
+    tx = torch.tensor(x)
+    if tx.is_floating_point():
+        tx.requires_grad_(True)
+    y = p.model(tx)
+    y.backward(torch.tensor(dy))
+    close(stack.forward(p.layer, p.W, p.b, p.adapters, x), y.detach().numpy())
+    grads = stack.vjp(p.layer, p.W, p.b, p.adapters, x, dy)
+    if tx.grad is not None:
+        close(grads.x, tx.grad.numpy())
+    for adapter, own, parameters in zip(p.adapters, grads.params, p.parameters, strict=True):
+        for key, value in adapter.method.pack(p.layer, own).items():
+            close(value.reshape(-1), parameters[key].grad.numpy().reshape(-1))
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize(("name", "layer_name"), supported())
+def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapters: int) -> None:
+    check_forward_and_gradients(*make(name, layer_name, adapters))
+
+
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith(("lora", "dora"))])
+@pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adapters: int) -> None:
+    p, x, dy = make(name, layer_name, adapters, dropout=0.25)
+    rng = np.random.default_rng(7)
+    masks = [rng.integers(0, 2, x.shape) for _ in p.adapters]
+
+    class Masked(torch.nn.Module):
+        def __init__(self, mask: Any) -> None:
+            super().__init__()
+            self.mask = torch.tensor(mask / 0.75)
+
+        def forward(self, v: Any) -> Any:
+            return v * self.mask
+
+    for n, mask in enumerate(masks):
+        p.tuner.lora_dropout[f"a{n}"] = Masked(mask)
+    p.model.train()
+    dropped = [a._replace(dropout=Dropout(m, 0.25)) for a, m in zip(p.adapters, masks, strict=True)]
+    check_forward_and_gradients(p._replace(adapters=dropped), x, dy)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize(("name", "layer_name"), [s for s in supported() if not s[1].endswith("groups") or s[0].startswith(("ia3", "loha"))])
+def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str, adapters: int) -> None:
+    p, _, _ = make(name, layer_name, adapters)
+    W, b = stack.merge(p.layer, p.W, p.b, p.adapters)
+    p.tuner.merge()
+    close(p.layer.unfold(W), p.tuner.base_layer.weight.detach().numpy())
+    if b is not None:
+        close(b, p.tuner.base_layer.bias.detach().numpy())
+    back, b_back = stack.unmerge(p.layer, W, b, p.adapters, p.W)
+    close(back, p.W)
+    if b_back is not None:
+        close(b_back, p.b)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "ia3", "ia3-feedforward"])
+def test_a_layer_without_bias_equals_pefts(name: str) -> None:
+    check_forward_and_gradients(*make(name, "linear", bias=False))
+
+
+def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() -> None:
+    from peft_ref.errors import NotMergeableError
+
+    p, x, dy = make("lora-bias", "linear", bias=False)
+    check_forward_and_gradients(p, x, dy)
+    with pytest.raises(NotMergeableError, match="bias"):
+        stack.merge(p.layer, p.W, p.b, p.adapters)
+    with pytest.raises(RuntimeError):
+        p.tuner.merge()
+
+
+def test_every_method_is_compared_here() -> None:
+    assert {type(m) for m in SETTINGS.values()} == set(METHODS.values())
+
+
+@pytest.mark.parametrize("name", sorted({n for n, _ in CRASHES}))
+def test_peft_still_crashes_where_we_say_so(name: str) -> None:
+    p, x, _ = make(name, "conv2d-dilation")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        p.model(torch.tensor(x))
+
+
+@pytest.mark.parametrize("name", [n for n, m in SETTINGS.items() if isinstance(m, LowRank)])
+def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None:
+    from peft_ref.errors import NotMergeableError
+
+    p, _, _ = make(name, "conv2d-groups")
+    with pytest.raises(NotMergeableError):
+        stack.merge(p.layer, p.W, p.b, p.adapters)
+    with pytest.raises(NotImplementedError):
+        p.tuner.merge()
+
+
+def refused() -> list[tuple[str, str]]:
+    pairs = []
+    for name in ("lora", "dora", "loha", "ia3", "ia3-feedforward"):
+        for layer_name, layer in LAYERS.items():
+            if layer.kind not in SETTINGS[name].kinds:
+                pairs.append((name, layer_name))
+    return pairs
+
+
+@pytest.mark.parametrize(("name", "layer_name"), refused())
+def test_a_layer_kind_we_refuse_peft_refuses_too(name: str, layer_name: str) -> None:
+    method, layer = SETTINGS[name], LAYERS[layer_name]
+    with pytest.raises(UnsupportedLayerError, match=layer.kind):
+        method.check_layer(layer)
+    with pytest.raises((ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError)):
+        pair(layer, method, [config(method)], np.random.default_rng(0))

@@ -1,0 +1,37 @@
+"""The README's table of methods is what the code says.   python tests/spec/test_readme.py   writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft_ref.check.corpus import corpus
+from peft_ref.check.mistakes import SUITES
+from peft_ref.methods import METHODS
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- methods: written by tests/spec/test_readme.py, do not edit -->", "<!-- end of methods -->"
+SHORT = {"transposed_linear": "Conv1D", "embedding": "embedding", "linear": "linear"}
+
+
+def table() -> str:
+    rows = ["| method | contract | layers | cases | known mistakes |", "|---|---|---|---|---|"]
+    for name, cls in METHODS.items():
+        spatial = [k[4] for k in sorted(cls.kinds) if k.startswith("conv")]
+        layers = [SHORT[k] for k in ("linear", "transposed_linear", "embedding") if k in cls.kinds]
+        layers += [f"convolution {', '.join(spatial)}d"] if spatial else []
+        rows.append(
+            f"| [{cls.__name__}](spec/methods/{name}.md) | {cls.__base__.__name__} | {', '.join(layers)}"  # type: ignore[union-attr]
+            f" | {len(corpus(name))} | {len(SUITES[name].mistakes)} |"
+        )
+    return "\n".join(rows)
+
+
+def test_the_table_of_methods_is_what_the_code_says() -> None:
+    text = README.read_text(encoding="utf-8")
+    written = text.partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == table(), "run: python tests/spec/test_readme.py"
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
