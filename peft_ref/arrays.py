@@ -68,6 +68,12 @@ def as_rows(x: Array) -> Array:
     return namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
 
 
+def regroup(x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` reshaped, its first axis kept, in two passes: dask merges axes and splits them, but not both at once."""
+    xp = namespace(x)
+    return xp.reshape(xp.reshape(x, (x.shape[0], -1)), shape)
+
+
 def row_norm(V: Array) -> Array:
     """The Euclidean norm of every row of `V` (out, in), shape (out,)."""
     xp = namespace(V)

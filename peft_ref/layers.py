@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
-from peft_ref.arrays import Array, as_rows, namespace, one_hot, pad, spread, take_columns, zeros_like
+from peft_ref.arrays import Array, as_rows, namespace, one_hot, pad, regroup, spread, take_columns, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
 
 CONV_KINDS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -124,9 +124,9 @@ class Layer(ABC):
         if not self.kernel_size:
             return h @ xp.permute_dims(B, (1, 0))
         n, r, *space = h.shape
-        grouped = xp.reshape(h, (n, g, r // g, math.prod(space)))
+        grouped = regroup(h, (n, g, r // g, math.prod(space)))
         mixed = xp.reshape(B, (g, B.shape[0] // g, B.shape[1])) @ grouped
-        return xp.reshape(mixed, (n, B.shape[0], *space))
+        return regroup(mixed, (n, B.shape[0], *space))
 
     @final
     def up_vjp(self, h: Array, B: Array, dy: Array) -> tuple[Array, Array]:
@@ -136,11 +136,11 @@ class Layer(ABC):
             return dy @ B, xp.permute_dims(as_rows(dy), (1, 0)) @ as_rows(h)
         n, r, *space = h.shape
         out, length = B.shape[0], math.prod(space)
-        grouped = xp.reshape(h, (n, g, r // g, length))
-        upper = xp.reshape(dy, (n, g, out // g, length))
+        grouped = regroup(h, (n, g, r // g, length))
+        upper = regroup(dy, (n, g, out // g, length))
         dh = xp.matrix_transpose(xp.reshape(B, (g, out // g, r // g))) @ upper
         dB = xp.sum(upper @ xp.matrix_transpose(grouped), axis=0)
-        return xp.reshape(dh, h.shape), xp.reshape(dB, B.shape)
+        return regroup(dh, h.shape), xp.reshape(dB, B.shape)
 
 
 @final
@@ -286,18 +286,18 @@ class Conv(Layer):
         xp, g = namespace(x, W), self.groups
         patches = self._patches(x)
         y = xp.reshape(W, (g, W.shape[0] // g, W.shape[1])) @ patches
-        return self.add_bias(xp.reshape(y, (x.shape[0], W.shape[0], *self._out_space(x.shape[2:]))), b)
+        return self.add_bias(regroup(y, (x.shape[0], W.shape[0], *self._out_space(x.shape[2:]))), b)
 
     def input_vjp(self, x: Array, W: Array, dy: Array) -> Array:
         xp, g = namespace(W, dy), self.groups
         out = W.shape[0]
         weights = xp.reshape(W, (g, out // g, W.shape[1]))
-        return self._patches_vjp(x, xp.matrix_transpose(weights) @ xp.reshape(dy, (x.shape[0], g, out // g, -1)))
+        return self._patches_vjp(x, xp.matrix_transpose(weights) @ regroup(dy, (x.shape[0], g, out // g, -1)))
 
     def weight_vjp(self, x: Array, dy: Array) -> Array:
         xp, g = namespace(x, dy), self.groups
         n, out = dy.shape[:2]
-        dW = xp.reshape(dy, (n, g, out // g, -1)) @ xp.matrix_transpose(self._patches(x))
+        dW = regroup(dy, (n, g, out // g, -1)) @ xp.matrix_transpose(self._patches(x))
         return xp.reshape(xp.sum(dW, axis=0), self.shape)
 
     def down(self, r: int) -> Conv:
@@ -334,16 +334,15 @@ class Conv(Layer):
             x = pad(x, axis, p, p)
         windows = [x[(slice(None), slice(None), *window)] for window in self._windows(sizes)]
         stacked = xp.stack(windows, axis=2)
-        return xp.reshape(stacked, (x.shape[0], g, self.in_channels // g * len(windows), math.prod(sizes)))
+        return regroup(stacked, (x.shape[0], g, self.in_channels // g * len(windows), math.prod(sizes)))
 
     def _patches_vjp(self, x: Array, dpatches: Array) -> Array:
         """Adds the gradient of every patch back where the patch was taken."""
-        xp = namespace(dpatches)
         space = x.shape[2:]
         sizes = self._out_space(space)
         padded = [n + 2 * p for n, p in zip(space, self.padding, strict=True)]
         positions = list(itertools.product(*map(range, self.kernel_size)))
-        parts = xp.reshape(dpatches, (x.shape[0], self.in_channels, len(positions), *sizes))
+        parts = regroup(dpatches, (x.shape[0], self.in_channels, len(positions), *sizes))
         dx = zeros_like((x.shape[0], self.in_channels, *padded), dpatches)
         for j, offsets in enumerate(positions):
             part = parts[:, :, j, ...]

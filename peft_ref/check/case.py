@@ -180,12 +180,12 @@ def decode(value: Any) -> NDArray | None:
 
 def _decode(value: Any) -> NDArray:
     """Nested lists as an array: integers stay integers, "nan", "inf" and "-inf" are read. Ragged lists raise ValueError."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError("the nested lists are ragged or too deep: every row of an array must be equally long") from None
     if array.dtype.kind in "US" or array.dtype == object:
-        array = np.asarray(value, dtype=object)
-        if any(isinstance(v, list) for v in array.reshape(-1)):
-            raise ValueError("the nested lists are ragged: every row of an array must be equally long")
-        array = array.astype(np.float64)
+        array = np.asarray(value, dtype=object).astype(np.float64)
     if array.dtype.kind not in "iufb":
         raise ValueError(f"an array of numbers was expected, got {array.dtype}")
     return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from peft_ref.check.text import grade_text
 from peft_ref.check.tolerance import compare
 
 Progress = Callable[[int, int, str], None]
-# A mistake counts as told apart when it stands this many tolerances away from the right answer.
+# What reading a port's own idea of an answer may raise.
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+# A mistake, or an answer of a port that does nothing, counts as told apart this many tolerances away from the right answer.
 MARGIN = 2.0
 
 
@@ -106,11 +108,11 @@ def _grade(port: Port, info: PortInfo, case: Case) -> tuple[Verdict, Answer | No
         return replace(verdict, status="skipped", reason=reply.reason), None
     if isinstance(reply, Failed):
         return replace(verdict, status="error", reason=reply.reason), None
-    if case.operation in TEXT_OPERATIONS:
-        problem = grade_text(case, reply.answer)
-        return (replace(verdict, status="wrong", reason=problem), None) if problem else (verdict, None)
-    if case.operation == "init":
-        problem = grade_init(case, reply.answer, info.dtype)
+    if case.operation in TEXT_OPERATIONS or case.operation == "init":
+        try:
+            problem = grade_init(case, reply.answer, info.dtype) if case.operation == "init" else grade_text(case, reply.answer)
+        except UNREADABLE as error:  # an object of another make than was asked for, at any depth
+            return replace(verdict, status="error", reason=f"the answer cannot be read: {type(error).__name__}: {error}"[:300]), None
         return (replace(verdict, status="wrong", reason=problem), None) if problem else (verdict, None)
     return _grade_arrays(verdict, case, reply, info.dtype)
 
@@ -124,10 +126,21 @@ def _grade_arrays(verdict: Verdict, case: Case, reply: Answered, dtype: str) -> 
     worst = compare(got, expected)
     if worst.ratio > 1:
         return replace(verdict, status="wrong", worst=worst, reason=describe(worst, expected.exact)), got
-    if compare(null_answer(case), expected).ratio <= MARGIN:
-        reason = f"in {dtype} the answer of a layer without the adapter is within tolerance too"
-        return replace(verdict, status="undecidable", worst=worst, reason=reason), None
+    if empty := empty_handed(case, dtype):
+        return replace(verdict, status="undecidable", worst=worst, reason=f"in {dtype} {empty} would be within tolerance too"), None
     return replace(verdict, worst=worst), None
+
+
+@lru_cache(maxsize=8192)
+def empty_handed(case: Case, dtype: str) -> str:
+    """Which answer of a port that knows nothing of the method cannot be told from the right one; an empty string if none."""
+    expected = expected_answer(case, dtype)
+    answers = {
+        "the answer of a layer without the adapter": null_answer(case),
+        "an answer of zeros": {name: np.zeros_like(v) for name, v in expected.values.items()},
+        "one and the same number everywhere": {name: np.full_like(v, np.mean(v)) for name, v in expected.values.items()},
+    }
+    return next((what for what, empty in answers.items() if compare(empty, expected).ratio <= MARGIN), "")
 
 
 def describe(worst: Worst, exact: bool) -> str:

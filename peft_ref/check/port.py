@@ -84,7 +84,8 @@ class BackendPort(Port):
         draws = []
         for seed in range(case.question["draws"]):
             start = method.init(layer, problem.W, np.random.default_rng(seed))
-            tensors = {**method.pack(layer, start.params), "weight": layer.unfold(start.W)}
+            changed = {} if start.W is problem.W else {"weight": layer.unfold(start.W)}
+            tensors = {**method.pack(layer, start.params), **changed}
             draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in tensors.items()})
         return {"draws": draws}
 

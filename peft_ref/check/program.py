@@ -234,14 +234,16 @@ class _Process:
 
     def _line(self) -> bytes | None:
         """The next line that is not blank, if it is complete."""
-        while (end := self._heard.find(b"\n", self._searched)) >= 0:
-            line = bytes(self._heard[:end])
-            del self._heard[: end + 1]
-            self._searched = 0
-            if line.strip():
-                return line
-        self._searched = len(self._heard)
-        return None
+        if self._heard[:1].isspace():
+            self._heard, self._searched = self._heard.lstrip(), 0
+        end = self._heard.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._heard)
+            return None
+        line = bytes(self._heard[:end])
+        del self._heard[: end + 1]
+        self._searched = 0
+        return line
 
     def _gone(self) -> bool:
         """Whether nothing more can come. A child of a dead program may hold the pipe open; nobody waits for it."""
@@ -250,14 +252,14 @@ class _Process:
     # ---- what went wrong
 
     def _decode(self, line: bytes) -> dict[str, Any]:
+        what = "no JSON object"
         try:
             message = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
-            what = "no JSON object" if message is not None else "no JSON"
-            raise _Trouble(f"answered a line that is {what}: {_excerpt(line)}. {HINT}{self._said()}")
-        return message
+            message, what = None, "no JSON"
+        if isinstance(message, dict):
+            return message
+        raise _Trouble(f"answered a line that is {what}: {_excerpt(line)}. {HINT}{self._said()}")
 
     def _silence(self, timeout: float) -> str:
         if self._unsent:
@@ -274,8 +276,8 @@ class _Process:
             if self._stderr in _registered(self._selector):
                 self._pump(0.0)
         code = self._popen.poll()
-        if code == 0 and not self._heard.strip() and not self._told:
-            return _Left("ended with exit code 0 and without an answer")
+        if code == 0 and not self._heard.strip():
+            return _Left(f"ended with exit code 0 and without an answer{self._said()}")
         how = "closed its output and runs on" if code is None else _signal(-code) if code < 0 else f"ended with exit code {code}"
         rest = f", in the middle of a line: {_excerpt(bytes(self._heard))}" if self._heard.strip() else ""
         return _Trouble(f"{how}{rest}{self._said()}")

@@ -40,18 +40,25 @@ def read_info(message: Any, validate: bool = False) -> PortInfo:
     if validate and (problem := violation(message, "info")):
         raise BrokenPort(f"the answer to start does not fit the schema: {problem}")
     dtype = message.get("dtype", "float64")
-    if dtype not in PRECISION:
-        raise BrokenPort(f"the port computes in dtype {dtype!r}; the judge knows {', '.join(PRECISION)}.")
+    if not isinstance(dtype, str) or dtype not in PRECISION:
+        raise BrokenPort(f"the port computes in dtype {_short(dtype)}; the judge knows {', '.join(PRECISION)}.")
     return PortInfo(
-        name=message["name"],
+        name=_short(message["name"]),
         dtype=dtype,
-        language=str(message.get("language") or ""),
-        version=str(message.get("version") or ""),
-        homepage=str(message.get("homepage") or ""),
-        operations=tuple(message.get("operations") or ()),
-        methods=tuple(message.get("methods") or ()),
-        layers=tuple(message.get("layers") or ()),
+        language=_short(message.get("language") or ""),
+        version=_short(message.get("version") or ""),
+        homepage=_short(message.get("homepage") or ""),
+        operations=_names(message, "operations"),
+        methods=_names(message, "methods"),
+        layers=_names(message, "layers"),
     )
+
+
+def _names(message: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = message.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(v, str) for v in names):
+        raise BrokenPort(f'"{key}" in the answer to start is {_short(names)}; expected a list of names.')
+    return tuple(names)
 
 
 def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:
@@ -61,9 +68,9 @@ def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:
     if validate and (problem := violation(message, "reply")):
         return Failed(f"the reply does not fit the schema: {problem}")
     if message.get("id") != case.id:
-        return Failed(f"the reply is for case {message.get('id')!r}; {case.id!r} was asked")
+        return Failed(f"the reply is for case {_short(message.get('id'))}; {case.id} was asked")
     if "skipped" in message:
-        return Skipped(str(message["skipped"]) or "no reason given")
+        return Skipped(_short(message["skipped"], 600) or "no reason given")
     if "error" in message:
         return Failed(f"the port reports: {_short(message['error'], 600)}")
     if not isinstance(message.get("answer"), dict):
@@ -72,8 +79,8 @@ def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:
         if case.operation in ARRAY_OPERATIONS:
             return Answered(flatten(message["answer"]))
         return Answered(message["answer"])
-    except (ValueError, TypeError, AttributeError) as error:
-        return Failed(f"the answer cannot be read: {error}")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return Failed(f"the answer cannot be read: {_short(str(error))}")
 
 
 def flatten(answer: Mapping[str, Any]) -> Answer:
@@ -131,5 +138,8 @@ def schema_document() -> dict[str, Any]:
 
 
 def _short(value: Any, length: int = 200) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    except RecursionError:
+        text = "something nested too deeply"
     return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,18 @@ class Report:
             "exit_code": self.exit_code,
             "broken": self.broken,
             "counts": self.counts,
-            "diagnoses": [asdict(d) for d in self.diagnoses],
+            "diagnoses": [_finite(asdict(d)) for d in self.diagnoses],
             "undecidable": {k: list(v) for k, v in self.undecidable.items()},
-            "verdicts": [asdict(v) for v in self.verdicts],
+            "verdicts": [_finite(asdict(v)) for v in self.verdicts],
         }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they travel as strings, as in the protocol."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value

@@ -2,8 +2,8 @@
 
 What a file does not say, and what is done about it:
 
-    order        the tensors of a file are sorted by dtype and name. Here modules are sorted by name, numbers as numbers; within a block that
-                 is not the order in which the live model holds them
+    order        the tensors of a file are sorted by dtype and name. Here modules are sorted by name, numbers as numbers; within a block
+                 that is not the order in which the live model holds them
     geometry     stride, padding, dilation and groups of a convolution: `Module.exact` is False
     modules      one without parameters (dropout, activation) is not there; a tied head or embedding is added back from config.json
     prefix       some files leave out, or have, a prefix that the live model has not: GPT-2 on the hub says "h.0.attn", the live language

@@ -1,11 +1,42 @@
-"""Names near to what was asked for, and entries that ask for nothing."""
+"""Why nothing matched, what may not be meant, and names near to what was asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from peft_ref.graph.decide import suffixes
+from peft_ref.graph.decide import EXCLUDED, SAVED, TARGET, Rules, Verdict, suffixes
 from peft_ref.graph.protocol import Graph
+
+if TYPE_CHECKING:
+    from peft_ref.graph.targets import Targets
+
+
+def nothing_matched(targets: Targets, rules: Rules, graph: Graph, verdicts: Mapping[str, Verdict]) -> str:
+    outcomes = {verdict.outcome for verdict in verdicts.values()}
+    if outcomes and outcomes <= {EXCLUDED, SAVED}:
+        return "every module is excluded, by exclude_modules or modules_to_save.\n  Narrow them."
+    shown = "target_parameters" if rules.target is None else f"target_modules={targets.target_modules!r:.80}"
+    lines = [f"{shown} matches none of the {len(verdicts)} modules."]
+    near = nearest(rules.target, targets.target_parameters, graph)
+    lines.append(f"  The nearest names: {', '.join(near)}." if near else "  No name is near; `graph.modules()` lists them.")
+    held = [verdict.reason for verdict in verdicts.values() if verdict.near]
+    lines.append(f"  {held[0]}" if held else "  A list matches whole names or ends from a dot on; text is a regex of the whole name.")
+    return "\n".join(lines)
+
+
+def notes_on(targets: Targets, rules: Rules, graph: Graph, verdicts: Mapping[str, Verdict], parameters: tuple[str, ...]) -> Iterator[str]:
+    outcomes = {verdict.outcome for verdict in verdicts.values()}
+    if verdicts and targets.exclude_modules and not outcomes & {EXCLUDED, SAVED}:
+        yield f"exclude_modules={targets.exclude_modules!r:.80} excludes nothing."
+    if verdicts and targets.target_modules and TARGET not in outcomes:
+        yield f"target_modules={targets.target_modules!r:.80} matches no module."
+    if targets.target_parameters and not parameters:
+        yield f"target_parameters={targets.target_parameters!r:.80} matches no parameter."
+    if isinstance(targets.target_modules, tuple):
+        for entry in unmatched(targets.target_modules, graph):
+            yield f"target_modules: {entry!r} matches no module."
 
 
 def unmatched(entries: tuple[str, ...], graph: Graph) -> list[str]:

@@ -23,23 +23,24 @@ CONV1D: Mapping[str, frozenset[str]] = MappingProxyType(
     dict.fromkeys(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder", "clvp"), _GPT2)
 )
 # The last part of an embedding's name, where no architecture has a linear layer of that name.
-EMBEDDINGS = frozenset(
-    (
-        "box_position_embeddings char_position_embeddings cls_embed codebook col_position_embeddings column_embedder "
-        "column_embeddings denoising_class_embed distance_embedding embed embed_audio_tokens embed_char embed_global embed_in "
-        "embed_positions embed_text_tokens embed_timestep embed_tokens embed_tokens_per_layer embedding embeddings "
-        "encoder_hash_tok_embedding entity_embeddings freq_emb generation_embeddings h_position_embeddings input_embeds_layer "
-        "label_embed lang_embeddings language_embedding level_embed ngram_embeddings no_mask_embed not_a_point_embed "
-        "num_speakers_embed point_embed pos_emb pos_embed position_embedding position_embedding_table position_embeddings "
-        "position_embeds_layer positions_embed pronunciation_embed queries_embedder query_embed query_position_embeddings "
-        "reference_point_embed rel_attn_embed rel_embeddings rel_pos_emb relative_attention_bias row_embedder row_embeddings "
-        "row_position_embeddings segment_emb segment_embedding shape_embed shared speaker_embedding text_position_embedding "
-        "text_token_embedding tile_embedding tok_embeddings token_embedding token_type_embeddings tokens_embed unit_embedding "
-        "value_embeddings visual_embeddings_table visual_position_embeddings visual_token_type_embeddings w_position_embeddings "
-        "word_embedding word_embeddings wpe wte x_position_embeddings y_position_embeddings"
-        " audio_bos_eos_token hq_token iou_token mask_tokens obj_score_token presence_token queries_features"
-    ).split()
-)
+# fmt: off
+EMBEDDINGS = frozenset({
+    "audio_bos_eos_token", "box_position_embeddings", "char_position_embeddings", "cls_embed", "codebook", "col_position_embeddings",
+    "column_embedder", "column_embeddings", "denoising_class_embed", "distance_embedding", "embed", "embed_audio_tokens", "embed_char",
+    "embed_global", "embed_in", "embed_positions", "embed_text_tokens", "embed_timestep", "embed_tokens", "embed_tokens_per_layer",
+    "embedding", "embeddings", "encoder_hash_tok_embedding", "entity_embeddings", "freq_emb", "generation_embeddings",
+    "h_position_embeddings", "hq_token", "input_embeds_layer", "iou_token", "label_embed", "lang_embeddings", "language_embedding",
+    "level_embed", "mask_tokens", "ngram_embeddings", "no_mask_embed", "not_a_point_embed", "num_speakers_embed", "obj_score_token",
+    "point_embed", "pos_emb", "pos_embed", "position_embedding", "position_embedding_table", "position_embeddings",
+    "position_embeds_layer", "positions_embed", "presence_token", "pronunciation_embed", "queries_embedder", "queries_features",
+    "query_embed", "query_position_embeddings", "reference_point_embed", "rel_attn_embed", "rel_embeddings", "rel_pos_emb",
+    "relative_attention_bias", "row_embedder", "row_embeddings", "row_position_embeddings", "segment_emb", "segment_embedding",
+    "shape_embed", "shared", "speaker_embedding", "text_position_embedding", "text_token_embedding", "tile_embedding", "tok_embeddings",
+    "token_embedding", "token_type_embeddings", "tokens_embed", "unit_embedding", "value_embeddings", "visual_embeddings_table",
+    "visual_position_embeddings", "visual_token_type_embeddings", "w_position_embeddings", "word_embedding", "word_embeddings", "wpe",
+    "wte", "x_position_embeddings", "y_position_embeddings",
+})
+# fmt: on
 # Names that say nothing alone.
 RARE_EMBEDDINGS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -52,6 +53,8 @@ RARE_EMBEDDINGS: Mapping[str, frozenset[str]] = MappingProxyType(
         "speecht5": frozenset({"pe_k"}),
     }
 )
+# Stacked linear maps of granitemoe and jetmoe: weights of 3 axes, and no convolutions.
+EXPERTS = frozenset({"input_linear", "output_linear"})
 # Routers of mixtures are bare parameters in transformers 5, but linear layers in these.
 ROUTERS = frozenset({"gate", "router"})
 LINEAR_ROUTERS = frozenset({"afmoe", "d_fine", "deimv2", "llama4", "llama4_text", "phimoe"})
@@ -87,6 +90,8 @@ def layer_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> La
         if last in CONV1D.get(model_type, ()):
             return Linear(in_features=shape[0], out_features=shape[1], transposed=True)
         return Linear(in_features=shape[1], out_features=shape[0])
+    if len(shape) == 3 and last in EXPERTS:
+        return None
     if 3 <= len(shape) <= 5:
         return Conv(in_channels=shape[1], out_channels=shape[0], kernel_size=shape[2:])
     return None

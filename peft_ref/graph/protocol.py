@@ -5,8 +5,8 @@
     tied        a parameter that is another one under a second name: {"lm_head.weight": "model.embed_tokens.weight"}
     alias       a module that is another one under a second name; rare, and nothing but `modules_to_save` looks at it
 
-A kind is one of the layers' ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d") or "other": containers, norms, attention
-blocks. Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
+A kind is one of the layers' ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d") or "other": containers, norms,
+attention blocks. Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Module:
     """One named module of a model.
 
     `layer` is None for kind "other", and where a layer's geometry cannot be written as one of ours (a convolution that pads by reflection).
-    `exact` is False where stride, padding, dilation and groups were not given and the plain ones stand in for them, as in a checkpoint: such
-    a layer folds and merges a weight, but must not be run.
+    `exact` is False where stride, padding, dilation and groups were not given and the plain ones stand in for them, as in a checkpoint:
+    such a layer folds and merges a weight, but must not be run.
     """
 
     name: str

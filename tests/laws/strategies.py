@@ -8,7 +8,7 @@ What the method or the layer refuses (ConfigError, UnsupportedLayerError) is dra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -19,6 +19,7 @@ from peft_ref.contracts import KINDS, Method
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
+from peft_ref.stack import Adapter
 
 Host = np.ndarray[Any, Any]
 
@@ -122,6 +123,22 @@ def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) 
         elif hints[f.name] is bool and not f.name.startswith("init"):
             options[f.name] = draw(st.booleans())
     return cls(**options)
+
+
+def companion(data: st.DataObject, case: Case, stream: int) -> Adapter:
+    """A second adapter on the same layer, of any method that takes it."""
+    takers = [name for name, kind in PAIRS if kind == case.layer.kind]
+    name = data.draw(st.sampled_from(takers))
+    method = data.draw(methods(name).filter(lambda m: _takes(m, case)))
+    return Adapter(method, replace(case, method=method).params(stream))
+
+
+def _takes(method: Any, case: Case) -> bool:
+    try:
+        method.check_layer(case.layer)
+    except (ConfigError, TypeError):
+        return False
+    return True
 
 
 @st.composite

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft_ref import stack
 from peft_ref.errors import NotMergeableError
 from peft_ref.stack import Adapter, Dropout
-from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, map_params
+from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion, map_params
 
 STEP = 2e-3
 
@@ -76,6 +76,33 @@ def test_stack_vjp_is_the_adjoint_for_the_input(name: str, kind: str, data: st.D
     got = stack.vjp(case.layer, case.W, case.b, [Adapter(case.method, p)], x, dy).x
     assert got is not None
     assert_slope(lambda t: float(np.sum(dy * f(p, x + t * v))), got, v, "x")
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@given(data=st.data())
+@LAW
+def test_under_other_adapters_the_gradient_is_still_the_adjoint(name: str, kind: str, data: st.DataObject) -> None:
+    """The gradient of the lowest adapter goes back through all those above it."""
+    case = data.draw(cases(name, kind))
+    layer, W0, dy, p = case.layer, case.W, case.dy, case.params()
+    above = [companion(data, case, 21), companion(data, case, 22)]
+    maps = [a.method.differentiated(layer, a.params, W0) for a in (Adapter(case.method, p), *above)]
+
+    def y(q: Any) -> Host:
+        W, b = W0, case.b
+        for params, step in zip((q, *(a.params for a in above)), maps, strict=True):
+            W, b = step(params, W, b)
+        return np.asarray(layer.apply(case.x, W, b))
+
+    try:
+        y(p)
+    except NotMergeableError:
+        return
+    got = stack.vjp(layer, W0, case.b, [Adapter(case.method, p), *above], case.x, dy).params[0]
+    v = case.direction(p, 18)
+    for field in fields_of(p):
+        at, along = getattr(p, field), getattr(v, field)
+        assert_slope(lambda t: float(np.sum(dy * y(p._replace(**{field: at + t * along})))), getattr(got, field), along, field)  # noqa: B023
 
 
 @pytest.mark.parametrize("name", [name for name, kind in PAIRS if kind == "embedding"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from peft_ref.layers import Conv, Embedding, Linear
 from peft_ref.methods import METHODS, DoRA, LoRA
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.compare import assert_close, assert_same_bits
-from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, methods
+from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion
 
 ADDITIVE = [(name, kind) for name, kind in PAIRS if issubclass(METHODS[name], LowRank | Additive)]
 SCALED = [(name, kind) for name, kind in ADDITIVE if {f.name for f in fields(METHODS[name])} & {"alpha", "lora_alpha"}]  # type: ignore[arg-type]
@@ -29,22 +28,6 @@ def merged(case: Case, adapters: list[Adapter]) -> tuple[Host, Host | None] | No
         return stack.merge(case.layer, case.W, case.b, adapters)
     except NotMergeableError:
         return None
-
-
-def companion(data: st.DataObject, case: Case, stream: int) -> Adapter:
-    """A second adapter on the same layer, of any method that takes it."""
-    takers = [name for name, kind in PAIRS if kind == case.layer.kind]
-    name = data.draw(st.sampled_from(takers))
-    method = data.draw(methods(name).filter(lambda m: _takes(m, case)))
-    return Adapter(method, replace(case, method=method).params(stream))
-
-
-def _takes(method: Any, case: Case) -> bool:
-    try:
-        method.check_layer(case.layer)
-    except (ConfigError, TypeError):
-        return False
-    return True
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)

@@ -110,13 +110,9 @@ def rows(x):
 
 
 def shaped_like(x, flat):
-    """Undoes `rows`: the rows `flat` nested as in x."""
+    """Undoes `rows`: the rows `flat` nested as in x. `flat` may be an iterator, which the parts share."""
     remaining = iter(flat)
-
-    def nest(part):
-        return [nest(p) for p in part] if isinstance(part[0], list) else next(remaining)
-
-    return nest(x)
+    return [shaped_like(part, remaining) for part in x] if isinstance(x[0], list) else next(remaining)
 
 
 def drop(adapter, x):

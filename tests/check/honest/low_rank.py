@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tests.check.honest.arithmetic import Arithmetic, Host
 
 
@@ -61,17 +63,26 @@ class LowRank:
     def directions(self, a: Arithmetic, W: Host) -> Host:
         return self.merged(a, W)
 
+    def row_norms(self, a: Arithmetic, W0: Host) -> Host:
+        """The row norms of W0 + s B A; or |W|^2 + 2 s W.BA + s^2 |BA|^2, never formed and in wide numbers, as some do to save memory."""
+        if a.pick(True, True, False):
+            return a.norm(self.directions(a, W0))
+        W, A, B = (v.astype(a.wider) for v in (W0, self.A, self.B))
+        cross, gram = (B @ (A @ W.T)).diagonal(), ((B @ (A @ A.T)) * B).sum(axis=1)
+        s = a.wider(self.s)
+        return np.sqrt((W * W).sum(axis=1) + 2 * s * cross + s * s * gram).astype(a.dtype)
+
     def gain(self, a: Arithmetic, W0: Host) -> Host:
         """m / n, n the row norms of W0 + s B A; or m times 1 / n."""
         assert self.m is not None
-        return a.over(self.m, a.norm(self.directions(a, W0)))
+        return a.over(self.m, self.row_norms(a, W0))
 
     def dora_merged(self, a: Arithmetic, W: Host, W0: Host) -> Host:
         V = self.directions(a, W)
         if a.pick(True, False):
             return self.gain(a, W0)[:, None] * V
         assert self.m is not None
-        n = a.norm(self.directions(a, W0))
+        n = self.row_norms(a, W0)
         return self.m[:, None] * a.over(V, n[:, None])
 
     def dora_added(self, a: Arithmetic, X: Host, base: Host, W0: Host, base_of_dropped: Host | None = None) -> Host:
@@ -84,7 +95,7 @@ class LowRank:
         back = a.pick("divide", "reciprocal", "norm first")
         if back == "norm first":
             assert self.m is not None
-            n = a.norm(self.directions(a, W0))
+            n = self.row_norms(a, W0)
             return a.add(a.over(W * n[:, None], self.m[:, None]), -self.delta(a))
         g = self.gain(a, W0)[:, None]
         return a.add(W / g if back == "divide" else W * (a.number(1.0) / g), -self.delta(a))
@@ -92,7 +103,7 @@ class LowRank:
     def dora_gradients(self, a: Arithmetic, dW: Host, W: Host, W0: Host) -> tuple[Host, Host, Host, Host]:
         """dA, dB, dm and the gradient of W, for a gradient dW of the merged weight; n is held constant."""
         assert self.m is not None
-        n = a.norm(self.directions(a, W0))
+        n = self.row_norms(a, W0)
         V = self.directions(a, W)
         dm = a.over(a.sum(dW * V, axis=1), n) if a.pick(True, False) else a.sum(dW * a.over(V, n[:, None]), axis=1)
         dV = a.over(self.m, n)[:, None] * dW if a.pick(True, False) else a.over(self.m[:, None] * dW, n[:, None])

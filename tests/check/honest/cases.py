@@ -1,0 +1,48 @@
+"""Random cases beyond the corpus: its variants with other numbers, other sizes and other kinds of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from peft_ref.check.case import ARRAY_OPERATIONS, Case, build_method
+from peft_ref.check.mistakes import SUITES
+from peft_ref.check.variants import LAYERS, NUMBERS, make_case
+from peft_ref.contracts import Additive, LowRank
+from peft_ref.layers import Embedding, Layer, Linear
+from peft_ref.methods import METHODS
+
+
+def random_cases(seed: int, count: int, largest: int = 14) -> list[Case]:
+    """All operations of `count` random variants of every method; a variant's name is its numbers' seed."""
+    rng = np.random.default_rng(seed)
+    return [case for i in range(count) for method in SUITES for case in _of(method, f"{seed}-{i}", rng, largest)]
+
+
+def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[Case]:
+    variants = SUITES[name].variants
+    variant = variants[int(rng.integers(len(variants)))]
+    layer_name = variant.layers[int(rng.integers(len(variant.layers)))]
+    made_to_measure = variant.weight is not None
+    layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
+    numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
+    methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
+    mergeable = layer.groups == 1 or not issubclass(METHODS[name], LowRank)
+    cases = []
+    for operation in ARRAY_OPERATIONS:
+        if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):
+            continue
+        if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS[name], LowRank | Additive)):
+            continue
+        cases.append(make_case(name, replace(variant, name=f"{variant.name}-{label}", numbers=numbers), layer_name, layer, methods, operation))
+    return cases
+
+
+def _resized(layer: Layer, rng: np.random.Generator, largest: int) -> Layer:
+    n_in, out = (int(v) for v in rng.integers(2, largest, 2))
+    if isinstance(layer, Linear):
+        return replace(layer, in_features=n_in, out_features=out)
+    if isinstance(layer, Embedding):
+        return replace(layer, num_embeddings=n_in, embedding_dim=out)
+    return layer

@@ -1,0 +1,51 @@
+"""HF PEFT itself as a port: whatever it answers is right, or a dialect that has a name; what it cannot do is listed here."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft_ref.check.corpus import corpus
+from peft_ref.check.judge import judge
+from peft_ref.check.program import ProgramPort
+from peft_ref.check.result import Report
+from tests.ports.page import PORTS
+
+pytestmark = pytest.mark.hf
+
+# PEFT does not pass a convolution's dilation on to lora_A and crashes in the forward pass; merging works.
+DILATION = {f"{method}.conv1d-dilation.plain.{operation}" for method in ("lora", "dora") for operation in ("forward", "backward")}
+# These two it works out in float32 and refuses in float64.
+COMPUTED_STARTS = {"lora.linear.init-pissa.init", "lora.linear.init-olora.init"}
+# It divides by l + 1e-8; in float32 that is l.
+EPSILON = {c.id for c in corpus("ia3") if c.operation == "unmerge"}
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def report(request: pytest.FixtureRequest) -> Report:
+    command = [sys.executable, str(PORTS / "hf_peft/port.py"), "--dtype", request.param]
+    return judge(ProgramPort(command, timeout=60, start_timeout=120, validate=True), corpus(), search=False)
+
+
+def ids(report: Report, status: str) -> set[str]:
+    return {v.case for v in report.verdicts if v.status == status}
+
+
+def test_peft_is_right_or_a_named_dialect_in_every_case_it_can_answer(report: Report) -> None:
+    assert report.broken == ""
+    assert [(v.case, v.status, v.reason) for v in report.verdicts if v.status in ("wrong", "error", "undecidable", "not asked")] == []
+    assert report.exit_code == 0
+
+
+def test_only_what_peft_is_known_not_to_do_is_skipped(report: Report) -> None:
+    assert ids(report, "skipped") == DILATION | (COMPUTED_STARTS if report.port.dtype == "float64" else set())
+
+
+def test_the_only_dialect_is_ia3s_unmerge_and_float32_hides_it(report: Report) -> None:
+    assert ids(report, "dialect") == (EPSILON if report.port.dtype == "float64" else set())
+    assert {d.mistakes for d in report.diagnoses} == ({("ia3-unmerge-epsilon",)} if report.port.dtype == "float64" else set())

@@ -1,0 +1,147 @@
+"""spec/protocol.md says what is: its examples are valid and right, its tables are those of the methods, its program is a right port."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_ref.check import program
+from peft_ref.check.answers import AnswersPort
+from peft_ref.check.case import Case, build_method, config_of, from_json, layer_to_json
+from peft_ref.check.corpus import corpus
+from peft_ref.check.judge import judge
+from peft_ref.check.protocol import VERSION, schema_document, violation
+from peft_ref.check.variants import LAYERS
+from peft_ref.errors import UnsupportedLayerError
+from peft_ref.layers import Layer
+from peft_ref.methods import METHODS
+from tests.ports.page import ROOT, TEXT, blocks, examples, names, rows
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize(("label", "message"), EXAMPLES, ids=[f"{i}-{label}" for i, (label, _) in enumerate(EXAMPLES)])
+def test_an_example_fits_the_schema(label: str, message: Any) -> None:
+    if label.startswith("adds "):  # fields of a case; the whole case is checked below
+        assert set(message) <= schema_document()["$defs"]["case"]["properties"].keys()
+    else:
+        assert violation(message, label) == ""
+
+
+def _questions() -> dict[str, Case]:
+    """The questions on the page, also those that it puts together from the first one and further fields."""
+    asked = [message["case"] for label, message in EXAMPLES if label == "run"]
+    adds = {label.removeprefix("adds "): message for label, message in EXAMPLES if label.startswith("adds ")}
+    first = asked[0]
+    for operation in ("backward", "delta", "merge", "unmerge"):
+        case = {**first, "id": first["id"].replace("forward", operation), "operation": operation, **adds.get(operation, {})}
+        if operation != "backward":
+            del case["x"]
+        asked.append(case)
+    assert [violation(case, "case") for case in asked] == [""] * len(asked)
+    return {case["id"]: from_json(case) for case in asked}
+
+
+def test_every_question_on_the_page_has_its_right_answer_there(tmp_path: Path) -> None:
+    questions = _questions()
+    replies = [message for label, message in EXAMPLES if label == "reply" and "answer" in message]
+    assert {reply["id"] for reply in replies} == questions.keys()
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"port": {"name": "the page", "dtype": "float64"}, "answers": replies}))
+    report = judge(AnswersPort(file, validate=True), list(questions.values()), search=False)
+    assert [(v.case, v.reason) for v in report.verdicts if v.status != "right"] == []
+
+
+def test_the_port_in_forty_lines_is_right_and_has_forty_lines(tmp_path: Path) -> None:
+    [(_, text)] = [block for block in blocks("python") if block[0] == "port"]
+    assert text.count("\n") == 40
+    file = tmp_path / "port.py"
+    file.write_text(text)
+    report = judge(program.ProgramPort([sys.executable, str(file)], validate=True), corpus("lora"), search=False)
+    assert {v.case.rpartition(".")[2] for v in report.verdicts if v.status == "right"} == {"forward"}
+    assert report.counts["right"] == 6
+    assert report.exit_code == 0
+
+
+def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
+    """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
+    k = tuple(layer.kernel_size)
+    linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
+    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "k": math.prod(k), "groups": layer.groups}
+    sizes: list[int] = []
+    for entry in cell.strip("()").split(", "):
+        if entry in ("*k", "*1"):
+            sizes.extend(k if entry == "*k" else (1,) * len(k))
+            continue
+        size = 1
+        for factor in entry.split():
+            top, *bottom = factor.split("/")
+            size *= letters[top] // (letters[bottom[0]] if bottom else 1)
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    column = 4 if layer.kernel_size else 3 if layer.kind == "embedding" else 2
+    found, current = {}, ""
+    for cells in rows("### Tensors"):
+        current = names(cells[0])[0] if cells[0] else current
+        text, _, condition = cells[1].partition(", with ")
+        if current != method or cells[column] == "-":
+            continue
+        if condition and not config[names(condition)[0]]:
+            continue
+        found |= {key: _sizes(cells[column], layer, config.get("r", 0)) for key in names(text)}
+    return found
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
+    layer = LAYERS[layer_name]
+    switch = {"lora": "lora_bias", "ia3": "is_feedforward"}.get(method)
+    for on in (False, True):
+        given = {"r": 4} if "r" in config_of(METHODS[method]()) else {}
+        built = build_method(method, {**given, **({switch: on} if switch else {})})
+        try:
+            built.check_layer(layer)
+        except UnsupportedLayerError:
+            continue
+        assert _tensors_on_page(method, layer, config_of(built)) == {s.key: s.stored_shape for s in built.spec(layer)}
+
+
+def test_the_table_of_configurations_is_the_methods_own() -> None:
+    said = {}
+    for cells in rows("### Configurations"):
+        keys = [name.split(":")[0].strip('"') for name in names(cells[1])]
+        said[names(cells[0])[0]] = sorted(keys)
+        assert f'"peft_type": "{METHODS[names(cells[0])[0]].peft_type}"' in cells[1]
+    assert said == {name: sorted(config_of(cls())) for name, cls in METHODS.items()}
+
+
+def test_the_table_of_layers_names_every_kind_and_its_sizes() -> None:
+    said = {kind: set(names(cells[1])) for cells in rows("### Layers") for kind in names(cells[0])}
+    assert said == {layer.kind: layer_to_json(layer).keys() - {"kind"} for layer in LAYERS.values()}
+
+
+def test_the_limits_on_the_page_are_the_judges_own() -> None:
+    limits = {"GIVE_UP_METHOD": program.GIVE_UP_METHOD, "GIVE_UP_PORT": program.GIVE_UP_PORT, "STOP_TIME": program.STOP_TIME}
+    assert limits == {"GIVE_UP_METHOD": 3, "GIVE_UP_PORT": 9, "STOP_TIME": 2.0}
+    assert "Three failures in a row on a method, or nine" in TEXT
+    assert "end within two seconds" in TEXT
+    assert f"than {program.LONGEST_ANSWER >> 20} MiB" in re.sub(r"\s+", " ", TEXT)
+    assert EXAMPLES[0] == ("start", {"command": "start", "protocol": VERSION})
+
+
+def test_every_file_and_heading_that_the_page_leads_to_is_there() -> None:
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target.removeprefix("#") in headings if target.startswith("#") else (ROOT / "spec" / target).exists(), target
+    for path in re.findall(r"`(spec/ports/[^`]+)`", TEXT):
+        assert (ROOT / path).exists(), path

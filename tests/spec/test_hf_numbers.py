@@ -1,0 +1,99 @@
+"""The numbers that the pages work out by hand, against HF PEFT run live: output, every gradient, merge and unmerge."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+CONFIGS = {"LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
+
+
+class Worked(NamedTuple):
+    """The names that a block with a gradient leaves behind."""
+
+    layer: Any
+    W: Any
+    b: Any
+    adapters: list[Adapter]
+    x: Any
+    dy: Any
+    grads: Any
+
+
+def worked() -> list[Any]:
+    """Every gradient worked out on a page, with the page's own values at that place."""
+    found = []
+    for name in METHODS:
+        for ran in run(METHOD_PAGES[name]):
+            if "grads =" in ran.block.source:
+                values = Worked(*(ran.names[field] for field in Worked._fields))
+                found.append(pytest.param(values, id=f"{name}-line{ran.block.line}"))
+    return found
+
+
+def hf_model(w: Worked) -> Any:
+    """HF PEFT's model of the example's one linear layer, in float64, with the example's adapter."""
+    (adapter,) = w.adapters
+    method = adapter.method
+    config = {f.name: getattr(method, f.name) for f in fields(method)}
+    if "is_feedforward" in config:
+        config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
+    if method.flag:
+        config[method.flag] = True
+    base = torch.nn.Sequential()
+    base.add_module("linear", torch.nn.Linear(w.W.shape[1], w.W.shape[0], dtype=torch.float64))
+    base.linear.weight.data = torch.tensor(w.W)
+    base.linear.bias.data = torch.tensor(w.b)
+    made = getattr(peft, CONFIGS[method.peft_type])(target_modules=["linear"], **config)
+    model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
+    tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
+    peft.set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(v, tensors[k]) for k, v in peft.get_peft_model_state_dict(model).items())
+    return model
+
+
+def test_every_page_has_a_gradient_to_compare() -> None:
+    assert {p.id.partition("-")[0] for p in worked()} == set(METHODS)
+
+
+@pytest.mark.parametrize("w", worked())
+def test_output_and_gradients_are_those_of_hf(w: Worked) -> None:
+    model = hf_model(w)
+    x = torch.tensor(w.x, requires_grad=True)
+    y = model(x)
+    y.backward(torch.tensor(w.dy))
+    assert y.tolist() == forward(w.layer, w.W, w.b, w.adapters, w.x).tolist()
+    assert x.grad.tolist() == w.grads.x.tolist()
+    ours = w.adapters[0].method.pack(w.layer, w.grads.params[0])
+    # HF names a trained parameter "<key>.default", or "<key without .weight>.default.weight".
+    theirs = {n.split("linear.")[1].replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    theirs = {n if n in ours else n.removesuffix(".weight"): g.tolist() for n, g in theirs.items()}
+    assert theirs == {k: v.tolist() for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("w", worked())
+def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
+    model = hf_model(w)
+    linear = model.base_model.model.linear
+    model.merge_adapter()
+    W, b = merge(w.layer, w.W, w.b, w.adapters)
+    assert (linear.base_layer.weight.tolist(), linear.base_layer.bias.tolist()) == (W.tolist(), b.tolist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
+        model.unmerge_adapter()
+    ours = unmerge(w.layer, W, b, w.adapters, w.W)
+    # IA3-Q1: HF divides by l + 1e-8, which at l = 1/2 is off by 2e-8.
+    np.testing.assert_allclose(linear.base_layer.weight.detach(), ours[0], rtol=0, atol=5e-8 * np.max(np.abs(w.W)))
+    np.testing.assert_allclose(linear.base_layer.bias.detach(), ours[1], rtol=0, atol=5e-8 * np.max(np.abs(w.b)))

@@ -1,0 +1,276 @@
+"""Every quirk of the spec's pages, seen in HF PEFT run live. A quirk that a newer PEFT has lost fails here, and leaves its page."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft import IA3Config, LoHaConfig, LoraConfig  # noqa: E402
+from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from tests.spec.pages import METHOD_PAGES, entries  # noqa: E402
+
+pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def _float64_and_seed() -> Iterator[None]:
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def lora(**more: Any) -> Any:
+    return LoraConfig(target_modules=["l"], **{"r": 4, "lora_alpha": 6, **more})
+
+
+def loha(**more: Any) -> Any:
+    return LoHaConfig(target_modules=["l"], **{"r": 2, "alpha": 3, **more})
+
+
+def ia3(feedforward: bool = False) -> Any:
+    return IA3Config(target_modules=["l"], feedforward_modules=["l"] if feedforward else [])
+
+
+def model(layer: Any, *configs: Any) -> Any:
+    """HF's model of one layer `l` with active adapters, none of whose numbers is at its start."""
+    base = nn.Sequential()
+    base.add_module("l", layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(base, configs[0], adapter_name="a0", autocast_adapter_dtype=False)
+        for i, config in enumerate(configs[1:], start=1):
+            made.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
+    made.base_model.set_adapter([f"a{i}" for i in range(len(configs))])
+    for name, p in made.named_parameters():
+        if re.search("lora_|hada_|ia3_", name):
+            p.data = torch.rand_like(p) + 0.5
+    return made.eval()
+
+
+def wrapped(made: Any) -> Any:
+    return made.base_model.model.l
+
+
+def disagreement(made: Any, x: Any) -> float:
+    """How far the merged layer is from the forward pass."""
+    y = made(x)
+    made.merge_adapter()
+    return float((made(x) - y).abs().max())
+
+
+def keys(made: Any, name: str = "a0") -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in peft.get_peft_model_state_dict(made, adapter_name=name).items()}
+
+
+def image() -> Any:
+    return torch.randn(2, 3, 7, 6)
+
+
+def test_every_quirk_of_the_pages_is_run_here() -> None:
+    listed = {e.id for page in METHOD_PAGES.values() for e in entries(page) if e.letter == "Q"}
+    run = {m.group(1).replace("_", "-").upper() for n in globals() if (m := re.match(r"test_([a-z0-9]+_q\d+)_", n))}
+    assert listed == run
+
+
+def test_merged_equals_forward_on_an_ordinary_convolution() -> None:
+    for config in (lora(), lora(use_dora=True), loha()):
+        assert disagreement(model(nn.Conv2d(3, 5, 3, padding=1), config), image()) < 1e-11
+
+
+def test_lora_q1_a_dilated_convolution_raises() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(nn.Conv2d(3, 5, 3, dilation=2), lora())(image())
+
+
+def test_lora_q1_a_dilated_convolution_with_same_padding_is_silently_another_function() -> None:
+    assert disagreement(model(nn.Conv2d(3, 5, 3, dilation=2, padding="same"), lora()), image()) > 1
+
+
+def test_lora_q2_padding_mode_is_not_given_to_A() -> None:
+    assert disagreement(model(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), lora()), image()) > 1
+
+
+def test_lora_q3_merging_a_conv3d_with_a_flat_kernel_raises() -> None:
+    for kernel in ((1, 1, 3), (1, 1, 1)):
+        made = model(nn.Conv3d(3, 5, kernel), lora())
+        with pytest.raises(RuntimeError):
+            made.merge_adapter()
+
+
+def test_lora_q4_max_norm_rewrites_A_in_place() -> None:
+    made = model(nn.Embedding(9, 5, max_norm=1.0), lora())
+    A = wrapped(made).lora_embedding_A["a0"]
+    before = A.detach().clone()
+    made(torch.tensor([1, 2]))
+    changed = (before != A).any(dim=0).tolist()
+    assert changed == [False, True, True] + [False] * 6
+
+
+def test_lora_q5_padding_idx_has_a_delta_and_no_gradient() -> None:
+    made = model(nn.Embedding(9, 5, padding_idx=1), lora())
+    y = made(torch.tensor([1, 2]))
+    y.sum().backward()
+    assert (y[0] - wrapped(made).base_layer.weight[1]).abs().min() > 0
+    gradient = wrapped(made).lora_embedding_A["a0"].grad
+    assert not gradient[:, 1].any()
+    assert gradient[:, 2].all()
+
+
+def test_lora_q6_a_refused_merge_has_changed_the_weight() -> None:
+    made = model(nn.Linear(3, 5, bias=False), lora(lora_bias=True))
+    before = wrapped(made).base_layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="has no bias"):
+        made.merge_adapter()
+    assert (wrapped(made).base_layer.weight - before).abs().min() > 0
+    assert not wrapped(made).merged
+
+
+def test_lora_q7_the_bias_is_drawn_without_init() -> None:
+    base = nn.Sequential()
+    base.add_module("l", nn.Linear(3, 4000))
+    made = peft.get_peft_model(base, lora(lora_bias=True, init_lora_weights=False))
+    c = wrapped(made).lora_B["default"].bias.detach()
+    assert 0.49 < float(c.abs().max()) <= 0.5  # 1 / sqrt(4)
+
+
+def test_lora_q8_olora_on_conv1d_raises_in_forward() -> None:
+    torch.set_default_dtype(torch.float32)
+    base = nn.Sequential()
+    base.add_module("l", Conv1D(5, 3))
+    made = peft.get_peft_model(base, lora(r=2, init_lora_weights="olora"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        made(torch.randn(2, 3))
+
+
+def test_lora_q9_an_adapter_called_0_takes_keys_from_another() -> None:
+    base = nn.Module()
+    base.layers = nn.ModuleList(nn.ModuleDict({"l": nn.Linear(3, 5)}) for _ in range(2))
+    made = peft.get_peft_model(base, lora(), adapter_name="first")
+    assert len(keys(made, "first")) == 4
+    made.add_adapter("0", lora())
+    assert sorted(keys(made, "first")) == [f"base_model.model.layers.1.l.lora_{x}.weight" for x in "AB"]
+
+
+def test_lora_q10_a_full_name_is_adapted_in_an_unlisted_layer() -> None:
+    base = nn.Module()
+    base.layers = nn.ModuleList(nn.ModuleDict({"l": nn.Linear(3, 5)}) for _ in range(3))
+    config = LoraConfig(target_modules=["layers.0.l", "l"], layers_to_transform=[2], layers_pattern="layers")
+    assert {k.split(".")[3] for k in keys(peft.get_peft_model(base, config), "default")} == {"0", "2"}
+
+
+def test_lora_q11_a_list_of_layers_at_the_root_needs_layers_pattern() -> None:
+    def reached(**more: Any) -> bool:
+        config = LoraConfig(target_modules=["l"], layers_to_transform=[2], **more)
+        return bool(check_target_module_exists(config, "layers.2.l"))
+
+    assert not reached()
+    assert reached(layers_pattern="layers")
+    assert check_target_module_exists(LoraConfig(target_modules=["l"], layers_to_transform=[2]), "model.layers.2.l")
+
+
+def test_dora_q1_the_norm_of_a_grouped_convolution_is_that_of_a_reshaped_product() -> None:
+    conv = nn.Conv2d(4, 6, 2, groups=2, bias=False)
+    made = model(conv, lora(use_dora=True))
+    dora, x = wrapped(made), torch.randn(2, 4, 5, 5)
+    A, B, m = dora.lora_A["a0"], dora.lora_B["a0"], dora.lora_magnitude_vector["a0"].weight
+    gain = made(x) / (conv(x) + 1.5 * B(A(x)))
+    scrambled = (B.weight.reshape(-1, 4) @ A.weight.reshape(4, -1)).reshape(conv.weight.shape)
+    n = (conv.weight + 1.5 * scrambled).flatten(1).norm(dim=1)
+    assert torch.allclose(gain, (m.reshape(-1) / n).reshape(1, -1, 1, 1).expand_as(gain))
+    with pytest.raises(NotImplementedError):
+        made.merge_adapter()
+
+
+def test_dora_q2_an_earlier_lora_bias_is_scaled_in_forward_and_not_in_merge() -> None:
+    linear = nn.Linear(3, 5)
+    made = model(linear, lora(lora_bias=True), lora(use_dora=True))
+    x = torch.zeros(1, 3)  # only biases are left
+    c = 1.5 * wrapped(made).lora_B["a0"].bias
+    forward = made(x)[0] - linear.bias.detach().clone()
+    bias = linear.bias.detach().clone()
+    made.merge_adapter()
+    assert torch.allclose(made(x)[0] - bias, c)
+    assert (forward / c - 1).abs().min() > 0.01
+
+
+def test_dora_q3_a_reloaded_merged_model_is_not_unmerged() -> None:
+    made = model(nn.Linear(3, 5), lora(use_dora=True))
+    made.merge_adapter()
+    merged = wrapped(made).base_layer.weight.detach().clone()
+    loaded = model(nn.Linear(3, 5), lora(use_dora=True))
+    loaded.load_state_dict(copy.deepcopy(made.state_dict()))
+    assert torch.equal(wrapped(loaded).base_layer.weight, merged)
+    wrapped(loaded).merged_adapters = ["a0"]  # even when told that it is merged, it lacks the norm
+    with pytest.raises(KeyError, match="weight_norm"):
+        loaded.unmerge_adapter()
+
+
+def test_loha_q1_rank_dropout_divides_by_the_mean_of_its_mask() -> None:
+    linear = nn.Linear(3, 200, bias=False)
+    made = model(linear, loha(rank_dropout=0.25))
+    x = torch.randn(1, 3)
+    whole = made(x) - linear(x)
+    dropped = made.train()(x) - linear(x)
+    ratio = (dropped / whole).reshape(-1)
+    kept = ratio.abs() > 1e-9
+    assert torch.allclose(ratio[kept], 1 / kept.double().mean())
+    assert not kept.all()
+
+
+def test_loha_q1_all_rows_dropped_give_no_number() -> None:
+    made = model(nn.Linear(3, 4), loha(rank_dropout=0.9999)).train()
+    assert made(torch.randn(1, 3)).isnan().all()
+
+
+def test_loha_q2_padding_mode_is_not_followed() -> None:
+    assert disagreement(model(nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), loha()), image()) > 1
+
+
+def test_loha_q3_use_effective_conv2d_has_other_tensors() -> None:
+    plain = keys(model(nn.Conv2d(4, 6, 3), loha()))
+    made = keys(model(nn.Conv2d(4, 6, 3), loha(use_effective_conv2d=True)))
+    name = "base_model.model.l.hada_"
+    assert plain[name + "w1_a"] == plain[name + "w2_a"] == (6, 2)
+    assert made[name + "w1_a"] == made[name + "w2_a"] == (2, 6)
+    assert made.keys() - plain.keys() == {name + "t1", name + "t2"}
+
+
+@pytest.mark.parametrize(("l", "ratio"), [(2.0, 1 - 5e-9), (1e-8, 0.5), (-1e-8, float("-inf")), (0.0, 0.0)])
+def test_ia3_q1_unmerge_divides_by_l_plus_epsilon(l: float, ratio: float) -> None:
+    linear = nn.Linear(3, 5)
+    linear.weight.data = torch.ones(5, 3)
+    made = model(linear, ia3())
+    wrapped(made).ia3_l["a0"].data[:] = l
+    made.merge_adapter()
+    made.unmerge_adapter()
+    assert linear.weight[0, 0].item() == pytest.approx(ratio, rel=1e-12)
+
+
+def test_ia3_q2_a_second_adapter_takes_the_first_ones_side() -> None:
+    made = model(nn.Linear(3, 5), ia3(feedforward=True), ia3(feedforward=False))
+    assert keys(made, "a1") == {"base_model.model.l.ia3_l": (1, 3)}
+
+
+def test_ia3_q3_feedforward_modules_match_inside_a_part() -> None:
+    base = nn.Module()
+    base.c_proj, base.proj = nn.Linear(3, 5), nn.Linear(3, 5)
+    config = IA3Config(target_modules=["c_proj", "proj"], feedforward_modules=["proj"])
+    made = peft.get_peft_model(base, config)
+    assert set(keys(made, "default").values()) == {(1, 3)}
+    other = nn.Module()
+    other.c_proj, other.proj = nn.Linear(3, 5), nn.Linear(3, 5)
+    reached = keys(peft.get_peft_model(other, LoraConfig(target_modules=["proj"])), "default")
+    assert {k.split(".")[2] for k in reached} == {"proj"}
