@@ -20,7 +20,7 @@ from peft_ref.methods import METHODS
 def corpus(method: str | None = None) -> tuple[Case, ...]:
     """Every case, of one method or of all."""
     names = [method] if method else sorted(METHODS)
-    return tuple(case for name in names for case in (*_cases(name, SUITES[name].variants), *text_cases(name, name.upper())))
+    return tuple(case for name in names for case in (*_cases(name, SUITES[name].variants), *text_cases(name)))
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

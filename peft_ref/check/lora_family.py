@@ -61,46 +61,46 @@ RSLORA_LINKS = ("https://github.com/NVIDIA/TensorRT-LLM/issues/1668", "https://g
 SCALING = (
     Mistake(
         name="scale-is-alpha",
-        clause="LORA-scale",
+        clause="LORA-C3",
         sentence="the scale is alpha instead of alpha / r",
         replay=with_scale(lambda alpha, r, rslora: alpha),
         links=MLX_VLM,
     ),
     Mistake(
         name="scale-is-one",
-        clause="LORA-scale",
+        clause="LORA-C3",
         sentence="alpha is ignored: the low-rank product is added unscaled",
         replay=with_scale(lambda alpha, r, rslora: 1.0),
         links=("https://github.com/mflux-community/mflux/issues/449", "https://github.com/cloneofsimo/lora/issues/187"),
     ),
     Mistake(
         name="scale-inverted",
-        clause="LORA-scale",
+        clause="LORA-C3",
         sentence="the scale is r / alpha instead of alpha / r",
         replay=with_scale(lambda alpha, r, rslora: r / alpha),
     ),
     Mistake(
         name="scale-twice",
-        clause="LORA-scale",
+        clause="LORA-C4",
         sentence="the scale is applied twice, once to each factor",
         replay=with_scale(lambda alpha, r, rslora: (alpha / (math.sqrt(r) if rslora else r)) ** 2),
     ),
     Mistake(
         name="rslora-ignored",
-        clause="LORA-rslora",
+        clause="LORA-C5",
         sentence="use_rslora is not read: the scale is alpha / r instead of alpha / sqrt(r)",
         replay=with_scale(lambda alpha, r, rslora: alpha / r),
         links=RSLORA_LINKS,
     ),
     Mistake(
         name="rslora-always",
-        clause="LORA-rslora",
+        clause="LORA-C5",
         sentence="the scale is alpha / sqrt(r) without use_rslora",
         replay=with_scale(lambda alpha, r, rslora: alpha / math.sqrt(r)),
     ),
     Mistake(
         name="rslora-wrong-root",
-        clause="LORA-rslora",
+        clause="LORA-C5",
         sentence="with use_rslora the scale is sqrt(alpha / r) instead of alpha / sqrt(r)",
         replay=with_scale(lambda alpha, r, rslora: math.sqrt(alpha / r) if rslora else alpha / r),
     ),
@@ -109,14 +109,14 @@ SCALING = (
 LAYOUT = (
     Mistake(
         name="A-transposed",
-        clause="LORA-shapes",
+        clause="LORA-C2",
         sentence="lora_A's numbers are read as (in, r) instead of (r, in)",
         replay=reread("_A"),
         links=("https://github.com/paiml/aprender/issues/2138",),
     ),
     Mistake(
         name="B-transposed",
-        clause="LORA-shapes",
+        clause="LORA-C2",
         sentence="lora_B's numbers are read as (r, out) instead of (out, r)",
         replay=reread("_B"),
         links=("https://github.com/osaurus-ai/vmlx-swift/issues/320",),
@@ -126,19 +126,19 @@ LAYOUT = (
 GRADIENTS = (
     Mistake(
         name="input-grad-missing",
-        clause="LORA-gradient",
+        clause="LORA-C24",
         sentence="the gradient of x stops at the adapter: only the frozen weight's part is there",
         replay=only(backward=base_alone_backward),
     ),
     Mistake(
         name="grad-scale-missing",
-        clause="LORA-gradient",
+        clause="LORA-C22",
         sentence="the gradients of A and B lack the scale",
         replay=gradients_times(lambda config: 1 / scale_of(config)),
     ),
     Mistake(
         name="grad-scale-twice",
-        clause="LORA-gradient",
+        clause="LORA-C22",
         sentence="the gradients of A and B carry the scale twice",
         replay=gradients_times(scale_of),
     ),
@@ -147,20 +147,20 @@ GRADIENTS = (
 DROPOUT = (
     Mistake(
         name="dropout-missing",
-        clause="LORA-dropout",
+        clause="LORA-C11",
         sentence="dropout is not applied",
         replay=as_if(without_dropout),
         links=("https://github.com/paiml/aprender/issues/2170",),
     ),
     Mistake(
         name="dropout-not-rescaled",
-        clause="LORA-dropout",
+        clause="LORA-C12",
         sentence="what dropout keeps is not divided by 1 - p",
         replay=as_if(_not_rescaled),
     ),
     Mistake(
         name="dropout-on-base-too",
-        clause="LORA-dropout",
+        clause="LORA-C11",
         sentence="dropout reaches the frozen layer's input as well, instead of the adapter's only",
         replay=dropout_on_base_too,
     ),
@@ -169,13 +169,13 @@ DROPOUT = (
 MERGING = (
     Mistake(
         name="double-merge",
-        clause="LORA-merge",
+        clause="LORA-C20",
         sentence="the adapter is merged twice",
         replay=only(merge=merged_twice),
     ),
     Mistake(
         name="unmerge-adds",
-        clause="LORA-unmerge",
+        clause="LORA-C21",
         sentence="unmerge adds the delta again instead of taking it out",
         replay=only(unmerge=unmerge_that_merges),
     ),

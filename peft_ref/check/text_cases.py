@@ -63,15 +63,20 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
 PEFT_TYPE = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
 
 
-def text_cases(method: str, prefix: str) -> tuple[Case, ...]:
-    """The questions about text and about fresh adapters of a method; `prefix` begins its clause ids."""
-    targets = _targets(f"{prefix}-targets") if method == "lora" else ()
-    return (
-        *init_cases(method, f"{prefix}-init"),
-        *targets,
-        *_configs(method, f"{prefix}-config"),
-        *_state_dicts(method, f"{prefix}-keys"),
-    )
+# The clauses in question: of fresh adapters, of configurations, of keys.
+CLAUSES = {
+    "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
+    "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
+    "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
+    "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
+}
+
+
+def text_cases(method: str) -> tuple[Case, ...]:
+    """The questions about text and about fresh adapters of a method."""
+    fresh, configs, keys = CLAUSES[method]
+    targets = _targets("LORA-C30") if method == "lora" else ()
+    return (*init_cases(method, fresh), *targets, *_configs(method, configs), *_state_dicts(method, keys))
 
 
 def _targets(clause: str) -> Iterator[Case]:

@@ -47,8 +47,11 @@ def _parameter_problem(holder: str, axes: int, chosen: Collection[str]) -> str |
 
 def saved_modules(targets: Targets, graph: Graph, task_type: str | None, adapted: Collection[str]) -> tuple[str, ...]:
     ends = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task_type or "", ()))
-    found = tuple(name for name in (*graph.modules(), *graph.aliases()) if name.endswith(ends)) if ends else ()
-    for name in found:
+    found: dict[str, None] = {}
+    for name in (*graph.modules(), *graph.aliases()) if ends else ():
+        # Two levels below a module that is saved, PEFT takes the name for its own wrapper's inside.
+        if not name.endswith(ends) or ".".join(name.split(".")[:-2]) in found:
+            continue
         kind = graph.modules()[graph.aliases().get(name, name)].class_name
         if name in adapted or kind in NOT_SAVED:
             what = "gets an adapter" if name in adapted else f"is a {kind}"
@@ -56,4 +59,5 @@ def saved_modules(targets: Targets, graph: Graph, task_type: str | None, adapted
                 f"modules_to_save takes every module whose name ends with {' or '.join(map(repr, ends))}.\n"
                 f"  {name!r} is one and {what} (HF PEFT refuses it too). Name the modules in full, and exclude them from target_modules."
             )
-    return found
+        found[name] = None
+    return tuple(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peft_ref.errors import TargetError
 from peft_ref.graph.decide import Rules, suffixes
 from peft_ref.graph.defaults import DEFAULT_TARGETS, FEEDFORWARD
-from peft_ref.graph.patterns import Matcher
+from peft_ref.graph.patterns import SECONDS, Matcher
 from peft_ref.graph.protocol import Graph
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def rules_for(targets: Targets, graph: Graph, peft_type: str, task_type: str | N
         guards=guards,
         layers=(transform,) if isinstance(transform, int) else transform or (),
         layer_patterns=(patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ()),
-        matcher=Matcher(1.0 + 1e-4 * len(graph.modules())),  # a model of many modules may take its time
+        matcher=Matcher(SECONDS + 1e-4 * len(graph.modules())),  # a model of many modules may take its time
     )
 
 

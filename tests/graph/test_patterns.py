@@ -6,6 +6,7 @@ import random
 import re
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,18 +82,17 @@ def test_a_pattern_matches_what_re_matches() -> None:
     assert valid > 1000
 
 
-@pytest.mark.parametrize("pattern", [r"(a|a)*b", r"(.*a){25}x", r"(a|aa)+b$", r"(\w+\s?)*:"])
+@pytest.mark.parametrize("pattern", [r"model\.(a|a)*\.q_proj", r"model\.(a|aa)+\.q_proj", r"model\.(a|\w)+!?\.0\.\w_proj\.0\."])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save"])
 def test_a_pattern_that_backtracks_for_ever_is_stopped_and_named(pattern: str, field: str) -> None:
-    long = "model." + "a" * 60
-    graph = MappingGraph(arrays={f"{long}.{i}.q_proj.weight": np.zeros((2, 2)) for i in range(50)})
-    given = {"target_modules": ("q_proj",), field: pattern if field != "modules_to_save" else (pattern,)}
+    graph = MappingGraph(arrays={f"model.{'a' * 60}.{i}.x.0.q_proj.0.0.weight": np.zeros((2, 2)) for i in range(50)})
+    given: dict[str, Any] = {"target_modules": ("q_proj.0.0",), field: pattern if field != "modules_to_save" else (pattern,)}
     if field == "layers_pattern":
         given["layers_to_transform"] = (0,)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(TargetError) as caught:
         match(Targets(**given), graph)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert repr(pattern) in str(caught.value)
     assert "backtracks" in str(caught.value)
 
@@ -106,11 +106,11 @@ def test_a_pattern_that_would_fill_the_memory_is_refused(pattern: str) -> None:
 
 
 def test_a_long_list_of_hard_names_shares_one_allowance() -> None:
-    graph = MappingGraph(arrays={f"{'a' * n}!.weight": np.zeros((2, 2)) for n in range(18, 60)})
-    began = time.perf_counter()
+    graph = MappingGraph(arrays={f"{'a' * n}.x.b.weight": np.zeros((2, 2)) for n in range(12, 60)})
+    began = time.process_time()
     with pytest.raises(TargetError):
-        match(Targets(target_modules=r"(a|a)*b"), graph)
-    assert time.perf_counter() - began < 2
+        match(Targets(target_modules=r"(a|a)*\.b"), graph)
+    assert time.process_time() - began < 2
 
 
 def test_the_first_key_that_ends_a_name_gives_its_rank() -> None:

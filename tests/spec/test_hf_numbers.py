@@ -46,7 +46,7 @@ def worked() -> list[Any]:
 def hf_model(w: Worked) -> Any:
     """HF PEFT's model of the example's one linear layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
-    method = adapter.method
+    method: Any = adapter.method
     config = {f.name: getattr(method, f.name) for f in fields(method)}
     if "is_feedforward" in config:
         config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
@@ -89,11 +89,13 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     linear = model.base_model.model.linear
     model.merge_adapter()
     W, b = merge(w.layer, w.W, w.b, w.adapters)
+    assert b is not None
     assert (linear.base_layer.weight.tolist(), linear.base_layer.bias.tolist()) == (W.tolist(), b.tolist())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
         model.unmerge_adapter()
     ours = unmerge(w.layer, W, b, w.adapters, w.W)
+    assert ours[1] is not None
     # IA3-Q1: HF divides by l + 1e-8, which at l = 1/2 is off by 2e-8.
     np.testing.assert_allclose(linear.base_layer.weight.detach(), ours[0], rtol=0, atol=5e-8 * np.max(np.abs(w.W)))
     np.testing.assert_allclose(linear.base_layer.bias.detach(), ours[1], rtol=0, atol=5e-8 * np.max(np.abs(w.b)))

@@ -30,13 +30,11 @@ from peft_ref.stack import Adapter
 PLAIN = {"r": 4, "alpha": 6}
 
 VARIANTS = (
-    Variant(
-        name="plain", clause="LOHA-formula", configs=(PLAIN,), layers=("linear", "conv1d", "conv2d", "conv2d-groups", "conv1d-dilation")
-    ),
-    Variant(name="small", clause="LOHA-formula", configs=(PLAIN,), numbers="small"),
-    Variant(name="rounded", clause="LOHA-scale", configs=({"r": 3, "alpha": 5},), layers=("linear-large",), numbers="rounded"),
-    Variant(name="no-bias", clause="LOHA-formula", configs=(PLAIN,), bias=False),
-    Variant(name="two-adapters", clause="LOHA-several", configs=(PLAIN, {"r": 2, "alpha": 1}), layers=("linear", "conv1d")),
+    Variant(name="plain", clause="LOHA-C1", configs=(PLAIN,), layers=("linear", "conv1d", "conv2d", "conv2d-groups", "conv1d-dilation")),
+    Variant(name="small", clause="LOHA-C1", configs=(PLAIN,), numbers="small"),
+    Variant(name="rounded", clause="LOHA-C5", configs=({"r": 3, "alpha": 5},), layers=("linear-large",), numbers="rounded"),
+    Variant(name="no-bias", clause="LOHA-C2", configs=(PLAIN,), bias=False),
+    Variant(name="two-adapters", clause="LOHA-C10", configs=(PLAIN, {"r": 2, "alpha": 1}), layers=("linear", "conv1d")),
 )
 
 
@@ -72,79 +70,79 @@ SUITE = Suite(
     mistakes=(
         Mistake(
             name="scale-is-alpha",
-            clause="LOHA-scale",
+            clause="LOHA-C5",
             sentence="the scale is alpha instead of alpha / r",
             replay=with_scale(lambda alpha, r, rslora: alpha, "alpha"),
         ),
         Mistake(
             name="scale-is-one",
-            clause="LOHA-scale",
+            clause="LOHA-C5",
             sentence="alpha is ignored: the product is added unscaled",
             replay=with_scale(lambda alpha, r, rslora: 1.0, "alpha"),
         ),
         Mistake(
             name="scale-on-both-products",
-            clause="LOHA-scale",
+            clause="LOHA-C6",
             sentence="each of the two products is scaled, so the scale counts twice",
             replay=with_scale(lambda alpha, r, rslora: (alpha / r) ** 2, "alpha"),
         ),
         Mistake(
             name="scale-rooted",
-            clause="LOHA-scale",
+            clause="LOHA-C5",
             sentence="the scale is alpha / sqrt(r) instead of alpha / r",
             replay=with_scale(lambda alpha, r, rslora: alpha / math.sqrt(r), "alpha"),
         ),
         Mistake(
             name="products-added",
-            clause="LOHA-formula",
+            clause="LOHA-C1",
             sentence="the two low-rank products are added instead of multiplied element by element",
             replay=other_delta(lambda s, p: s * (p.w1_a @ p.w1_b + p.w2_a @ p.w2_b)),
         ),
         Mistake(
             name="second-product-ignored",
-            clause="LOHA-formula",
+            clause="LOHA-C1",
             sentence="only the first product is there: this is plain LoRA",
             replay=other_delta(lambda s, p: s * (p.w1_a @ p.w1_b)),
         ),
         Mistake(
             name="factors-crossed",
-            clause="LOHA-formula",
+            clause="LOHA-C1",
             sentence="the factors are paired wrongly: (W1a W2b) * (W2a W1b)",
             replay=other_delta(lambda s, p: s * ((p.w1_a @ p.w2_b) * (p.w2_a @ p.w1_b))),
         ),
         Mistake(
             name="b-factors-transposed",
-            clause="LOHA-shapes",
+            clause="LOHA-C4",
             sentence="the numbers of hada_w1_b and hada_w2_b are read as (in, r) instead of (r, in)",
             replay=reread("_b"),
         ),
         Mistake(
             name="a-factors-transposed",
-            clause="LOHA-shapes",
+            clause="LOHA-C4",
             sentence="the numbers of hada_w1_a and hada_w2_a are read as (r, out) instead of (out, r)",
             replay=reread("_a"),
         ),
         Mistake(
             name="grad-scale-missing",
-            clause="LOHA-gradient",
+            clause="LOHA-C14",
             sentence="the gradients lack the scale",
             replay=gradients_times(lambda config: config["r"] / config["alpha"]),
         ),
         Mistake(
             name="only-first-adapter",
-            clause="LOHA-several",
+            clause="LOHA-C10",
             sentence="of several active adapters only the first one acts",
             replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
         ),
         Mistake(
             name="double-merge",
-            clause="LOHA-merge",
+            clause="LOHA-C12",
             sentence="the adapter is merged twice",
             replay=only(merge=merged_twice),
         ),
         Mistake(
             name="unmerge-adds",
-            clause="LOHA-merge",
+            clause="LOHA-C13",
             sentence="unmerge adds the delta again instead of taking it out",
             replay=only(unmerge=unmerge_that_merges),
         ),
