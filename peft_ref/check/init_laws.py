@@ -86,12 +86,13 @@ def laws(case: Case) -> dict[str, Law]:
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
     init = config["init_lora_weights"]
-    bias = {"lora_B.bias": constant(0.0, "init-bias-random")} if config.get("lora_bias") else {}
+    of_r = uniform(1 / math.sqrt(config["r"] // layer.groups))
+    bias = {"lora_B.bias": of_r if init is False else constant(0.0, "init-bias-random")} if config.get("lora_bias") else {}
     if layer.kind == "embedding":
         zero = constant(0.0, "embedding-init-swapped: on an embedding A starts at zero and B at random")
         return {"lora_embedding_A": normal(1.0) if init is False else zero, "lora_embedding_B": normal(1.0)}
     into = uniform(1 / math.sqrt(layer.fan_in))
-    B = uniform(1 / math.sqrt(config["r"] // layer.groups)) if init is False else constant(0.0, "init-B-random")
+    B = of_r if init is False else constant(0.0, "init-B-random")
     A = normal(1 / config["r"]) if init == "gaussian" else into
     return {} if init in ("pissa", "olora", "orthogonal") else {"lora_A.weight": A, "lora_B.weight": B, **bias}
 
@@ -183,6 +184,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         *(({"r": 4, "lora_alpha": 6, **c}, ("linear",)) for c in LORA_INITS),
         ({"r": 4, "lora_alpha": 6}, ("transposed_linear", "embedding", "conv2d", "conv2d-groups")),
         ({"r": 4, "lora_alpha": 6, "lora_bias": True}, ("linear",)),
+        ({"r": 4, "lora_alpha": 6, "lora_bias": True, "init_lora_weights": False}, ("linear", "conv2d-groups")),
     ),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),

@@ -6,7 +6,7 @@
 
 W0 is the frozen weight, W what an earlier adapter made of it: with one adapter they are the same.  With n held constant, a gradient G of
 W' gives   dm = sum_j (G V)_ij / n_i    dV = (m / n) G    dA = s B^T dV    dB = s dV A^T.
-m starts at the norms themselves, so a fresh adapter changes nothing.
+m starts at the norms of W + s B A, so with B = 0 a fresh adapter changes nothing.
 
 Paper   Liu et al. 2024, arXiv:2402.09353; section 4.3 holds n constant in the gradient, and so does HF
 HF      peft.LoraConfig(use_dora=True). The norm of several adapters is measured at W0. On grouped convolutions HF computes the norm of a

@@ -22,7 +22,7 @@ from peft_ref.arrays import Array
 from peft_ref.contracts import Factors, Key, LowRank, Start, conv_key
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import check_init, check_rank, initial_bias, initial_factors, scaling
 
 LINEAR = frozenset({"linear", "transposed_linear"})
 TABLE = frozenset({"embedding"})
@@ -87,7 +87,7 @@ class LoRA(LowRank[Params]):
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         A, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
-        c = W[:, 0] * 0 if self.lora_bias else None
+        c = initial_bias(layer, W, self.r, self.init_lora_weights, rng) if self.lora_bias else None
         return Start(Params(A, B, c), W)
 
     def factors(self, p: Params) -> Factors:

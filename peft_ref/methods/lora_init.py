@@ -2,7 +2,7 @@
 
     True          A uniform within 1/sqrt(fan in), B = 0; embedding: A = 0, B standard normal
     "gaussian"    A normal with deviation 1/r, B = 0; embedding: as True
-    False         A and B both uniform within 1/sqrt(fan in); embedding: both standard normal: not the identity
+    False         A, B and lora_bias's c uniform within 1/sqrt(their fan in); embedding: both standard normal: not the identity
     "orthogonal"  A and B from the odd and even rows of one random orthogonal matrix, so that B A = 0 with both non-zero
     "pissa"       s B A is the best rank-r part of W, which W loses          arXiv:2404.02948
     "olora"       B and A are the first r columns of Q and rows of R, W = Q R; W loses s B A
@@ -89,6 +89,12 @@ def initial_factors(layer: Layer, W: Array, r: int, scale: float, init: bool | s
     A = normal(r, fan_in, 1 / r) if init == "gaussian" else uniform(r, fan_in)
     B = uniform(out, mid) if init is False else zeros_like((out, mid), W)
     return A, B, W
+
+
+def initial_bias(layer: Layer, W: Array, r: int, init: bool | str, rng: np.random.Generator) -> Array:
+    """c (out,), the bias of B: torch's default for a layer of r / groups inputs where nothing is to start as the identity."""
+    bound = 1 / math.sqrt(r // layer.groups) if init is False else 0.0
+    return to(rng.uniform(-bound, bound, (layer.shape[0],)), W)
 
 
 def _orthogonal(out: int, fan_in: int, r: int, rng: np.random.Generator, like: Array) -> tuple[Array, Array]:

@@ -82,7 +82,7 @@ def test_a_pattern_matches_what_re_matches() -> None:
     assert valid > 1000
 
 
-@pytest.mark.parametrize("pattern", [r"model\.(a|a)*\.q_proj", r"model\.(a|aa)+\.q_proj", r"model\.(a|\w)+!?\.0\.\w_proj\.0\."])
+@pytest.mark.parametrize("pattern", [r"model\.(a|a)*\.q_proj", r"model\.(a|aa)+\.q_proj"])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "modules_to_save"])
 def test_a_pattern_that_backtracks_for_ever_is_stopped_and_named(pattern: str, field: str) -> None:
     graph = MappingGraph(arrays={f"model.{'a' * 60}.{i}.x.0.q_proj.0.0.weight": np.zeros((2, 2)) for i in range(50)})
@@ -95,6 +95,10 @@ def test_a_pattern_that_backtracks_for_ever_is_stopped_and_named(pattern: str, f
     assert time.process_time() - began < 2
     assert repr(pattern) in str(caught.value)
     assert "backtracks" in str(caught.value)
+
+
+def test_a_pattern_that_only_looks_dangerous_is_decided() -> None:
+    assert not Matcher().full(r"(a+)+$", "a" * 5000 + "!")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ function delta({ adapters }) {
 function shifted({ weight, bias }, adapters, sign) {
   for (const adapter of adapters) {
     const { s, A, B } = factors(adapter);
-    weight = add(weight, matmul(B, A), s);
+    weight = add(weight, matmul(B, A), sign * s);
   }
   return { weight, bias };
 }
