@@ -117,7 +117,11 @@ class Method(ABC, Generic[P]):
 
     @final
     def spec(self, layer: Layer) -> tuple[ParamSpec, ...]:
-        """Every parameter this adapter has on `layer`: field, checkpoint key, shape as a matrix, shape as stored."""
+        """Every parameter this adapter has on `layer`: field, checkpoint key, shape as a matrix, shape as stored.
+
+        Raises `UnsupportedLayerError` where the method does not work on such a layer.
+        """
+        self.check_layer(layer)
         out, n_in = layer.shape
         letters = {"out": out, "in": n_in, "groups": layer.groups, "channels": layer.channels, **self.dims(layer)}
         specs = []

@@ -13,6 +13,7 @@ from peft_ref.check.case import Answer, Case
 from peft_ref.check.mistake import (
     Mistake,
     as_if,
+    as_if_tensors,
     autograd,
     base_alone_backward,
     dropped,
@@ -83,7 +84,7 @@ SCALING = (
         name="scale-twice",
         clause="LORA-C4",
         sentence="the scale is applied twice, once to each factor",
-        replay=with_scale(lambda alpha, r, rslora: (alpha / (math.sqrt(r) if rslora else r)) ** 2),
+        replay=as_if_tensors(lambda key, v, config: v * scale_of(config) if "_A" in key else v),
     ),
     Mistake(
         name="rslora-ignored",
@@ -133,13 +134,13 @@ GRADIENTS = (
     Mistake(
         name="grad-scale-missing",
         clause="LORA-C22",
-        sentence="the gradients of A and B lack the scale",
+        sentence="the gradients of the adapter's tensors lack the scale",
         replay=gradients_times(lambda config: 1 / scale_of(config)),
     ),
     Mistake(
         name="grad-scale-twice",
         clause="LORA-C22",
-        sentence="the gradients of A and B carry the scale twice",
+        sentence="the gradients of the adapter's tensors carry the scale twice",
         replay=gradients_times(scale_of),
     ),
 )

@@ -29,6 +29,7 @@ from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
 
 Replay: TypeAlias = Callable[[Case], Answer | None]
+Retensor: TypeAlias = Callable[[str, NDArray, Mapping[str, Any]], NDArray]  # key, numbers, configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,19 @@ class Suite:
 
 @dataclass(frozen=True)
 class AsIf:
-    """The right answer to the changed case; None where there is nothing to change."""
+    """The right answer to the changed case; None where there is nothing to change.
+
+    Where a tensor is changed, `undo` makes the gradient of the changed tensor that of the stored one, as an autograd engine does.
+    """
 
     change: Callable[[Case], Case | None]
+    undo: Callable[[Case, Answer], Answer] = lambda case, gradients: gradients
 
     def __call__(self, case: Case) -> Answer | None:
         changed = self.change(case)
-        return None if changed is None else answer(changed)
+        if changed is None:
+            return None
+        return self.undo(case, answer(changed)) if case.operation == "backward" else answer(changed)
 
     def then(self, other: AsIf) -> AsIf:
         """Both changes at once."""
@@ -68,11 +75,24 @@ class AsIf:
             second = other.change(case if first is None else first)
             return first if second is None else second
 
-        return AsIf(both)
+        return AsIf(both, lambda case, gradients: self.undo(case, other.undo(case, gradients)))
 
 
 def as_if(change: Callable[[Case], Case | None]) -> Replay:
     return AsIf(change)
+
+
+def as_if_tensors(change: Retensor, undo: Retensor | None = None) -> Replay:
+    """The right answer with other tensors, given key, numbers and configuration. `undo` is the change's transpose: by default itself."""
+
+    def gradients(case: Case, out: Answer) -> Answer:
+        def stored_one(name: str, g: NDArray) -> NDArray:
+            index, _, key = name.partition(".")
+            return g if not key else (undo or change)(key, g, case.adapters[int(index)].config)
+
+        return {name: stored_one(name, g) for name, g in out.items()}
+
+    return AsIf(lambda case: with_tensors(case, change), gradients)
 
 
 def only(**wrong: Callable[[Case], Answer | None]) -> Replay:
@@ -107,8 +127,8 @@ class Formula:
             return p.layer.apply(p.x, *self.weight(p))
         y = p.layer.apply(p.x, p.W, p.b)
         for a in p.adapters:
-            W, _ = self.weight(p._replace(adapters=(a,)))
-            y = y + p.layer.apply(dropped(p.x, a), W - p.W, None)
+            W, b = self.weight(p._replace(adapters=(a,)))
+            y = y + p.layer.apply(dropped(p.x, a), W - p.W, None if b is None or b is p.b else b - p.b)
         return y
 
 
@@ -149,11 +169,11 @@ def with_config(case: Case, change: Callable[[dict[str, Any]], dict[str, Any] | 
     return replace(case, adapters=tuple(adapters))
 
 
-def with_tensors(case: Case, change: Callable[[str, NDArray], NDArray]) -> Case | None:
-    """The case with every adapter's tensors changed, by key; None if none changes."""
+def with_tensors(case: Case, change: Retensor) -> Case | None:
+    """The case with every adapter's tensors changed; None if none changes."""
     adapters, differs = [], False
     for a in case.adapters:
-        tensors = {k: change(k, v) for k, v in a.tensors.items()}
+        tensors = {k: change(k, v, a.config) for k, v in a.tensors.items()}
         differs |= any(not np.array_equal(tensors[k], v) for k, v in a.tensors.items())
         adapters.append(replace(a, tensors=tensors))
     return replace(case, adapters=tuple(adapters)) if differs else None
@@ -180,10 +200,13 @@ def with_scale(scale: Callable[[float, int, bool], float], alpha: str = "lora_al
 def reread(key_part: str) -> Replay:
     """A factor whose numbers are read in the other order: (r, in) as (in, r), or (out, r) as (r, out)."""
 
-    def change(key: str, v: NDArray) -> NDArray:
+    def change(key: str, v: NDArray, config: Mapping[str, Any]) -> NDArray:
         return v.reshape(v.shape[::-1]).T if key_part in key and v.ndim == 2 else v
 
-    return as_if(lambda case: with_tensors(case, change))
+    def undo(key: str, g: NDArray, config: Mapping[str, Any]) -> NDArray:
+        return g.T.reshape(g.shape) if key_part in key and g.ndim == 2 else g
+
+    return as_if_tensors(change, undo)
 
 
 def gradients_times(factor: Callable[[Mapping[str, Any]], float], keys: str = "") -> Replay:
@@ -217,7 +240,13 @@ def base_alone_backward(case: Case) -> Answer | None:
 
 
 def first_adapter_alone(case: Case) -> Answer | None:
-    return answer(replace(case, adapters=case.adapters[:1])) if len(case.adapters) > 1 else None
+    if len(case.adapters) < 2:
+        return None
+    out = answer(replace(case, adapters=case.adapters[:1]))
+    if case.operation != "backward":
+        return out
+    idle = {f"{i}.{key}": np.zeros(v.shape) for i, a in enumerate(case.adapters) if i for key, v in a.tensors.items()}
+    return {**out, **idle}
 
 
 def without_dropout(case: Case) -> Case | None:

@@ -119,11 +119,10 @@ def _array(name: str, value: Any) -> np.ndarray[Any, Any]:
 
 def violation(message: Any, kind: str) -> str:
     """Where `message` breaks the schema's definition `kind` ("start", "run", "info", "reply", "case"), or an empty string."""
-    import jsonschema
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
 
-    schema = {**schema_document(), "$ref": f"#/$defs/{kind}"}
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(message)
-    error = jsonschema.exceptions.best_match(errors)
+    error = best_match(Draft202012Validator({**schema_document(), "$ref": f"#/$defs/{kind}"}).iter_errors(message))
     if error is None:
         return ""
     where = "/".join(map(str, error.absolute_path)) or "the message"

@@ -122,7 +122,7 @@ class CheckpointGraph(Graph):
 
     @property
     def output_head(self) -> str | None:
-        return head_of(self._modules)
+        return head_of(self._modules, self.model_type)
 
     @property
     def pretrained(self) -> bool:

@@ -10,14 +10,49 @@ A prefix before all of them is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from peft_ref.graph.protocol import Module, Parameter
 
+# Heads by architecture, where the head is not "lm_head".
+HEAD_OF = MappingProxyType(
+    {
+        "albert": "predictions.decoder",
+        "bert-generation": "lm_head.decoder",
+        "distilbert": "vocab_projector",
+        "xlnet": "lm_loss",
+        "convbert": "generator_lm_head",
+        "electra": "generator_lm_head",
+        "flaubert": "pred_layer.proj",
+        "xlm": "pred_layer.proj",
+        "modernbert": "decoder",
+        "modernbert-decoder": "decoder",
+        "biogpt": "output_projection",
+        "trocr": "output_projection",
+        "gpt_neox_japanese": "embed_out",
+        "whisper": "proj_out",
+        "rwkv": "head",
+        "git": "output",
+    }
+)
+# Any other architecture: the first of these that is there.
 HEADS = ("lm_head.decoder", "cls.predictions.decoder", "lm_head", "embed_out", "output_projection", "proj_out", "generator_lm_head")
 # Input embeddings by the last part of their names; the first one found is the one that a head shares.
-INPUTS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed", "tok_embeddings", "embeddings")
-WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "DoubleHeadsModel")
+INPUTS = (
+    "shared",
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "tokens_embed",
+    "tok_embeddings",
+    "embeddings",
+    "word_embedding",
+    "w",
+)
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "DoubleHeadsModel", "MTModel")
+WITH_HEAD = (*_WITH_HEAD, "BertGenerationDecoder")
 
 
 def tied_parameters(parameters: Mapping[str, Parameter], config: Mapping[str, Any]) -> dict[str, str]:
@@ -33,22 +68,25 @@ def tied_parameters(parameters: Mapping[str, Parameter], config: Mapping[str, An
         holders = {name.removeprefix(dot).partition(".")[0] for name in parameters}
         ties |= {s: source for s in seconds if s not in parameters and s.removeprefix(dot).partition(".")[0] in holders}
     if any(str(a).endswith(WITH_HEAD) for a in config.get("architectures") or ()):
-        ties |= _head(parameters, source)
+        ties |= _head(parameters, str(config.get("model_type", "")), source)
     return ties
 
 
-def _head(parameters: Mapping[str, Parameter], source: str) -> dict[str, str]:
-    for marker, head, bias in (
-        ("cls.predictions.transform.dense.weight", "cls.predictions.decoder", "cls.predictions.bias"),
-        ("lm_head.dense.weight", "lm_head.decoder", "lm_head.bias"),
-    ):
-        if marker in parameters:
-            ties = {f"{head}.weight": source, f"{head}.bias": bias}
-            return {second: first for second, first in ties.items() if second not in parameters and first in parameters}
-    stored = {f"{name}.weight" for name in HEADS}
-    return {} if stored & parameters.keys() else {"lm_head.weight": source}
+def _head(parameters: Mapping[str, Parameter], model_type: str, source: str) -> dict[str, str]:
+    head = HEAD_OF.get(model_type)
+    if head is None and "cls.predictions.transform.dense.weight" in parameters:
+        head = "cls.predictions.decoder"
+    if head is None and "lm_head.dense.weight" in parameters:
+        head = "lm_head.decoder"
+    if head is None and any(f"{name}.weight" in parameters for name in HEADS):
+        return {}
+    head = head or "lm_head"
+    # The BERT and RoBERTa families store the bias one level higher.
+    ties = {f"{head}.weight": source, f"{head}.bias": f"{head.rpartition('.')[0]}.bias"}
+    return {second: first for second, first in ties.items() if second not in parameters and first in parameters}
 
 
-def head_of(modules: Mapping[str, Module]) -> str | None:
+def head_of(modules: Mapping[str, Module], model_type: str) -> str | None:
     """The output head, by its name."""
-    return next((head for head in HEADS if head in modules and modules[head].kind == "linear"), None)
+    names = (HEAD_OF[model_type],) if model_type in HEAD_OF else HEADS
+    return next((head for head in names if head in modules and modules[head].kind == "linear"), None)

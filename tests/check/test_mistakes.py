@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from peft_ref.check.case import Case, NDArray
 from peft_ref.check.judge import judge
 from peft_ref.check.mistake import Mistake
 from peft_ref.check.mistakes import SUITES
@@ -92,3 +94,49 @@ def test_a_mistake_explains_itself(method: str, mistake: Mistake) -> None:
     assert not mistake.sentence.endswith(".")
     assert mistake.clause
     assert all(link.startswith("https://") for link in mistake.links)
+
+
+# These are wrong in their gradients on purpose: they say what a hand-written backward pass gets wrong.
+OF_THE_GRADIENT = {"input-grad-missing", "grad-scale-missing", "grad-scale-twice", "grad-through-norm", "ia3-bias-gradient-lost"}
+STEP = 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "mistake"), [pytest.param(m, k, id=f"{m}-{k.name}") for m, k in ALL if k.name not in OF_THE_GRADIENT and not k.dialect]
+)
+def test_the_gradients_of_a_mistake_are_those_of_its_own_forward_pass(method: str, mistake: Mistake) -> None:
+    """A port that makes it differentiates what it computes: along a random direction of every tensor, gradient and difference agree."""
+    for case in array_cases(method):
+        if case.operation == "backward":
+            _assert_own_gradient(mistake, case)
+
+
+def _assert_own_gradient(mistake: Mistake, case: Case) -> None:
+    assert case.dy is not None
+    got = mistake.replay(case) or answer(case)
+    rng = np.random.default_rng(1)
+    several = len(case.adapters) > 1
+    for name, gradient in got.items():
+        # DoRA's norm is held constant, which no difference of the forward pass can see: what it does not depend on is compared.
+        if case.method == "dora" and (any(part in name for part in ("_A", "_B")) or (several and "magnitude" in name)):
+            continue
+        direction = rng.choice([-1.0, 1.0], gradient.shape)
+        above, below = (_output(mistake, _moved(case, name, sign * STEP * direction)) for sign in (1, -1))
+        want = np.sum((above - below) * case.dy) / (2 * STEP)
+        size = np.sum(np.abs(gradient)) + 1.0
+        assert abs(np.sum(gradient * direction) - want) <= 1e-6 * size, (case.id, name)
+
+
+def _output(mistake: Mistake, case: Case) -> NDArray:
+    forward = replace(case, operation="forward")
+    return (mistake.replay(forward) or answer(forward))["y"]
+
+
+def _moved(case: Case, name: str, by: NDArray) -> Case:
+    if name == "x":
+        return replace(case, x=case.x + by)
+    index, _, key = name.partition(".")
+    adapters = list(case.adapters)
+    tensors = dict(adapters[int(index)].tensors)
+    adapters[int(index)] = replace(adapters[int(index)], tensors={**tensors, key: tensors[key] + by})
+    return replace(case, adapters=tuple(adapters))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from peft_layers import LAYERS, torch_layer  # noqa: E402
-
 from peft_ref.methods import DoRA, LoRA  # noqa: E402
+from tests.hf.peft_layers import LAYERS, torch_layer  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -89,7 +89,8 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
 
 def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     column = 4 if layer.kernel_size else 3 if layer.kind == "embedding" else 2
-    found, current = {}, ""
+    current = ""
+    found: dict[str, tuple[int, ...]] = {}
     for cells in rows("### Tensors"):
         current = names(cells[0])[0] if cells[0] else current
         text, _, condition = cells[1].partition(", with ")

@@ -57,22 +57,13 @@ VARIANTS = (
 )
 
 
-def lora_bias(change: Callable[[NDArray, Mapping[str, Any]], NDArray]) -> Callable[[Case], Case | None]:
-    """The case with another `lora_B.bias`, given the bias and the adapter's configuration."""
-
-    def changed(case: Case) -> Case | None:
-        if not any("lora_B.bias" in a.tensors for a in case.adapters):
-            return None
-        adapters = (
-            replace(a, tensors={k: change(v, a.config) if k == "lora_B.bias" else v for k, v in a.tensors.items()}) for a in case.adapters
-        )
-        return replace(case, adapters=tuple(adapters))
-
-    return changed
+def lora_bias(factor: Callable[[Mapping[str, Any]], float]) -> Replay:
+    """The right answer with `lora_B.bias` times a factor of the adapter's configuration."""
+    return as_if_tensors(lambda key, v, config: v * factor(config) if key == "lora_B.bias" else v)
 
 
-def _unscaled(bias: NDArray, config: Mapping[str, Any]) -> NDArray:
-    return bias / scale_of(config)
+def _unscaled(config: Mapping[str, Any]) -> float:
+    return 1 / scale_of(config)
 
 
 def _first_scale(case: Case) -> Case | None:
@@ -83,7 +74,15 @@ def _first_scale(case: Case) -> Case | None:
     return replace(case, adapters=tuple(adapters))
 
 
-def _base_scaled(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+def _base_scaled(case: Case) -> Answer | None:
+    if case.operation not in ("forward", "backward", "merge") or case.weight is None:
+        return None
+    if len(case.adapters) == 1:
+        return answer(replace(case, weight=case.weight * scale_of(case.adapters[0].config)))
+    return Formula(weight=one_by_one(_base_scaled_step))(case)
+
+
+def _base_scaled_step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
     after, shifted = stack.merge(layer, W, b, [a])
     return after - W + a.method.scale * W, shifted  # type: ignore[attr-defined]  # every method of this suite has a scale
 
@@ -102,10 +101,6 @@ def _several(replay: Replay) -> Replay:
     return lambda case: replay(case) if len(case.adapters) > 1 else None
 
 
-def _groupless(replay: Replay) -> Replay:
-    return lambda case: None if case.layer is None or case.layer.groups > 1 else replay(case)
-
-
 def _reread_delta(case: Case) -> Answer | None:
     """The delta's numbers written out as (in, out) and added to (out, in) in that order."""
     p = pose(case)
@@ -121,23 +116,31 @@ def _reread_delta(case: Case) -> Answer | None:
 def _fan_in_fan_out(case: Case) -> Answer | None:
     """The stored (in, out) read as (out, in)."""
     layer, weight = case.layer, case.weight
-    if not isinstance(layer, Linear) or not layer.transposed or weight is None or case.operation in ("unmerge", "delta"):
+    if not isinstance(layer, Linear) or not layer.transposed or weight is None:
         return None
     plain = replace(layer, transposed=False)
-    out = answer(replace(case, layer=plain, weight=weight.reshape(plain.weight_shape)))
+    merged = None if case.merged_weight is None else case.merged_weight.reshape(plain.weight_shape)
+    out = answer(replace(case, layer=plain, weight=weight.reshape(plain.weight_shape), merged_weight=merged))
     return {k: v.reshape(layer.weight_shape) if k == "weight" else v for k, v in out.items()}
 
 
-def _interleaved_groups(case: Case) -> Case | None:
+def _dealt_out(r: int, groups: int) -> NDArray:
+    """Which stored rank channel each group's blocks hold, in order, when channel j goes to group j % groups."""
+    return np.arange(r).reshape(-1, groups).T.reshape(-1)
+
+
+def _interleaved(case: Case) -> Case | None:
     """Rank channel j belongs to group j % groups instead of j // (r / groups)."""
     if case.layer is None or case.layer.groups == 1:
         return None
-    g, adapters = case.layer.groups, []
-    for a in case.adapters:
-        A = a.tensors["lora_A.weight"]
-        order = np.arange(A.shape[0]).reshape(-1, g).T.reshape(-1)
-        adapters.append(replace(a, tensors={**a.tensors, "lora_A.weight": A[order]}))
-    return replace(case, adapters=tuple(adapters))
+    groups = case.layer.groups
+    return with_tensors(case, lambda key, v, config: v[_dealt_out(config["r"], groups)] if key == "lora_A.weight" else v)
+
+
+def _interleaved_undo(case: Case, gradients: Answer) -> Answer:
+    assert case.layer is not None
+    order = np.argsort(_dealt_out(case.adapters[0].config["r"], case.layer.groups))
+    return {name: g[order] if name.endswith("lora_A.weight") else g for name, g in gradients.items()}
 
 
 def _no_bias(case: Case) -> Answer | None:
@@ -156,7 +159,7 @@ SUITE = Suite(
             name="base-scaled-too",
             clause="LORA-C7",
             sentence="the scale multiplies the frozen weight too",
-            replay=_groupless(Formula(weight=one_by_one(_base_scaled))),
+            replay=_base_scaled,
         ),
         Mistake(
             name="delta-transposed",

@@ -1,0 +1,174 @@
+"""HF PEFT's configurations, live: defaults, refusals, and a fuzzed set read, meant and written alike."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from peft.utils.other import get_pattern_key  # noqa: E402
+
+from peft_ref.errors import PeftRefError  # noqa: E402
+from peft_ref.files.adapter import (  # noqa: E402
+    CONFIG,
+    WEIGHTS,
+)
+from peft_ref.files.config import from_dict, parse, render  # noqa: E402
+from peft_ref.files.rules import TASK_TYPES, field_names  # noqa: E402
+from peft_ref.methods import METHODS  # noqa: E402
+from tests.files.peft_models import Net  # noqa: E402
+
+pytestmark = pytest.mark.hf
+nn = torch.nn
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_absent_key_has_peft_s_default(name: str) -> None:
+    method = METHODS[name]
+    theirs = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}.get(method.peft_type)
+    if theirs is None:
+        pytest.skip(f"{method.peft_type} has no row here yet")
+    ours = from_dict({"peft_type": method.peft_type, **({method.flag: True} if method.flag else {})})
+    default = theirs()
+    for field in field_names(method):
+        if field != "is_feedforward":
+            assert getattr(ours.method, field) == getattr(default, field), field
+    for part in (ours.targets, ours.patterns):
+        for field in field_names(type(part)):
+            if hasattr(default, field):
+                assert getattr(part, field) == getattr(default, field), field
+
+
+def test_the_task_types_are_peft_s() -> None:
+    assert tuple(t.value for t in peft.TaskType) == TASK_TYPES
+
+
+def test_peft_refuses_what_we_refuse() -> None:
+    for arguments in (
+        {"lora_bias": True, "use_dora": True},
+        {"lora_bias": True, "init_lora_weights": "gaussian"},
+        {"layers_pattern": "h"},
+        {"target_modules": "q", "layers_to_transform": [0]},
+        {"target_modules": "q", "layers_pattern": "h", "layers_to_transform": None},
+        {"use_dora": True, "megatron_config": {"a": 1}},
+        {"task_type": "COOKING"},
+    ):
+        with pytest.raises(ValueError):
+            peft.LoraConfig(**arguments)
+        with pytest.raises(PeftRefError):
+            from_dict({"peft_type": "LORA", **arguments})
+    with pytest.raises(ValueError, match="subset"):
+        peft.IA3Config(target_modules=["q"], feedforward_modules=["w"])
+    for arguments in ({"r": 0}, {"rank_pattern": {"q": 0}}, {"bias": "some"}, {"init_lora_weights": "magic"}):
+        with pytest.raises((ValueError, NotImplementedError, AttributeError)):
+            peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q"], **arguments))
+        with pytest.raises(PeftRefError):
+            from_dict({"peft_type": "LORA", "target_modules": ["q"], **arguments})
+
+
+def random_config(rng: np.random.Generator) -> Any:
+    keys = ["q", "up", "layers.0.q", r"layers\.[01]\.up", r".*\.q", "conv2", "nothing"]
+
+    def pattern() -> dict[str, int]:
+        return {keys[i]: int(rng.integers(1, 9)) for i in rng.permutation(len(keys))[: rng.integers(0, 4)]}
+
+    targets = ["q", "up", "conv2"] if rng.integers(2) else r".*\.(q|up)"
+    common = {
+        "target_modules": targets,
+        "exclude_modules": [None, ["head"], ".*head"][rng.integers(3)],
+        "modules_to_save": [None, ["head"]][rng.integers(2)],
+        "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
+        "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
+    }
+    kind = rng.integers(3)
+    if kind == 0:
+        dora = bool(rng.integers(2))
+        layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
+        return peft.LoraConfig(
+            r=int(rng.integers(1, 65)),
+            lora_alpha=[8, 2.5, 1e-7][rng.integers(3)],
+            lora_dropout=float(rng.random()),
+            use_rslora=bool(rng.integers(2)),
+            use_dora=dora,
+            lora_bias=not dora and bool(rng.integers(2)),
+            bias=str(rng.choice(["none", "all", "lora_only"])),
+            rank_pattern=pattern(),
+            alpha_pattern=pattern(),
+            **layers,
+            **common,
+        )
+    if kind == 1:
+        return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
+    return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)
+
+
+def test_random_configurations_of_peft_are_written_back_to_the_byte_and_mean_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(31)
+    names = ["layers.0.q", "layers.1.q", "layers.0.up", "layers.1.up", "conv2", "q", "xq"]
+    for i in range(150):
+        theirs = random_config(rng)
+        theirs.save_pretrained(str(tmp_path))
+        text = (tmp_path / CONFIG).read_text()
+        ours = parse(text)
+        assert render(ours) == text, i
+        theirs = peft.PeftConfig.from_pretrained(str(tmp_path))  # PEFT sorts the patterns when it saves
+        for field in field_names(type(ours.method)):
+            if field != "is_feedforward":
+                assert getattr(ours.method, field) == getattr(theirs, field)
+        for name in names:
+            if theirs.peft_type == "IA3":
+                if theirs.feedforward_modules is not None:
+                    expected = peft.IA3Model._check_target_module_feedforward(theirs, name)
+                    assert ours.method_for(name).is_feedforward == expected  # type: ignore[attr-defined]
+                continue
+            method: Any = ours.method_for(name)
+            alpha = "lora_alpha" if theirs.peft_type == "LORA" else "alpha"
+            assert method.r == theirs.rank_pattern.get(get_pattern_key(list(theirs.rank_pattern), name), theirs.r)
+            key = get_pattern_key(list(theirs.alpha_pattern), name)
+            assert getattr(method, alpha) == theirs.alpha_pattern.get(key, getattr(theirs, alpha))
+
+
+def test_saving_with_peft_can_change_which_pattern_is_first(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q"], rank_pattern={"q": 2, "layers.0.q": 3})
+    config.save_pretrained(str(tmp_path))
+    after = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert get_pattern_key(list(config.rank_pattern), "layers.0.q") == "q"
+    assert get_pattern_key(list(after.rank_pattern), "layers.0.q") == "layers.0.q"
+    ours = from_dict({"peft_type": "LORA", "rank_pattern": {"q": 2, "layers.0.q": 3}})
+    (tmp_path / CONFIG).write_text(render(ours))
+    read = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert get_pattern_key(list(read.rank_pattern), "layers.0.q") == "q"  # what we write keeps its meaning
+
+
+def test_torch_writes_the_same_bytes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from peft_ref.files.safetensors import open_file, serialize
+
+    torch.manual_seed(0)
+    dtypes = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "bool"]
+    tensors = {f"{i}.{d}": (torch.randn(3, i + 1) * 3).to(getattr(torch, d)) for i, d in enumerate(dtypes)}
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    file = open_file(tmp_path / WEIGHTS)
+    arrays = {name: file.read(name) for name in file.entries}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(arrays[name].astype(np.float64), tensor.to(torch.float64).numpy())
+    assert serialize(arrays, file.metadata) == (tmp_path / WEIGHTS).read_bytes()
+    assert os.path.getsize(tmp_path / WEIGHTS) == file.path.stat().st_size
