@@ -10,8 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TextIO, final
 
 from peft_ref.check.result import ASKED, STATUSES, Diagnosis, Report
-from peft_ref.report import Group, about, clean, closeness, distance, element, headline, hidden, number, one_line, operations, page
-from peft_ref.report import reasons, tally, title, undiagnosed
+from peft_ref.report import (
+    Group,
+    about,
+    clean,
+    closeness,
+    distance,
+    element,
+    headline,
+    hidden,
+    number,
+    one_line,
+    operations,
+    page,
+    reasons,
+    tally,
+    title,
+    undiagnosed,
+)
 
 WIDTH = 100
 MARKS = {"wrong": "✗", "error": "!", "dialect": "~", "undecidable": "?"}  # the first that occurs marks a cell

@@ -132,7 +132,7 @@ SUITE = Suite(
             name="only-first-adapter",
             clause="LOHA-C10",
             sentence="of several active adapters only the first one acts",
-            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+            replay=first_adapter_alone,
         ),
         Mistake(
             name="double-merge",

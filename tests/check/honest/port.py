@@ -157,11 +157,12 @@ class Honest:
         mask = self.masks[i]
         if mask is None:
             return X
-        kept = rows_of(self.layer, self.a.array(mask[0]), self.a)
-        return X * self.a.over(kept, self.a.number(1.0 - mask[1])) if self.a.pick(True, False) else self.a.over(X * kept, self.a.number(1.0 - mask[1]))
+        kept, rest = rows_of(self.layer, self.a.array(mask[0]), self.a), self.a.number(1.0 - mask[1])
+        return X * self.a.over(kept, rest) if self.a.pick(True, False) else self.a.over(X * kept, rest)
 
     def forward(self) -> Host:
-        return {"lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}[self.case.method]()
+        how = {"lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}
+        return how[self.case.method]()
 
     def forward_merged(self) -> Host:
         W, b = self.W, self.b
