@@ -18,6 +18,7 @@ from peft_ref.report import (
     number,
     operations,
     page,
+    port_name,
     reasons,
     title,
     undiagnosed,
@@ -33,14 +34,14 @@ LABELS = {"error": "no usable answer", "dialect": "in a dialect"}
 def render(report: Report) -> str:
     """The page."""
     how, word, sentence = headline(report)
-    name = e(report.port.name)
+    who = e(port_name(report))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{e(word)}: {name}</title>\n<style>\n{_file('page.css')}</style></head>\n<body>\n"
+        f"<title>{e(word)}: {who}</title>\n<style>\n{_file('page.css')}</style></head>\n<body>\n"
         f'<header class="{how}"><div><p class="kicker">peft-ref check, {len(report.verdicts)} cases in {report.seconds:.1f} s</p>'
-        f"<h1>{name} <small>{e(about(report))}</small> {_homepage(report)}</h1>"
+        f"<h1>{who} <small>{e(about(report))}</small> {_homepage(report)}</h1>"
         f'<p class="word">{e(word)}</p><p class="sentence">{e(sentence)}</p>{_bar(report)}</div></header>\n'
         f"<main>\n{_main(report)}\n<footer>The spec's pages are in <code>spec/</code> of peft_ref. Every number on this page is of float64"
         " unless the port's is meant.</footer></main>\n"

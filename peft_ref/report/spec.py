@@ -36,9 +36,9 @@ def clauses(method: str, cited: str) -> list[tuple[str, str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             inside = line.lstrip("# ").strip() == cited
-        elif match := re.match(r"- \*\*([A-Z0-9]+-C\d+)\*\* (.*)", line):
-            if inside or match[1] == cited:
-                found.append((match[1], match[2]))
+        match = re.match(r"- \*\*([A-Z0-9]+-C\d+)\*\* (.*)", line)
+        if match and (inside or match[1] == cited):
+            found.append((match[1], match[2]))
     return found
 
 

@@ -23,6 +23,7 @@ from peft_ref.report import (
     one_line,
     operations,
     page,
+    port_name,
     reasons,
     tally,
     title,
@@ -67,10 +68,10 @@ class Paint:
 
 
 def _head(report: Report, paint: Paint) -> str:
-    name, details = clean(report.port.name), about(report)
+    who, details = port_name(report), about(report)
     right = f"{len(report.verdicts)} cases in {report.seconds:.1f} s"
-    left = f"{name}  ({details})" if details else name
-    return f"{paint(name, 'bold')}{left[len(name) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
+    left = f"{who}  ({details})" if details else who
+    return f"{paint(who, 'bold')}{left[len(who) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
 
 
 # ---- the table

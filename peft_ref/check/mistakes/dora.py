@@ -53,7 +53,7 @@ VARIANTS = (
     Variant(
         name="two-adapters",
         clause="DORA-C9",
-        configs=(lora.PLAIN, {"r": 2, "lora_alpha": 1}),
+        configs=(lora.PLAIN, {"r": 2, "lora_alpha": 8}),
         layers=("linear", "embedding"),
         draws=M,
     ),

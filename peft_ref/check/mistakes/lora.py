@@ -54,7 +54,7 @@ VARIANTS = (
     Variant(
         name="two-adapters",
         clause="LORA-C10",
-        configs=(PLAIN, {"r": 2, "lora_alpha": 1}),
+        configs=(PLAIN, {"r": 2, "lora_alpha": 8}),
         layers=("linear", "embedding", "conv1d"),
     ),
 )
