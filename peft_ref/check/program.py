@@ -88,6 +88,9 @@ class ProgramPort(Port):
         self._answered.add(case.id)
         return read_reply(case, message, self._validate)
 
+    def forget(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._process is not None:
             self._process.stop()
