@@ -32,10 +32,6 @@ class FunctionPort(Port):
         return Answered(rounded({name: np.asarray(value, dtype=np.float64) for name, value in answer.items()}, self._dtype))
 
     def forget(self) -> None:
-
-        pass
-
-    def forget(self) -> None:
         pass
 
     def close(self) -> None:

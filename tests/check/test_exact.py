@@ -312,14 +312,14 @@ def test_the_worst_element_is_named() -> None:
     assert (worst.name, worst.index, worst.got) == ("b", (1, 2), got["b"][1, 2])
 
 
-def test_every_array_of_the_corpus_has_a_finite_tolerance_in_float32() -> None:
+def test_every_tolerance_of_the_corpus_leaves_digits_in_float32() -> None:
     cases: list[Case] = [c for c in corpus() if c.operation in ARRAY_OPERATIONS]
     for case in cases:
         right = exact_answer(case, PRECISION["float32"])
         expected = expect(right, "float32")
         for name, tolerance in expected.tolerance.items():
             assert np.all(np.isfinite(tolerance)), case.id
-            assert np.all(tolerance <= 1e-3 * (1 + np.max(np.abs(expected.values[name])))), case.id
+            assert np.all(tolerance <= 1e-2 * (1 + np.max(np.abs(expected.values[name])))), case.id
 
 
 def test_the_formats_are_those_of_the_libraries() -> None:

@@ -294,10 +294,6 @@ class FreshPort(Port):
         return Answered({"draws": [{k: encode(v) for k, v in d.items()} for d in draws]})
 
     def forget(self) -> None:
-
-        pass
-
-    def forget(self) -> None:
         pass
 
     def close(self) -> None:

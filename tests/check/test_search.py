@@ -212,10 +212,6 @@ def test_a_port_that_fails_on_other_sizes_is_asked_the_case_itself() -> None:
             return self._inner.ask(case) if case.layer.shape == (7, 5) else Failed("only 7 by 5 here")
 
         def forget(self) -> None:
-
-            pass
-
-        def forget(self) -> None:
             pass
 
         def close(self) -> None:

@@ -105,7 +105,8 @@ CROSSED = Formula(
 
 
 def _several(replay: Replay) -> Replay:
-    return lambda case: replay(case) if len(case.adapters) > 1 else None
+    """Only where several adapters read the same x: with a mask each, their factors have nothing to be summed for."""
+    return lambda case: replay(case) if len(case.adapters) > 1 and not any(a.dropout for a in case.adapters) else None
 
 
 def _reread_delta(case: Case) -> Answer | None:
