@@ -37,9 +37,7 @@ class AnswersPort(Port):
                 raise BrokenPort(f"{self._path}: the case {reply['id']} is answered twice.")
             self._replies[reply["id"]] = reply
         if unknown := sorted(self._replies.keys() - {case.id for case in (smoke_case(), *corpus())}):
-            raise BrokenPort(
-                f"{self._path}: there is no case {unknown[0]!r} ({len(unknown)} such ids); see `peft-ref cases list`."
-            )
+            raise BrokenPort(f"{self._path}: there is no case {unknown[0]!r} ({len(unknown)} such ids); see `peft-ref cases list`.")
         return info
 
     def ask(self, case: Case) -> Reply:

@@ -76,7 +76,7 @@ def unmasked_input_gradient(case: Case) -> Answer | None:
 
 
 def dropout_on_base_too(case: Case) -> Answer | None:
-    if len(case.adapters) > 1 or not case.adapters[0].dropout:  # the frozen layer has one input: whose mask would it be?
+    if len(case.adapters) != 1 or not case.adapters[0].dropout:  # the frozen layer has one input: whose mask would it be?
         return None
     if case.operation == "forward":
         return {"y": _dropped_everywhere(pose(case))}

@@ -98,7 +98,7 @@ def _by_dimensions(asker: _Asker, case: Case) -> Case | None:
         max_examples=EXAMPLES,
         database=None,
         deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
         verbosity=hypothesis.Verbosity.quiet,
     )
     for n_in, out, r, rows in _sizes(case):

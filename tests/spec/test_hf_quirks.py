@@ -229,13 +229,6 @@ def test_loha_q1_rank_dropout_divides_by_the_mean_of_its_mask() -> None:
     assert not kept.all()
 
 
-def test_dora_q4_a_vector_comes_back_as_a_matrix_of_one_row() -> None:
-    made = model(nn.Linear(3, 5), lora(use_dora=True))
-    assert made(torch.randn(3)).shape == (1, 5)
-    assert made(torch.randn(2, 3)).shape == (2, 5)
-    assert model(nn.Linear(3, 5), lora())(torch.randn(3)).shape == (5,)
-
-
 def test_loha_q1_all_rows_dropped_give_no_number() -> None:
     made = model(nn.Linear(3, 4), loha(rank_dropout=0.9999)).train()
     assert made(torch.randn(1, 3)).isnan().all()
