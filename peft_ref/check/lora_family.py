@@ -44,7 +44,7 @@ def _not_rescaled(case: Case) -> Case | None:
 
 
 def _dropped_everywhere(p: Problem) -> Array:
-    """The first adapter's mask on the frozen layer's input; every adapter has its own."""
+    """The first adapter's mask on the frozen layer's input, which has to be somebody's; every adapter has its own."""
     y = stack.forward(p.layer, p.W, p.b, p.adapters, p.x)
     return y + p.layer.apply(dropped(p.x, p.adapters[0]) - p.x, p.W, None)
 
@@ -76,7 +76,7 @@ def unmasked_input_gradient(case: Case) -> Answer | None:
 
 
 def dropout_on_base_too(case: Case) -> Answer | None:
-    if len(case.adapters) != 1 or not case.adapters[0].dropout:  # the frozen layer has one input: whose mask would it be?
+    if not case.adapters or not case.adapters[0].dropout:
         return None
     if case.operation == "forward":
         return {"y": _dropped_everywhere(pose(case))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case
 from peft_ref.check.corpus import corpus
-from peft_ref.check.judge import judge
+from peft_ref.check.judge import empty_handed, judge
 from peft_ref.check.oracle import answer, null_answer
-from peft_ref.check.tolerance import PRECISION
+from peft_ref.check.tolerance import PRECISION, Expected
 from tests.check.function_port import FunctionPort
 
 CASES = tuple(c for c in corpus() if c.operation in ARRAY_OPERATIONS)
@@ -129,6 +130,14 @@ def test_without_the_adapter_every_case_is_wrong_in_a_precise_dtype(dtype: str, 
     report = judge(FunctionPort(base_only, dtype), CASES, search=False)
     assert {v.status for v in report.verdicts} == {"wrong"}
     assert report.exit_code == 1
+
+
+def test_zeros_count_as_an_empty_answer_where_the_tolerances_are_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers, each below its own tolerance, whose mean is far above the smaller one's: nothing but zeros gives them away."""
+    values, tolerance = {"y": np.asarray([8.0, 0.01])}, {"y": np.asarray([10.0, 0.02])}
+    monkeypatch.setattr("peft_ref.check.judge.expected_answer", lambda *_: Expected(values, tolerance, tolerance, False))
+    monkeypatch.setattr("peft_ref.check.judge.null_answer", lambda _: {"y": np.asarray([1e6, 1e6])})
+    assert "zeros" in empty_handed(replace(CASES[0]), "bfloat16")
 
 
 def test_a_port_that_answers_nothing_is_no_success() -> None:
