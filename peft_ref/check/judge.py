@@ -62,12 +62,14 @@ def judge(
     dialects = {case: d.mistakes[0] for d in diagnoses if d.dialect for case in d.cases}
     verdicts = [replace(v, status="dialect", reason=dialects[v.case]) if v.case in dialects else v for v in verdicts]
     seen = tuple(v.case for v in verdicts if v.status in ("right", "undecidable"))
+    named = {name for d in diagnoses for name in d.mistakes}
+    hidden = {method: tuple(n for n in names if n not in named) for method, names in undecidable(info.dtype, seen).items()}
     return Report(
         port=info,
         verdicts=tuple(verdicts),
         diagnoses=tuple(diagnoses),
         seconds=time.monotonic() - began,
-        undecidable=undecidable(info.dtype, seen),
+        undecidable={method: names for method, names in hidden.items() if names},
         broken=broken,
     )
 
@@ -166,10 +168,11 @@ def empty_handed(case: Case, dtype: str) -> str:
 
 def describe(worst: Worst, exact: bool) -> str:
     at = f"{worst.name}{list(worst.index)}"
+    got, want = worst.texts
     if not np.isfinite(worst.got):
-        return f"{at}: got {worst.got}, want {worst.want:.10g}"
+        return f"{at}: got {got}, want {want}"
     how = "bits must match here" if exact else f"{worst.ratio:.2g} x tolerance"
-    return f"{at}: got {worst.got:.10g}, want {worst.want:.10g} ({how})"
+    return f"{at}: got {got}, want {want} ({how})"
 
 
 def misshapen(answer: Any, want: Answer) -> str:

@@ -38,6 +38,12 @@ class Worst:
     want: float
     ratio: float  # |got - want| over the tolerance; infinite where bits must match
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """`got` and `want` with as many digits as it takes to tell them apart."""
+        short = f"{self.got:.10g}", f"{self.want:.10g}"
+        return short if short[0] != short[1] else (repr(self.got), repr(self.want))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -98,13 +104,13 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: everything asked is right. 1: something is wrong. 2: the port is broken, or nothing was asked."""
+        """0: everything asked is right. 1: something is wrong. 2: the port is broken, or nothing was asked or could be decided."""
         counts = self.counts
-        if self.broken or not any(counts[s] for s in ASKED):
+        if self.broken:
             return 2
         if counts["wrong"]:
             return 1
-        return 2 if counts["error"] else 0
+        return 2 if counts["error"] or not counts["right"] + counts["dialect"] else 0
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -28,12 +28,12 @@ EXAMPLES = 12
 SIDES, RANKS, ROWS = (1, 2, 3), (1, 2, 4), (1, 2)
 
 
-def smallest(port: Port, cases: Sequence[Case], dtype: str) -> Counterexample | None:
-    """A smallest wrong case like the first of `cases` that is about arrays, or None."""
+def smallest(port: Port, cases: Sequence[Case], dtype: str, seconds: float = SECONDS) -> Counterexample | None:
+    """A smallest wrong case like the first of `cases` that is about arrays, found within `seconds`, or None."""
     case = next((c for c in cases if c.operation in ARRAY_OPERATIONS and c.layer is not None), None)
     if case is None or case.layer is None:
         return None
-    asker = _Asker(port, dtype, time.monotonic() + SECONDS)
+    asker = _Asker(port, dtype, time.monotonic() + seconds)
     found = _by_dimensions(asker, case) if isinstance(case.layer, Linear | Embedding) else None
     if found is None and asker.wrong(case):
         found = _by_zeroing(asker, case)
@@ -79,7 +79,8 @@ class _Asker:
         if worst.ratio <= 1:  # asked once more, the port is right: it does not always answer alike
             return None
         want = {k: encode(v) for k, v in expected.values.items()}
-        text = f"{_numbers(case)} -> you {worst.got:g}, want {worst.want:g} at {worst.name}{list(worst.index)}"
+        told, right = worst.texts
+        text = f"{_numbers(case)} -> you {told}, want {right} at {worst.name}{list(worst.index)}"
         return Counterexample(
             case=to_json(case),
             got=nest(case, {k: encode(v) for k, v in got.items()}),

@@ -62,6 +62,8 @@ def headline(report: Report) -> tuple[str, str, str]:
     doubts = [f"{n[s]} {word}" for s, word in (("dialect", "in a dialect"), ("undecidable", "undecidable")) if n[s]]
     if doubts:
         return GOOD, "Right", f"{n['right']} of {_many(asked, 'case')} right, {', '.join(doubts)}, none wrong."
+    if n["skipped"]:
+        return GOOD, "Right", f"{_many(asked, 'case')} right, {n['skipped']} skipped."
     return GOOD, "Right", f"All {_many(asked, 'case')} that were asked."
 
 

@@ -15,7 +15,6 @@ from peft_ref.report import (
     element,
     headline,
     hidden,
-    number,
     operations,
     page,
     port_name,
@@ -118,8 +117,8 @@ def _marked(text: str) -> str:
 def _worst(d: Diagnosis) -> str:
     if d.worst is None:
         return ""
-    rows = f'<tr class="got"><td>got</td><td class="n">{e(number(d.worst.got))}</td></tr>'
-    rows += f'<tr class="want"><td>want</td><td class="n">{e(number(d.worst.want))}</td></tr>'
+    rows = f'<tr class="got"><td>got</td><td class="n">{e(d.worst.texts[0])}</td></tr>'
+    rows += f'<tr class="want"><td>want</td><td class="n">{e(d.worst.texts[1])}</td></tr>'
     rows += f"<tr><td>off by</td><td>{e(distance(d.worst))}</td></tr>"
     return f'<h4>The worst element</h4><table class="ledger"><tr><td>at</td><td><code>{e(element(d.worst))}</code></td></tr>{rows}</table>'
 

@@ -19,7 +19,6 @@ from peft_ref.report import (
     element,
     headline,
     hidden,
-    number,
     one_line,
     operations,
     page,
@@ -135,7 +134,7 @@ def _totals(report: Report, paint: Paint) -> str:
 
 
 def _row(label: str, n: int, text: str, paint: Paint) -> str:
-    lines = textwrap.wrap(text, WIDTH - 22) or [""]
+    lines = textwrap.wrap(text, WIDTH - 22, break_on_hyphens=False) or [""]  # an id is copied whole
     return "\n".join([f"  {label:<12}{n:>5}   {lines[0]}".rstrip(), *(" " * 22 + line for line in lines[1:])])
 
 
@@ -150,7 +149,8 @@ def _diagnosis(d: Diagnosis, paint: Paint) -> str:
     if d.clause:
         facts.append(("clause", f"{d.clause}, in {page(d.method)}"))
     if d.worst is not None:
-        facts.append(("worst", f"{element(d.worst)}: got {number(d.worst.got)}, want {number(d.worst.want)} ({distance(d.worst)})"))
+        got, want = d.worst.texts
+        facts.append(("worst", f"{element(d.worst)}: got {got}, want {want} ({distance(d.worst)})"))
     if d.counterexample is not None:
         facts.append(("smallest", one_line(d.counterexample)))
     facts += [("" if n else "seen before", link) for n, link in enumerate(d.links)]
@@ -198,8 +198,9 @@ def _hidden(report: Report) -> str:
 
 
 def _every(report: Report, paint: Paint) -> str:
+    """Every case that was put to the port; what was not asked is summed up in the totals."""
     lines = []
-    for v in sorted(report.verdicts, key=lambda v: STATUSES.index(v.status)):
+    for v in sorted((v for v in report.verdicts if v.status != "not asked"), key=lambda v: STATUSES.index(v.status)):
         ratio = f"{v.worst.ratio:.2g} x tolerance" if v.worst is not None and v.status == "right" and not v.exact else ""
         told = clean(v.reason).splitlines()[0] if v.reason else "bits equal" if v.status == "right" and v.exact else ratio
         status = paint(f"{v.status:<12}", STATUS_COLOURS.get(v.status, "dim"))

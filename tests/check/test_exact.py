@@ -271,7 +271,7 @@ def test_the_bound_holds_through_products_roots_and_quotients(seed: int, order: 
 @given(st.integers(0, 2**20), st.sampled_from(ORDERS), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_the_bound_holds_where_a_divisor_is_a_small_difference(seed: int, order: str, first: bool) -> None:
-    """z m / (A B C - D), with D so near that most digits cancel: what was rounded before grows. Only the errors behind the divisor matter."""
+    """z m / (A B C - D), with D so near that most digits cancel: what was rounded before grows, and comes through the divisor alone."""
     rng = np.random.default_rng(seed)
     A, B, C = (rng.integers(17, 128, s) * rng.choice([-1.0, 1.0], s) / 64 for s in ((3, 4), (4, 5), (5, 3)))
     m, z = (rng.integers(17, 128, (3, 3)) / 64 for _ in range(2))

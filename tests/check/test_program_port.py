@@ -48,9 +48,9 @@ def victim(report: Report) -> Verdict:
     return bad[0]
 
 
-def processes() -> list[str]:
-    """Processes of these tests that are alive."""
-    alive = []
+def processes() -> dict[int, str]:
+    """Processes of these tests that are alive: id -> command line."""
+    alive = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -58,7 +58,7 @@ def processes() -> list[str]:
             except OSError:
                 continue
             if TOKEN.encode() in command and state != "Z":
-                alive.append(command.replace(b"\0", b" ").decode())
+                alive[int(entry.name)] = command.replace(b"\0", b" ").decode()
     return alive
 
 
@@ -84,7 +84,7 @@ def nothing_is_left_behind() -> Iterator[None]:
     deadline = time.monotonic() + 2
     while processes() and time.monotonic() < deadline:  # SIGKILL takes a moment to reach a whole group
         time.sleep(0.01)
-    assert processes() == []
+    assert processes() == {}
     assert (len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), zombies()) == before
 
 
@@ -359,7 +359,7 @@ def test_a_program_that_ignores_stop_is_killed() -> None:
     began = time.monotonic()
     program.close()
     assert time.monotonic() - began < 4
-    assert processes() == []
+    assert processes() == {}
 
 
 def test_closing_twice_or_before_the_start_is_fine() -> None:
@@ -377,4 +377,16 @@ def test_an_interrupted_judgement_leaves_no_process() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         judge(port("behaves"), CASES, progress=interrupt)
-    assert processes() == []
+    assert processes() == {}
+
+
+def test_a_program_that_is_to_forget_is_another_one_at_the_next_question() -> None:
+    program = port("behaves")
+    program.start()
+    before = processes()
+    program.forget()
+    assert isinstance(program.ask(CASES[0]), Answered)
+    after = processes()
+    program.close()
+    assert len(before) == len(after) == 1
+    assert before.keys().isdisjoint(after)

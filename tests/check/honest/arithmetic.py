@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-Host: TypeAlias = np.ndarray[Any, Any]
+Host: TypeAlias = Any  # an array; NumPy's types do not know ml_dtypes
 
 DTYPES: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 WIDER: dict[str, Any] = {"float64": np.longdouble, "float32": np.float64, "float16": np.float32, "bfloat16": np.float32}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 Json = dict[str, Any]
-Host = np.ndarray[Any, Any]
+Host: TypeAlias = Any  # an array of whichever float
 
 
 class LoRA:
