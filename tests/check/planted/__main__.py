@@ -11,7 +11,7 @@ import numpy as np
 from tests.check.planted.dora import PLANTED as DORA
 from tests.check.planted.dora import DoRA
 from tests.check.planted.lora import PLANTED as LORA
-from tests.check.planted.lora import LoRA
+from tests.check.planted.right import LoRA
 
 KINDS = ["linear", "transposed_linear", "embedding"]
 

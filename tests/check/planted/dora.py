@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.check.planted.lora import Host, Json, LoRA
+from tests.check.planted.right import Host, Json, LoRA
 
 
 class DoRA(LoRA):
