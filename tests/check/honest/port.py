@@ -89,6 +89,9 @@ class Honest:
         A = next(v for k, v in parts.items() if k.startswith("A"))
         B = next(v for k, v in parts.items() if k in ("B", "B.weight"))
         c, m = parts.get("B.bias"), parts.get("magnitude_vector")
+        if self.case.method == "adalora":
+            r, alpha = adapter.config["init_r"], adapter.config["lora_alpha"]
+            return LowRank(A, B, (alpha if alpha > 0 else r) / (r + 1e-5), E=parts["E"])
         r, alpha = adapter.config["r"], adapter.config["lora_alpha"]
         s = alpha / math.sqrt(r) if adapter.config["use_rslora"] else alpha / r
         wide_B = spread_groups(B.reshape(B.shape[0], -1), self.g)
@@ -111,7 +114,7 @@ class Honest:
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
     def plain_delta(self, i: int) -> Host:
-        return self.low_rank(i).delta(self.a) if self.case.method == "lora" else self.hadamard(i).delta(self.a)
+        return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
     # ---- weights
 
@@ -161,7 +164,7 @@ class Honest:
         return X * self.a.over(kept, self.a.number(1.0 - mask[1])) if self.a.pick(True, False) else self.a.over(X * kept, self.a.number(1.0 - mask[1]))
 
     def forward(self) -> Host:
-        return {"lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}[self.case.method]()
+        return {"adalora": self.forward_lora, "lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}[self.case.method]()
 
     def forward_merged(self) -> Host:
         W, b = self.W, self.b
@@ -223,7 +226,7 @@ class Honest:
     # ---- backward
 
     def backward(self) -> Answer:
-        fill = {"lora": self.backward_lora, "dora": self.backward_dora, "loha": self.backward_loha, "ia3": self.backward_ia3}
+        fill = {"adalora": self.backward_lora, "lora": self.backward_lora, "dora": self.backward_dora, "loha": self.backward_loha, "ia3": self.backward_ia3}
         out, dX = fill[self.case.method]()
         if self.layer.kind == "embedding":
             return out
@@ -245,6 +248,9 @@ class Honest:
         for i in range(len(self.case.adapters)):
             low = self.low_rank(i)
             dA, dB = low.factor_gradients(a, self.dropped(i, self.X), self.dY)
+            if low.E is not None:
+                out |= self.named(i, "_E", a.sum(low.A * dA, axis=1))
+                dA = low.E * dA
             out |= {**self.named(i, "_A", dA), **self.named(i, "_B", own_group(dB, self.g))}
             if low.c is not None:
                 summed = a.scaled(a.sum(self.dY), low.s) if a.pick(True, False) else a.sum(a.scaled(self.dY, low.s))
