@@ -23,7 +23,7 @@ class AnswersPort(Port):
     def start(self) -> PortInfo:
         try:
             data = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BrokenPort(f"{self._path}: cannot be read as JSON: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("answers"), list):
             raise BrokenPort(f'{self._path}: expected {{"port": {{"name": ..., "dtype": ...}}, "answers": [...]}}.')

@@ -14,7 +14,7 @@ Adding n numbers in any order and association errs by at most (n - 1) u times th
 into every term or into the sum, so k counts all operations on the way once one of them may round: which ones do is the order's choice.
 The bound holds for every evaluation order of the same sums and products:   |computed - value| <= u (k gauge + err) (1 + O(ku)).
 Where quantum and gauge leave no more than p bits between them, no partial result of any order is rounded: k stays zero, and bits must
-match. Nobody multiplies out a root or a divisor, so what comes out of one is a new term of its own size; the errors behind it add up in err.
+match. Nobody multiplies out a root or a divisor, so what comes out of one is a new term; the errors behind it add up in err.
 """
 
 from __future__ import annotations

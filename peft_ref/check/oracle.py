@@ -130,7 +130,7 @@ def null_answer(case: Case) -> Answer:
 
 def in_size(case: Case) -> Case:
     """The case with the sizes of the frozen layer's numbers: what its own answer adds up to without any cancellation."""
-    sizes = {name: None if (v := getattr(case, name)) is None else np.abs(v) for name in FROZEN}
+    sizes: dict[str, Any] = {name: None if (v := getattr(case, name)) is None else np.abs(v) for name in FROZEN}
     return replace(case, **sizes)
 
 

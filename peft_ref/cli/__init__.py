@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from peft_ref.cli import cases, check
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments, program = _split(arguments)
+    given, program = _split(arguments)
     parser = argparse.ArgumentParser(
         prog="peft-ref",
         description="The reference of parameter-efficient fine-tuning methods, and a judge of implementations.",
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for module in (check, cases):
         module.add_parser(verbs)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
+    if given != arguments and not program:
+        parser.error('"--" is followed by no program')
     try:
         return int(options.run(options, program))
     except PeftRefError as error:
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
+        return 2
+    except OSError as error:  # a file or folder that cannot be read or written
+        print(f"peft-ref {options.verb}: {error}", file=sys.stderr)
         return 2
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from peft_ref.check.case import OPERATIONS, Case
 from peft_ref.check.port import Port
+from peft_ref.check.tolerance import PRECISION
 from peft_ref.errors import ConfigError
 from peft_ref.methods import METHODS
 
@@ -36,12 +39,17 @@ def add_parser(verbs: Any) -> None:
         usage="peft-ref check [options] [-- PROGRAM ...]",
     )
     parser.add_argument("--backend", metavar="NAME", help="a backend by name, or module:Class (default: numpy)")
-    parser.add_argument("--dtype", help="what a backend computes in: float64, float32, float16, bfloat16 (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(PRECISION),
+        metavar="DTYPE",
+        help="what a backend computes in: float64, float32, float16, bfloat16 (default: float32)",
+    )
     parser.add_argument("--answers", type=Path, metavar="FILE", help="judge a file of answers instead of a process")
     parser.add_argument("--method", action="append", choices=sorted(METHODS), help="only this method; may be repeated")
     parser.add_argument("--operation", action="append", choices=OPERATIONS, help="only this operation; may be repeated")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose id contains TEXT")
-    parser.add_argument("--timeout", type=float, default=10.0, metavar="S", help="seconds a program has for one answer (default: 10)")
+    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="S", help="seconds a program has for one answer (default: 10)")
     parser.add_argument("--validate", action="store_true", help="check every message of the program against the protocol's schema")
     parser.add_argument("--no-search", action="store_true", help="do not look for the smallest counterexample")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON, to FILE or standard output")
@@ -56,6 +64,8 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     from peft_ref.report import html, junit, terminal
 
     cases = _selected(options)
+    for path in (options.junit, options.html, options.json if options.json != "-" else None):
+        _check_writable(path)
     progress = terminal.progress(sys.stderr)
     report = judge(_port(options, program), cases, progress=progress.step, search=not options.no_search)
     progress.done()
@@ -69,8 +79,24 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
             print(text)
             return report.exit_code
         Path(options.json).write_text(text + "\n", encoding="utf-8")
-    print(terminal.render(report, verbose=options.verbose, color=sys.stdout.isatty()))
+    terminal.write(terminal.render(report, verbose=options.verbose, color=sys.stdout.isatty()), sys.stdout)
     return report.exit_code
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above zero")
+    return value
+
+
+def _check_writable(path: Path | str | None) -> None:
+    """Said before the port is asked, which may take minutes."""
+    if path is None:
+        return
+    place = Path(path) if Path(path).exists() else Path(path).absolute().parent
+    if Path(path).is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{path}: cannot be written. Name a file in a folder that is there and yours.")
 
 
 def _selected(options: argparse.Namespace) -> tuple[Case, ...]:
@@ -97,6 +123,8 @@ def _port(options: argparse.Namespace, program: Sequence[str]) -> Port:
     chosen = [name for name, given in (("--backend", options.backend), ("--answers", options.answers), ("-- PROGRAM", program)) if given]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)}: only one port can be judged at a time.")
+    if options.dtype and (program or options.answers is not None):
+        raise ConfigError("--dtype is for --backend: a program or a file of answers says its own.")
     if program:
         return ProgramPort(program, timeout=options.timeout, validate=options.validate)
     if options.answers is not None:

@@ -15,6 +15,7 @@ import numpy as np
 from peft_ref.check.case import OPERATIONS, NDArray, decode
 from peft_ref.check.result import ASKED, Counterexample, Diagnosis, Report, Verdict, Worst
 
+NAMELESS = "?"  # the port was broken before it said anything
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
 # Of a configuration, what changes the answer to one question.
 HYPERPARAMETERS = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora", "is_feedforward")
@@ -76,9 +77,15 @@ def _many(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
+def port_name(report: Report) -> str:
+    return clean(report.port.name) if report.port.name != NAMELESS else "a port that did not tell its name"
+
+
 def about(report: Report) -> str:
     """What the port says of itself, in one line after its name."""
     port = report.port
+    if port.name == NAMELESS:
+        return ""
     return ", ".join(clean(part) for part in (port.version, port.language, port.dtype) if part)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from peft_ref.check.result import Diagnosis, Report, Verdict
-from peft_ref.report import clean, headline, one_line, page, title
+from peft_ref.report import clean, headline, one_line, page, port_name, title
 
 SKIPPED = ("skipped", "not asked", "undecidable")
 
@@ -17,7 +17,7 @@ SKIPPED = ("skipped", "not asked", "undecidable")
 def render(report: Report) -> str:
     """The XML document."""
     causes = {case: d for d in report.diagnoses for case in d.cases}
-    root = ET.Element("testsuites", name=f"peft-ref check: {clean(report.port.name)}", time=f"{report.seconds:.3f}")
+    root = ET.Element("testsuites", name=f"peft-ref check: {port_name(report)}", time=f"{report.seconds:.3f}")
     if report.broken:
         suite = _suite(root, report, "port", [])
         test = ET.SubElement(suite, "testcase", classname="peft_ref.port", name="start and smoke test", time="0")

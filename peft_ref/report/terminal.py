@@ -10,8 +10,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TextIO, final
 
 from peft_ref.check.result import ASKED, STATUSES, Diagnosis, Report
-from peft_ref.report import Group, about, clean, closeness, distance, element, headline, hidden, number, one_line, operations, page
-from peft_ref.report import reasons, tally, title, undiagnosed
+from peft_ref.report import (
+    Group,
+    about,
+    clean,
+    closeness,
+    distance,
+    element,
+    headline,
+    hidden,
+    number,
+    one_line,
+    operations,
+    page,
+    port_name,
+    reasons,
+    tally,
+    title,
+    undiagnosed,
+)
 
 WIDTH = 100
 MARKS = {"wrong": "✗", "error": "!", "dialect": "~", "undecidable": "?"}  # the first that occurs marks a cell
@@ -51,10 +68,10 @@ class Paint:
 
 
 def _head(report: Report, paint: Paint) -> str:
-    name, details = clean(report.port.name), about(report)
+    who, details = port_name(report), about(report)
     right = f"{len(report.verdicts)} cases in {report.seconds:.1f} s"
-    left = f"{name}  ({details})" if details else name
-    return f"{paint(name, 'bold')}{left[len(name) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
+    left = f"{who}  ({details})" if details else who
+    return f"{paint(who, 'bold')}{left[len(who) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
 
 
 # ---- the table

@@ -75,7 +75,10 @@ def test_enough_is_planted() -> None:
     assert len(dora.PLANTED) >= 11
 
 
-@pytest.mark.parametrize(("method", "name"), [("lora", "scale-is-alpha"), ("lora", "fan-in-fan-out-ignored"), ("dora", "norm-of-base-only")])
+PROGRAMS = [("lora", "scale-is-alpha"), ("lora", "fan-in-fan-out-ignored"), ("dora", "norm-of-base-only")]
+
+
+@pytest.mark.parametrize(("method", "name"), PROGRAMS)
 def test_a_planted_program_is_diagnosed_through_its_pipes(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     port = ProgramPort([sys.executable, "-m", "tests.check.planted", method, name, "float32"])

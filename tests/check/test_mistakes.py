@@ -31,9 +31,7 @@ def test_every_mistake_stands_ten_tolerances_away_somewhere(method: str, dtype: 
 @pytest.mark.parametrize("dtype", PRECISE)
 @pytest.mark.parametrize("method", SUITES)
 def test_every_two_mistakes_stand_ten_tolerances_apart_somewhere(method: str, dtype: str) -> None:
-    alike = [
-        (one, other) for one, other in combinations(replays(method), 2) if max(between(method, one, other, dtype).values()) <= MARGIN
-    ]
+    alike = [(one, other) for one, other in combinations(replays(method), 2) if max(between(method, one, other, dtype).values()) <= MARGIN]
     assert not alike
 
 

@@ -152,3 +152,49 @@ def test_the_same_modules_as_peft_or_both_refuse(name: str) -> None:
 
 def diff(one: models.Answer, other: models.Answer | None) -> list[list[str]]:
     return [sorted(a - (b or frozenset()))[:4] for a, b in zip(one, other or ((), (), ()), strict=True)]
+
+
+CORNERS = {
+    "two levels below a saved module nothing is saved again": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["0", "mlp.up_proj"]},
+    ),
+    "one level below it is": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "down_proj"]}),
+    "a saved name needs no dot before it": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["head"]}),
+    "a full name is in no layer": ("llama", {"target_modules": ["model.layers.1.mlp.up_proj", "q_proj"], "layers_to_transform": [0]}),
+    "the number of an expert is not the layer's": ("traps", {"target_modules": ["0"], "layers_to_transform": [3]}),
+    "a layer needs two parts before its number": ("traps", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "unless layers_pattern says so": ("traps", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    "the head of a token classifier cannot have both": ("bert-tokens", {"target_modules": "all-linear", "task_type": "TOKEN_CLS"}),
+    "the head of a sequence classifier is only saved": ("bert-classifier", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "experts": ("traps", {"target_modules": [], "target_parameters": ["moe.gate_up", "down"]}),
+    "a vector of the experts": ("traps", {"target_modules": [], "target_parameters": ["moe.bias"]}),
+    "a parameter of a targeted module": ("traps", {"target_modules": ["lm_head"], "target_parameters": ["lm_head.weight"]}),
+    "a parameter beside a Conv1D": ("traps", {"target_modules": ["head"], "target_parameters": ["moe.down"]}),
+    "a parameter beside a Conv1D and then a Linear": (
+        "gpt2",
+        {"target_modules": ["c_attn", "lm_head"], "target_parameters": ["wpe.weight"]},
+    ),
+    "an empty name among few": ("llama", {"target_modules": ["", "q_proj"]}),
+    "an adapter that goes nowhere": ("llama", {"target_modules": "dummy-target-modules"}),
+    "a container": ("llama", {"target_modules": ["self_attn"]}),
+    "a tied head": ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"]}),
+}
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_a_corner_is_decided_as_in_peft(corner: str) -> None:
+    name, options = CORNERS[corner]
+    theirs, ours, said = answers(name, "LORA", options)
+    assert ours == theirs, said
+
+
+def test_many_full_names_are_condensed_and_then_asked_for_their_layer() -> None:
+    names = [n for n, m in TorchGraph(models.model("llama")).modules().items() if m.kind == "linear"]
+    assert len(names) >= 20
+    for many in (names, names[:19]):
+        options = {"target_modules": many, "layers_to_transform": [1]}
+        theirs, ours, said = answers("llama", "LORA", options)
+        assert ours == theirs, said
+    assert ours is not None
+    assert ours.modules == frozenset(names[:19])  # few: full names, whatever their layer

@@ -27,6 +27,7 @@ FLOORS = (
     {"model"},
     {"hf"},
     {"check"},
+    {"report"},
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -56,7 +57,9 @@ def imports(path: Path) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import hides which room it enters"
             # `from peft_ref import x` enters the room x, `from peft_ref.x import y` too.
-            inner = [f"peft_ref.{alias.name}" for alias in node.names] if node.module == "peft_ref" else [node.module or ""]
+            # `__version__` and its like belong to the package itself, not to a room.
+            names = [alias.name for alias in node.names if not alias.name.startswith("__")]
+            inner = [f"peft_ref.{name}" for name in names] if node.module == "peft_ref" else [node.module or ""]
             found += [Import(module, at_top, node.lineno) for module in inner]
     return found
 

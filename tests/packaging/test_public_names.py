@@ -19,7 +19,7 @@ HEAVY = {"torch", "jax", "dask", "cupy", "mlx", "array_api_compat", "array_api_s
     "safetensors",
     "ml_dtypes",
     "regex",
-    "jsonschema",
+    "fastjsonschema",
     "transformers",
     "peft",
     "scipy",

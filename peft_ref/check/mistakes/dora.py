@@ -53,7 +53,7 @@ VARIANTS = (
     Variant(
         name="two-adapters",
         clause="DORA-C9",
-        configs=(lora.PLAIN, {"r": 2, "lora_alpha": 1}),
+        configs=(lora.PLAIN, {"r": 2, "lora_alpha": 8}),
         layers=("linear", "embedding"),
         draws=M,
     ),
@@ -84,9 +84,13 @@ def gain(norm: Callable[[Adapter, Array, Array], Array], held: bool = True) -> F
         return column(a.params.m) / (constant(n) if held else n) * (W + delta(a)), b
 
     def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        W, norms = p.W, []
+        for a in p.adapters:  # the norms that merging used
+            norms.append(norm(a, W, p.W))
+            W, _ = step(p.layer, a, W, None, p.W)
         W = p.merged_W
-        for a in reversed(p.adapters):
-            W = W / (column(a.params.m) / norm(a, p.W, p.W)) - delta(a)
+        for a, n in zip(reversed(p.adapters), reversed(norms), strict=True):
+            W = W / (column(a.params.m) / n) - delta(a)
         return W, p.merged_b
 
     return Formula(weight=one_by_one(step), unmerge=unmerge)
@@ -130,7 +134,7 @@ def _low_rank_dropout(p: Problem) -> Array:
     """Dropout on B A x alone; W x in the gained part sees all of x."""
     y = p.layer.apply(p.x, p.W, p.b)
     for a in p.adapters:
-        g = column(a.params.m) / _row_norm(a, p.W)
+        g = column(a.params.m) / constant(_row_norm(a, p.W))
         y = y + p.layer.apply(p.x, (g - 1) * p.W, None) + p.layer.apply(dropped(p.x, a), g * delta(a), None)
     return y
 
@@ -140,7 +144,7 @@ def _dropout_on_low_rank_only(case: Case) -> Answer | None:
         return None
     if case.operation == "forward":
         return {"y": _low_rank_dropout(pose(case))}
-    return None
+    return autograd(case, _low_rank_dropout) if case.operation == "backward" else None
 
 
 DORA_MISTAKES = (

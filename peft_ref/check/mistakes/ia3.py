@@ -10,17 +10,18 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case
-from peft_ref.check.mistake import Formula, Mistake, Suite, as_if, first_adapter_alone, merged_twice, only, stored, with_tensors
-from peft_ref.check.oracle import Problem, answer, pose
+from peft_ref.check.mistake import Formula, Mistake, Suite, first_adapter_alone, merged_twice, only, stored, with_tensors
+from peft_ref.check.oracle import Problem, answer, null_answer, pose
 from peft_ref.check.variants import Variant
+from peft_ref.stack import Adapter
 
 OUT = {"is_feedforward": False}
 IN = {"is_feedforward": True}
 
 
 def factors(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Powers of two, so that dividing by them is exact; none of them 1."""
-    return rng.choice([-2.0, -0.5, 0.25, 0.5, 2.0], shape)
+    """Powers of two, so that dividing by them is exact; none of them 1, no two opposite (their mean would be zero)."""
+    return rng.choice([-2.0, -0.5, 0.25, 4.0], shape)
 
 
 KINDS = ("linear", "transposed_linear", "conv2d", "conv3d", "conv2d-groups")
@@ -74,14 +75,19 @@ def _bias_gain_ignored(case: Case) -> Answer | None:
     return Formula(weight=_no_bias_gain)(case)
 
 
-def _averaged(p: Problem) -> tuple[Array, Array | None]:
+def _averaged(p: Problem) -> list[Adapter]:
     mean = sum(a.params.l for a in p.adapters) / len(p.adapters)
-    one = p.adapters[0]._replace(params=p.adapters[0].params._replace(l=mean))
-    return stack.merge(p.layer, p.W, p.b, [one])
+    return [p.adapters[0]._replace(params=p.adapters[0].params._replace(l=mean))]
+
+
+AVERAGED = Formula(
+    weight=lambda p: stack.merge(p.layer, p.W, p.b, _averaged(p)),
+    unmerge=lambda p: stack.unmerge(p.layer, p.merged_W, p.merged_b, _averaged(p), p.W),
+)
 
 
 def _averaged_adapters(case: Case) -> Answer | None:
-    return Formula(weight=_averaged)(case) if len(case.adapters) > 1 else None
+    return AVERAGED(case) if len(case.adapters) > 1 else None
 
 
 def _bias_gradient_lost(case: Case) -> Answer | None:
@@ -98,7 +104,7 @@ def _without_bias(case: Case) -> Case:
 
 def _epsilon(case: Case) -> Answer | None:
     """HF divides by l + 1e-8."""
-    moved = with_tensors(case, lambda key, v: v + 1e-8)
+    moved = with_tensors(case, lambda key, v, config: v + 1e-8)
     return None if moved is None else answer(moved)
 
 
@@ -132,7 +138,7 @@ SUITE = Suite(
             name="ia3-ignored",
             clause="IA3-C1",
             sentence="l is not applied at all: this is the frozen layer",
-            replay=as_if(lambda case: with_tensors(case, lambda key, v: np.ones_like(v))),
+            replay=null_answer,
         ),
         Mistake(
             name="ia3-bias-not-scaled",
@@ -171,7 +177,7 @@ SUITE = Suite(
             name="only-first-adapter",
             clause="IA3-C10",
             sentence="of several active adapters only the first one acts",
-            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+            replay=first_adapter_alone,
         ),
         Mistake(
             name="ia3-averaged",

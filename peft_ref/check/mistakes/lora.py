@@ -13,16 +13,19 @@ from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.lora_family import DROPOUT, GRADIENTS, KINDS, LAYOUT, MERGING, PLAIN, RSLORA, SCALING, scale_of
 from peft_ref.check.mistake import (
+    AsIf,
     Formula,
     Mistake,
     Replay,
     Suite,
     as_if,
+    as_if_tensors,
     first_adapter_alone,
     one_by_one,
     only,
     stored,
     with_scale,
+    with_tensors,
 )
 from peft_ref.check.oracle import Problem, answer, pose, static_delta
 from peft_ref.check.variants import Variant
@@ -51,7 +54,7 @@ VARIANTS = (
     Variant(
         name="two-adapters",
         clause="LORA-C10",
-        configs=(PLAIN, {"r": 2, "lora_alpha": 1}),
+        configs=(PLAIN, {"r": 2, "lora_alpha": 8}),
         layers=("linear", "embedding", "conv1d"),
     ),
 )
@@ -87,14 +90,20 @@ def _base_scaled_step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: A
     return after - W + a.method.scale * W, shifted  # type: ignore[attr-defined]  # every method of this suite has a scale
 
 
-def _summed_factors(p: Problem) -> tuple[Array, Array | None]:
+def _summed_factors(p: Problem) -> Array:
     """(B1 + B2)(A1 + A2), the scales in B, the smaller rank filled up with nothing."""
-    W = p.W
+    delta = p.W * 0
     for a in p.adapters:
         for other in p.adapters:
             r = min(a.params.A.shape[0], other.params.A.shape[0])
-            W = W + a.method.scale * (a.params.B[:, :r] @ other.params.A[:r, :])  # type: ignore[attr-defined]
-    return W, p.b
+            delta = delta + a.method.scale * (a.params.B[:, :r] @ other.params.A[:r, :])  # type: ignore[attr-defined]
+    return delta
+
+
+CROSSED = Formula(
+    weight=lambda p: (p.W + _summed_factors(p), p.b),
+    unmerge=lambda p: (p.merged_W - _summed_factors(p), p.merged_b),
+)
 
 
 def _several(replay: Replay) -> Replay:
@@ -185,24 +194,20 @@ SUITE = Suite(
             name="lora-bias-unscaled",
             clause="LORA-C8",
             sentence="lora_B.bias is added without the scale",
-            replay=only(forward=as_if(lora_bias(_unscaled)), merge=as_if(lora_bias(_unscaled)), unmerge=as_if(lora_bias(_unscaled))),
+            replay=lora_bias(_unscaled),
         ),
         Mistake(
             name="lora-bias-unscaled-in-merge",
             clause="LORA-C8",
             sentence="lora_B.bias is scaled in the forward pass but not when merging",
-            replay=only(merge=as_if(lora_bias(_unscaled))),
+            replay=only(merge=lora_bias(_unscaled)),
             links=("https://github.com/huggingface/peft/issues/2486",),
         ),
         Mistake(
             name="lora-bias-lost",
             clause="LORA-C8",
             sentence="lora_B.bias is not added",
-            replay=only(
-                forward=as_if(lora_bias(lambda bias, config: bias * 0)),
-                merge=as_if(lora_bias(lambda bias, config: bias * 0)),
-                unmerge=as_if(lora_bias(lambda bias, config: bias * 0)),
-            ),
+            replay=lora_bias(lambda config: 0.0),
         ),
         Mistake(
             name="merge-without-scale",
@@ -217,7 +222,7 @@ SUITE = Suite(
             name="only-first-adapter",
             clause="LORA-C10",
             sentence="of several active adapters only the first one acts",
-            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+            replay=first_adapter_alone,
         ),
         Mistake(
             name="first-scale-for-all",
@@ -229,14 +234,14 @@ SUITE = Suite(
             name="cross-terms",
             clause="LORA-C10",
             sentence="the factors of several adapters are summed before they are multiplied: (B1 + B2)(A1 + A2)",
-            replay=_several(Formula(weight=_summed_factors)),
+            replay=_several(CROSSED),
             links=("https://github.com/kohya-ss/sd-scripts/issues/586",),
         ),
         Mistake(
             name="conv-groups-interleaved",
             clause="LORA-C17",
             sentence="the rank channels of a grouped convolution are dealt out to the groups in turn instead of in blocks",
-            replay=as_if(_interleaved_groups),
+            replay=AsIf(_interleaved, _interleaved_undo),
         ),
     ),
 )

@@ -35,7 +35,8 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
             continue
         if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS[name], LowRank | Additive)):
             continue
-        cases.append(make_case(name, replace(variant, name=f"{variant.name}-{label}", numbers=numbers), layer_name, layer, methods, operation))
+        other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
+        cases.append(make_case(name, other, layer_name, layer, methods, operation))
     return cases
 
 

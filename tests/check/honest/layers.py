@@ -60,7 +60,8 @@ def _taken(layer: Conv, shape: tuple[int, ...]) -> tuple[Host, tuple[int, ...]]:
             row = []
             for c in range(channels):
                 for offset in itertools.product(*map(range, layer.kernel_size)):
-                    at = [o * s + k * d - p for o, s, k, d, p in zip(place, layer.stride, offset, layer.dilation, layer.padding, strict=True)]
+                    axes = zip(place, layer.stride, offset, layer.dilation, layer.padding, strict=True)
+                    at = [o * s + k * d - p for o, s, k, d, p in axes]
                     inside = all(0 <= a < size for a, size in zip(at, space, strict=True))
                     row.append(int(flat[(n, c, *at)]) if inside else nothing)
             rows.append(row)

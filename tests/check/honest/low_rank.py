@@ -14,14 +14,14 @@ from tests.check.honest.arithmetic import Arithmetic, Host
 
 @dataclass
 class LowRank:
-    """s B A and, with lora_bias, s c; `m` makes it DoRA, `E` (r, 1) AdaLoRA: s B (E * A)."""
+    """s B A and, with lora_bias, s c; `m` makes it DoRA, `diagonal` AdaLoRA: its A is E * A, of these two."""
 
     A: Host
     B: Host
     s: float
     c: Host | None = None
     m: Host | None = None
-    E: Host | None = None
+    diagonal: tuple[Host, Host] | None = None
 
     def delta(self, a: Arithmetic) -> Host:
         where = a.pick("product", "A", "B")

@@ -91,7 +91,7 @@ class Honest:
         c, m = parts.get("B.bias"), parts.get("magnitude_vector")
         if self.case.method == "adalora":
             r, alpha = adapter.config["init_r"], adapter.config["lora_alpha"]
-            return LowRank(A, B, (alpha if alpha > 0 else r) / (r + 1e-5), E=parts["E"])
+            return LowRank(parts["E"] * A, B, (alpha if alpha > 0 else r) / (r + 1e-5), diagonal=(A, parts["E"]))
         r, alpha = adapter.config["r"], adapter.config["lora_alpha"]
         s = alpha / math.sqrt(r) if adapter.config["use_rslora"] else alpha / r
         wide_B = spread_groups(B.reshape(B.shape[0], -1), self.g)
@@ -160,11 +160,12 @@ class Honest:
         mask = self.masks[i]
         if mask is None:
             return X
-        kept = rows_of(self.layer, self.a.array(mask[0]), self.a)
-        return X * self.a.over(kept, self.a.number(1.0 - mask[1])) if self.a.pick(True, False) else self.a.over(X * kept, self.a.number(1.0 - mask[1]))
+        kept, rest = rows_of(self.layer, self.a.array(mask[0]), self.a), self.a.number(1.0 - mask[1])
+        return X * self.a.over(kept, rest) if self.a.pick(True, False) else self.a.over(X * kept, rest)
 
     def forward(self) -> Host:
-        return {"adalora": self.forward_lora, "lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}[self.case.method]()
+        how = {"adalora": self.forward_lora, "lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}
+        return how[self.case.method]()
 
     def forward_merged(self) -> Host:
         W, b = self.W, self.b
@@ -248,9 +249,10 @@ class Honest:
         for i in range(len(self.case.adapters)):
             low = self.low_rank(i)
             dA, dB = low.factor_gradients(a, self.dropped(i, self.X), self.dY)
-            if low.E is not None:
-                out |= self.named(i, "_E", a.sum(low.A * dA, axis=1))
-                dA = low.E * dA
+            if low.diagonal is not None:
+                A, E = low.diagonal
+                out |= self.named(i, "_E", a.sum(A * dA, axis=1))
+                dA = E * dA
             out |= {**self.named(i, "_A", dA), **self.named(i, "_B", own_group(dB, self.g))}
             if low.c is not None:
                 summed = a.scaled(a.sum(self.dY), low.s) if a.pick(True, False) else a.sum(a.scaled(self.dY, low.s))

@@ -1,7 +1,7 @@
 """DoRA as somebody might write it, and the same with one mistake made. See lora.py beside this file.
 
-    W' = (m / n) (W + s B A)       n the row norms of W0 + s B A, held constant in the gradient
-    with dropout   y = x W^T + b + drop(x) (W' - W)^T
+W' = (m / n) (W + s B A)       n the row norms of W0 + s B A, held constant in the gradient
+with dropout   y = x W^T + b + drop(x) (W' - W)^T
 """
 
 from __future__ import annotations

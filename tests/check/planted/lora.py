@@ -1,4 +1,4 @@
-"""LoRA on linear layers and embeddings as somebody might write it, and the same with one mistake made: NumPy, the case's JSON, nothing else.
+"""LoRA on linear layers and embeddings as somebody might write it, and the same with one mistake made. NumPy and the case's JSON.
 
 Every class below the first is one sentence of peft_ref/check/mistakes/lora.py turned into code. Nothing here imports peft_ref: it is a
 second opinion on what those sentences mean. Gradients are differences of the forward pass, which is linear in every single number, so
@@ -126,18 +126,18 @@ class LoRA:
         return {"weight": self.stored(self.delta_of(case["adapters"][0], case), case["layer"]).tolist()}
 
     def backward(self, case: Json) -> Json:
-        wide = type(self)(np.float64)
+        wide = type(self)(np.longdouble)  # a difference cancels: its error must stay far below float64's
         x, dy = wide.rows(case), np.asarray(case["dy"]).reshape(wide.rows(case).shape[0], -1)
         wide.hold(case)
 
-        def total() -> float:
-            return float(np.sum(wide.forward_rows(x, case) * dy))
+        def total() -> Any:
+            return np.sum(wide.forward_rows(x, case) * dy)
 
         out: Json = {"adapters": []}
         for adapter in case["adapters"]:
             gradients = {}
             for key, stored in adapter["tensors"].items():
-                moving = np.asarray(stored, dtype=np.float64)
+                moving = np.asarray(stored, dtype=np.longdouble)
                 adapter["tensors"][key] = moving
                 gradients[key] = differences(total, moving)
                 adapter["tensors"][key] = stored
@@ -167,7 +167,7 @@ class LoRA:
         return operations[case["operation"]](case)
 
 
-def differences(f: Callable[[], float], array: Host) -> Host:
+def differences(f: Callable[[], Any], array: Host) -> Host:
     """(f(v + 1) - f(v - 1)) / 2 for every number v of `array`, which f reads."""
     out = np.empty(array.shape)
     for at in np.ndindex(array.shape):
@@ -330,7 +330,7 @@ class CrossTerms(LoRA):
 
     def delta_of(self, adapter: Json, case: Json) -> Host:
         if adapter is not case["adapters"][0]:
-            return np.zeros((1, 1), self.dtype)
+            return np.zeros_like(super().delta_of(adapter, case))
         pairs = [self.factors(a) for a in case["adapters"]]
         r = max(A.shape[0] for A, _ in pairs)
         A = sum(np.pad(A, ((0, r - A.shape[0]), (0, 0))) for A, _ in pairs)
