@@ -17,7 +17,7 @@ from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
-CONFIGS = {"LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
+CONFIGS = {"ADALORA": "AdaLoraConfig", "LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
 
 
 class Worked(NamedTuple):
@@ -48,6 +48,7 @@ def hf_model(w: Worked) -> Any:
     (adapter,) = w.adapters
     method: Any = adapter.method
     config = {f.name: getattr(method, f.name) for f in fields(method)}
+    config.pop("live_r", None)
     if "is_feedforward" in config:
         config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
     if method.flag:

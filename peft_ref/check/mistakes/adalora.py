@@ -239,7 +239,7 @@ SUITE = Suite(
             name="only-first-adapter",
             clause="ADALORA-C11",
             sentence="of several active adapters only the first one acts",
-            replay=only(forward=first_adapter_alone, merge=first_adapter_alone, unmerge=first_adapter_alone),
+            replay=first_adapter_alone,
         ),
         Mistake(
             name="first-scale-for-all",
