@@ -120,7 +120,9 @@ def check_types(cls: type[Method[Any]], values: Mapping[str, Any], where: str) -
     hints = get_type_hints(cls)
     for name, value in values.items():
         hint = hints[name]
-        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str), int | None: (int, type(None))}.get(hint)
+        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str), int | None: (int, type(None))}.get(
+            hint
+        )
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
             raise ConfigError(
                 f"{where}: {name}={value!r:.60} is of type {type(value).__name__}, expected {' or '.join(t.__name__ for t in wanted)}."

@@ -81,7 +81,9 @@ class AdaLoRA(LowRank[Params]):
             raise ConfigError(f"deltaT={self.deltaT}: ranks are allocated every deltaT steps, so at least 1 is needed.")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: a moving average needs a weight between 0 and 1 (HF PEFT refuses it too).")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: a moving average needs a weight between 0 and 1 (HF PEFT refuses it too)."
+                )
         if self.orth_reg_weight < 0:
             raise ConfigError(f"orth_reg_weight={self.orth_reg_weight}: a penalty cannot be negative (HF PEFT refuses it too).")
 
@@ -98,7 +100,9 @@ class AdaLoRA(LowRank[Params]):
 
     def check_geometry(self, layer: Layer) -> None:
         if layer.groups > 1:
-            raise UnsupportedLayerError(f"AdaLoRA on a convolution with groups={layer.groups}: HF PEFT crashes there.\n  Target other layers.")
+            raise UnsupportedLayerError(
+                f"AdaLoRA on a convolution with groups={layer.groups}: HF PEFT crashes there.\n  Target other layers."
+            )
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         (out, n_in), deviation = layer.shape, 0.02 if self.init_lora_weights else 1.0

@@ -139,7 +139,7 @@ def _average(beta: float, old: Array, new: Array) -> Array:
 def _allocated(found: Mapping[str, Array], pruned: int) -> dict[str, Array]:
     """Which triplets stay when the `pruned` least important of all modules go, and whatever ties with the last of them."""
     if pruned <= 0:
-        return {name: score == score for name, score in found.items()}  # noqa: PLR0124 - true everywhere, where the scores are
+        return {name: score == score for name, score in found.items()}  # true everywhere, on the scores' device
     xp = namespace(*found.values())
     threshold = xp.sort(xp.concat(list(found.values())))[pruned - 1]
     return {name: score > threshold for name, score in found.items()}

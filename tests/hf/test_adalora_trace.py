@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,17 @@ STEPS = 60
 TOLERANCE = 1e-9
 SIZES = (6, 8, 5, 4)  # a network of three linear layers with tanh between them
 NAMES = ("layers.0", "layers.1", "layers.2")
-LAYERS = {name: Linear(in_features=i, out_features=o) for name, i, o in zip(NAMES, SIZES, SIZES[1:], strict=False)}
+LAYERS = {name: Linear(in_features=i, out_features=o) for name, (i, o) in zip(NAMES, pairwise(SIZES), strict=True)}
 
 SCHEDULES: dict[str, AdaLoRA] = {
     "plain": AdaLoRA(init_r=4, target_r=2, total_step=STEPS),
-    "warm-up, final phase, every third step": AdaLoRA(init_r=4, target_r=2, tinit=7, tfinal=20, deltaT=3, total_step=STEPS, beta1=0.7, beta2=0.9),
+    "warm-up, final phase, every third step": AdaLoRA(
+        init_r=4, target_r=2, tinit=7, tfinal=20, deltaT=3, total_step=STEPS, beta1=0.7, beta2=0.9
+    ),
     "last allocation off the beat": AdaLoRA(init_r=5, target_r=1, tinit=3, tfinal=11, deltaT=10, total_step=STEPS, lora_alpha=3),
-    "only the last allocation": AdaLoRA(init_r=3, target_r=2, tinit=10, tfinal=25, deltaT=50, total_step=STEPS, lora_alpha=0, orth_reg_weight=0.1),
+    "only the last allocation": AdaLoRA(
+        init_r=3, target_r=2, tinit=10, tfinal=25, deltaT=50, total_step=STEPS, lora_alpha=0, orth_reg_weight=0.1
+    ),
     "ends early, whole modules go": AdaLoRA(init_r=3, target_r=0, tfinal=20, total_step=STEPS, deltaT=2, beta1=0.5, beta2=0.5),
     "goes on after the end": AdaLoRA(init_r=4, target_r=3, total_step=40, tfinal=10, lora_alpha=-1, orth_reg_weight=0.0),
 }
@@ -42,7 +47,7 @@ SCHEDULES: dict[str, AdaLoRA] = {
 class Net(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in zip(SIZES, SIZES[1:], strict=False))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in pairwise(SIZES))
 
     def forward(self, x: Any, target: Any) -> Any:
         return Output(x, self.layers, target)
@@ -284,7 +289,7 @@ def test_what_peft_saves_with_sliced_ranks_is_read_and_written_back(pruned: Any,
 
 
 def test_what_we_save_with_sliced_ranks_peft_loads_and_computes_the_same(pruned: Any, tmp_path: Path) -> None:
-    method, t, params, state = pruned
+    method, _, params, state = pruned
     flat_config = {k: v for k, v in vars(method).items() if k != "live_r"}
     flat_config |= {"peft_type": "ADALORA", "target_modules": list(NAMES), "rank_pattern": rank_pattern(state.kept)}
     config = from_dict(flat_config)
@@ -307,4 +312,8 @@ def test_what_we_save_with_sliced_ranks_peft_loads_and_computes_the_same(pruned:
         x = np.random.default_rng(n).normal(size=(3, SIZES[n]))
         tuner = model.base_model.model.get_submodule(name)
         W, b = tuner.base_layer.weight.detach().numpy(), tuner.base_layer.bias.detach().numpy()
-        close(stack.forward(LAYERS[name], W, b, [Adapter(modules[name].method, modules[name].params)], x), tuner(torch.tensor(x)).detach().numpy(), name)
+        close(
+            stack.forward(LAYERS[name], W, b, [Adapter(modules[name].method, modules[name].params)], x),
+            tuner(torch.tensor(x)).detach().numpy(),
+            name,
+        )

@@ -1,4 +1,4 @@
-"""LoRA, AdaLoRA, DoRA and LoHa as an honest port may write them: the same mathematics in many evaluation orders, written from the papers' formulas.
+"""LoRA, AdaLoRA, DoRA and LoHa as an honest port may write them: the same mathematics in many orders, written from the papers' formulas.
 
 Every function takes matrices: X (rows, in), W (out, in), dY (rows, out), all in the arithmetic's dtype.
 """

@@ -164,7 +164,13 @@ class Honest:
         return X * self.a.over(kept, rest) if self.a.pick(True, False) else self.a.over(X * kept, rest)
 
     def forward(self) -> Host:
-        how = {"adalora": self.forward_lora, "lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}
+        how = {
+            "adalora": self.forward_lora,
+            "lora": self.forward_lora,
+            "dora": self.forward_dora,
+            "loha": self.forward_merged,
+            "ia3": self.forward_ia3,
+        }
         return how[self.case.method]()
 
     def forward_merged(self) -> Host:
@@ -227,7 +233,13 @@ class Honest:
     # ---- backward
 
     def backward(self) -> Answer:
-        fill = {"adalora": self.backward_lora, "lora": self.backward_lora, "dora": self.backward_dora, "loha": self.backward_loha, "ia3": self.backward_ia3}
+        fill = {
+            "adalora": self.backward_lora,
+            "lora": self.backward_lora,
+            "dora": self.backward_dora,
+            "loha": self.backward_loha,
+            "ia3": self.backward_ia3,
+        }
         out, dX = fill[self.case.method]()
         if self.layer.kind == "embedding":
             return out
