@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Case
@@ -185,12 +185,11 @@ def test_what_cannot_round_has_the_same_bits_in_every_order(abc: tuple[Host, Hos
                 assert e.k > 0 or Fraction(float(g)) == e.fraction, (dtype, e, g)
 
 
-@given(st.lists(st.integers(-(2**12), 2**12), min_size=2, max_size=12), st.integers(0, 2**16))
+@given(st.lists(st.integers(-255, 255), min_size=2, max_size=12), st.integers(0, 2**16))
 @LAW
 def test_a_sum_within_its_bits_is_right_in_every_order(numbers: list[int], seed: int) -> None:
     for dtype in NARROW:
         p = PRECISION[dtype]
-        assume(all(abs(n).bit_length() <= p for n in numbers))
         exact = sum((of(n, p) for n in numbers), of(0.0, p))
         a = Arithmetic(dtype, np.random.default_rng(seed), "tree")
         got = a.sum(a.array(np.asarray(numbers, dtype=np.float64)))
@@ -269,6 +268,38 @@ def test_the_bound_holds_through_products_roots_and_quotients(seed: int, order: 
             assert abs(Fraction(float(g)) - e.fraction) <= Fraction(min(bound(e, dtype) * (1 + 2.0 ** (8 - p)), 1e300)), dtype
 
 
+@given(st.integers(0, 2**20), st.sampled_from(ORDERS), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_bound_holds_where_a_divisor_is_a_small_difference(seed: int, order: str, first: bool) -> None:
+    """z m / (A B C - D), with D so near that most digits cancel: what was rounded before grows. Only the errors behind the divisor matter."""
+    rng = np.random.default_rng(seed)
+    A, B, C = (rng.integers(17, 128, s) * rng.choice([-1.0, 1.0], s) / 64 for s in ((3, 4), (4, 5), (5, 3)))
+    m, z = (rng.integers(17, 128, (3, 3)) / 64 for _ in range(2))
+    for dtype in NARROW:
+        p = PRECISION[dtype]
+        D = (A @ B @ C + rng.choice([-1.0, 1.0], (3, 3)) * 2.0 ** (6 - p)).astype(DTYPES[dtype]).astype(np.float64)
+        left, right, near = exact_array(A, p) @ exact_array(B, p), exact_array(C, p), exact_array(D, p)
+        a = Arithmetic(dtype, rng, order)
+        V, got = left @ right - near, a.matmul(a.matmul(a.array(A), a.array(B)), a.array(C)) - a.array(D)
+        if any(v == 0 for v in V.reshape(-1)) or np.any(got == 0):
+            continue
+        quotient, divided = exact_array(m, p) / V, a.over(a.array(m), got)
+        exact = quotient * exact_array(z, p) if first else exact_array(z, p) * quotient
+        for e, g in zip(exact.reshape(-1), (divided * a.array(z)).reshape(-1), strict=True):
+            if math.isfinite(e.err):
+                assert abs(float(g) - float(e)) <= bound(e, dtype) * (1 + 2.0 ** (10 - p)), (dtype, e)
+
+
+def test_errors_pass_through_sums_and_products_from_either_side() -> None:
+    t, c = of(2.0) / (of(1.0) / of(3.0)), of(4.0)
+    assert t.err > 0
+    assert (t * c).err == (c * t).err == 4 * t.err
+    assert (t + c).err == (c + t).err == (t - c).err == (-t).err == t.err
+    assert (t / c).err >= t.err / 4
+    assert (c / t).err > 0
+    assert (t * t).sqrt().err >= t.err
+
+
 def test_a_number_that_may_be_nothing_but_error_bounds_nothing_it_divides() -> None:
     """1 / (a - b) with a and b rounded and nearly equal: in bfloat16 nothing is known of it."""
     third, almost = of(1.0, 8) / of(3.0, 8), of(1.0, 8) / of(3.03125, 8)
@@ -313,14 +344,14 @@ def test_the_worst_element_is_named() -> None:
     assert (worst.name, worst.index, worst.got) == ("b", (1, 2), got["b"][1, 2])
 
 
-def test_every_array_of_the_corpus_has_a_finite_tolerance_in_float32() -> None:
+def test_every_tolerance_of_the_corpus_leaves_digits_in_float32() -> None:
     cases: list[Case] = [c for c in corpus() if c.operation in ARRAY_OPERATIONS]
     for case in cases:
         right = exact_answer(case, PRECISION["float32"])
         expected = expect(right, "float32")
         for name, tolerance in expected.tolerance.items():
             assert np.all(np.isfinite(tolerance)), case.id
-            assert np.all(tolerance <= 1e-3 * (1 + np.max(np.abs(expected.values[name])))), case.id
+            assert np.all(tolerance <= 1e-2 * (1 + np.max(np.abs(expected.values[name])))), case.id
 
 
 def test_the_formats_are_those_of_the_libraries() -> None:

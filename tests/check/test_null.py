@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case
 from peft_ref.check.corpus import corpus
-from peft_ref.check.judge import judge
+from peft_ref.check.judge import empty_handed, judge
 from peft_ref.check.oracle import answer, null_answer
-from peft_ref.check.tolerance import PRECISION
+from peft_ref.check.tolerance import PRECISION, Expected
 from tests.check.function_port import FunctionPort
 
 CASES = tuple(c for c in corpus() if c.operation in ARRAY_OPERATIONS)
@@ -104,12 +105,18 @@ def _alike() -> dict[tuple[object, ...], list[Case]]:
     return groups
 
 
+def only_graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why an answer is wrong, and which mistakes could hide, is not the question here, and takes long."""
+    monkeypatch.setattr("peft_ref.check.judge.diagnose", lambda *_: [])
+    monkeypatch.setattr("peft_ref.check.judge.undecidable", lambda *_: {})
+
+
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("port", EMPTY_HANDED, ids=lambda f: f.__name__)
 def test_a_port_that_does_nothing_is_right_about_nothing(
     port: Callable[[Case], Answer | None], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_ref.check.judge.diagnose", lambda *_: [])  # why it is wrong is not the question here, and takes long
+    only_graded(monkeypatch)
     report = judge(FunctionPort(port, dtype), CASES, search=False)
     assert not report.broken
     assert not [v.case for v in report.verdicts if v.status in ("right", "dialect")]
@@ -118,10 +125,19 @@ def test_a_port_that_does_nothing_is_right_about_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_without_the_adapter_every_case_is_wrong_in_a_precise_dtype(dtype: str) -> None:
+def test_without_the_adapter_every_case_is_wrong_in_a_precise_dtype(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_graded(monkeypatch)
     report = judge(FunctionPort(base_only, dtype), CASES, search=False)
     assert {v.status for v in report.verdicts} == {"wrong"}
     assert report.exit_code == 1
+
+
+def test_zeros_count_as_an_empty_answer_where_the_tolerances_are_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers, each below its own tolerance, whose mean is far above the smaller one's: nothing but zeros gives them away."""
+    values, tolerance = {"y": np.asarray([8.0, 0.01])}, {"y": np.asarray([10.0, 0.02])}
+    monkeypatch.setattr("peft_ref.check.judge.expected_answer", lambda *_: Expected(values, tolerance, tolerance, False))
+    monkeypatch.setattr("peft_ref.check.judge.null_answer", lambda _: {"y": np.asarray([1e6, 1e6])})
+    assert "zeros" in empty_handed(replace(CASES[0]), "bfloat16")
 
 
 def test_a_port_that_answers_nothing_is_no_success() -> None:
@@ -130,8 +146,9 @@ def test_a_port_that_answers_nothing_is_no_success() -> None:
     assert report.exit_code == 2
 
 
-def test_the_right_answers_are_right() -> None:
+def test_the_right_answers_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of the gate: it is not closed to everybody."""
+    only_graded(monkeypatch)
     report = judge(FunctionPort(_right, "float64"), CASES, search=False)
     assert {v.status for v in report.verdicts} == {"right"}
     assert report.exit_code == 0
