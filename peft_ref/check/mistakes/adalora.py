@@ -34,6 +34,8 @@ from peft_ref.stack import Adapter
 
 SCHEDULE = {"target_r": 2, "total_step": 10}
 PLAIN = {"init_r": 4, "lora_alpha": 6, **SCHEDULE}
+SECOND = {"init_r": 2, "lora_alpha": 1, **SCHEDULE}
+DROPPED = {**PLAIN, "lora_dropout": 0.75}
 
 VARIANTS = (
     Variant(name="plain", clause="ADALORA-C1", configs=(PLAIN,), layers=("linear", "transposed_linear", "conv2d")),
@@ -46,21 +48,32 @@ VARIANTS = (
         numbers="rounded",
     ),
     # The 1e-5 is largest beside a rank of one, and one product of three numbers rounds least.
-    Variant(name="rank-one", clause="ADALORA-C6", configs=({"init_r": 1, "lora_alpha": 2, **SCHEDULE},)),
+    Variant(
+        name="rank-one",
+        clause="ADALORA-C6",
+        configs=({"init_r": 1, "lora_alpha": 2, **SCHEDULE},),
+        operations=("forward", "delta", "merge", "unmerge"),
+    ),
     Variant(name="pruned", clause="ADALORA-C7", configs=({**PLAIN, "live_r": 3},), layers=("linear", "conv2d")),
     Variant(name="alpha-zero", clause="ADALORA-C8", configs=({**PLAIN, "lora_alpha": 0},)),
     Variant(name="no-bias", clause="ADALORA-C2", configs=(PLAIN,), bias=False),
     Variant(
         name="dropout",
         clause="ADALORA-C12",
-        configs=({**PLAIN, "lora_dropout": 0.5},),
+        configs=(DROPPED,),
         layers=("linear", "conv2d"),
-        dropout=0.5,
+        dropout=0.75,
+    ),
+    Variant(
+        name="dropout-two-adapters",
+        clause="ADALORA-C12",
+        configs=(DROPPED, {**SECOND, "lora_dropout": 0.75}),
+        dropout=0.75,
     ),
     Variant(
         name="two-adapters",
         clause="ADALORA-C11",
-        configs=(PLAIN, {"init_r": 2, "lora_alpha": 1, **SCHEDULE}),
+        configs=(PLAIN, SECOND),
         layers=("linear", "conv2d"),
     ),
 )
