@@ -71,7 +71,7 @@ def as_rows(x: Array) -> Array:
 def regroup(x: Array, shape: tuple[int, ...]) -> Array:
     """`x` reshaped, its first axis kept, in two passes: dask merges axes and splits them, but not both at once."""
     xp = namespace(x)
-    return xp.reshape(xp.reshape(x, (x.shape[0], -1)), shape)
+    return xp.reshape(xp.reshape(x, (x.shape[0], math.prod(x.shape[1:]))), shape)  # no -1: an axis may be empty
 
 
 def row_norm(V: Array) -> Array:

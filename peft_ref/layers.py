@@ -292,12 +292,12 @@ class Conv(Layer):
         xp, g = namespace(W, dy), self.groups
         out = W.shape[0]
         weights = xp.reshape(W, (g, out // g, W.shape[1]))
-        return self._patches_vjp(x, xp.matrix_transpose(weights) @ regroup(dy, (x.shape[0], g, out // g, -1)))
+        return self._patches_vjp(x, xp.matrix_transpose(weights) @ regroup(dy, (x.shape[0], g, out // g, math.prod(dy.shape[2:]))))
 
     def weight_vjp(self, x: Array, dy: Array) -> Array:
         xp, g = namespace(x, dy), self.groups
         n, out = dy.shape[:2]
-        dW = regroup(dy, (n, g, out // g, -1)) @ xp.matrix_transpose(self._patches(x))
+        dW = regroup(dy, (n, g, out // g, math.prod(dy.shape[2:]))) @ xp.matrix_transpose(self._patches(x))
         return xp.reshape(xp.sum(dW, axis=0), self.shape)
 
     def down(self, r: int) -> Conv:

@@ -93,6 +93,10 @@ def laws(case: Case) -> dict[str, Law]:
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
     init = config["init_lora_weights"]
+    if case.method == "adalora":
+        if init is False:
+            return {key: normal(1.0) for key in ("lora_A", "lora_E", "lora_B")}
+        return {"lora_A": normal(0.02), "lora_E": constant(0.0, "init-E-random"), "lora_B": normal(0.02)}
     of_r = uniform(1 / math.sqrt(config["r"] // layer.groups))
     bias = {"lora_B.bias": of_r if init is False else constant(0.0, "init-bias-random")} if config.get("lora_bias") else {}
     if layer.kind == "embedding":
@@ -203,6 +207,10 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         ({"r": 4, "lora_alpha": 6}, ("transposed_linear", "embedding", "conv2d", "conv2d-groups")),
         ({"r": 4, "lora_alpha": 6, "lora_bias": True}, ("linear",)),
         ({"r": 4, "lora_alpha": 6, "lora_bias": True, "init_lora_weights": False}, ("linear", "conv2d-groups")),
+    ),
+    "adalora": (
+        ({"init_r": 4, "target_r": 2, "total_step": 10}, ("linear", "transposed_linear", "conv2d")),
+        ({"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}, ("linear",)),
     ),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),

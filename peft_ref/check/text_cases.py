@@ -53,6 +53,22 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "plain": {"r": 4, "lora_alpha": 6, "use_dora": True},
         "alpha-pattern": {"r": 4, "use_dora": True, "alpha_pattern": {"q_proj": 20}},
     },
+    "adalora": {
+        "plain": {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+        "alpha-missing": {"init_r": 4, "target_r": 2, "total_step": 10},
+        "alpha-zero": {"init_r": 4, "target_r": 2, "lora_alpha": 0, "total_step": 10},
+        "rank-missing": {"lora_alpha": 6, "total_step": 10},
+        "rank-pattern": {
+            "init_r": 4,
+            "lora_alpha": 6,
+            "total_step": 10,
+            "rank_pattern": {
+                "model.layers.1.self_attn.v_proj.lora_E": [True, False, True, False],
+                "model.layers.10.mlp.up_proj.lora_E": [False, True, True, True],
+            },
+        },
+        "alpha-pattern": {"init_r": 4, "lora_alpha": 6, "total_step": 10, "alpha_pattern": {"q_proj": 20}},
+    },
     "loha": {
         "plain": {"r": 4, "alpha": 6},
         "alpha-missing": {"r": 4},
@@ -60,11 +76,12 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
     },
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
 CLAUSES = {
+    "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),

@@ -67,8 +67,9 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     if config.get("alpha_pattern"):
         mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
         mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
-    if alpha not in config and "r" in config:
-        for value, text in ((0, "0"), (1, "1"), (config["r"], "r"), (16, "16"), (32, "32")):
+    rank = config.get("r", config.get("init_r"))
+    if alpha not in config and rank is not None:
+        for value, text in ((0, "0"), (1, "1"), (rank, "r"), (16, "16"), (32, "32")):
             mistakes[f"missing-alpha-default-{text}"] = (
                 f"a missing {alpha} is taken for {text}; its default is 8",
                 asked(**{alpha: value}),
@@ -88,9 +89,12 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     ),
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
-        lambda key, name: re.sub(r"(lora_[AB]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)", rf"\1.{name}", key, count=1),
+        lambda key, name: re.sub(
+            r"(lora_[ABE]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)", rf"\1.{name}", key, count=1
+        ),
     ),
     "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),
+    "weight-suffix-added": ("bare parameters have no ending .weight", lambda key, name: key.removesuffix(".weight") + ".weight"),
     "peft-numeric-name": (
         "modules whose path holds the adapter's name are lost: PEFT filters by substring",
         lambda key, name: "" if f".{name}." in key else key,

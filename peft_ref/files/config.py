@@ -2,7 +2,8 @@
 
     method          the mathematics: peft_type and the switches choose the class, its fields are the hyper-parameters
     targets         where it goes: target_modules and what narrows them down
-    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules
+    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules. AdaLoRA's rank_pattern is not by pattern
+                    and no rank: {"<module>.lora_E": [which triplets its training kept]}, and alpha_pattern it does not read
     housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
 
 What was read and not changed is written back to the byte. A key that is absent has PEFT's default.
@@ -21,22 +22,23 @@ from typing import Any
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.rules import check, check_pattern, check_types, field_names, init_as_saved
+from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS
 
-DERIVED = frozenset({"is_feedforward"})  # fields of a method that patterns decide, module by module
+DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patterns:
     """For which modules the method has another rank or scale, or is in a feed-forward block."""
 
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     feedforward_modules: str | tuple[str, ...] | None = None
 
@@ -53,6 +55,9 @@ class AdapterConfig:
         """The method of one module, with the rank, scale and place in the block that the patterns give it."""
         p, names = self.patterns, field_names(type(self.method))
         changes: dict[str, Any] = {}
+        if "live_r" in names:
+            kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
+            return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
             if (key := pattern_key(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
@@ -122,7 +127,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
     check(data, where, flags)
     cls = _choose(siblings, data, where)
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
-    values = {name: init_as_saved(data[name]) if name == "init_lora_weights" else data[name] for name in own}
+    values = {name: init_as_saved(data[name]) if name == "init_lora_weights" and cls.peft_type == "LORA" else data[name] for name in own}
     check_types(cls, values, where)
     try:
         method = cls(**values)
@@ -168,6 +173,11 @@ def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patte
         pattern = data.get(key) or {}
         if not isinstance(pattern, Mapping):
             raise ConfigError(f"{where}: {key} is a {type(pattern).__name__}, expected a map from name patterns to numbers.")
+        found[key] = dict(pattern)
+        if "live_r" in names:
+            if key == "rank_pattern":
+                check_kept(pattern, method, KEPT, f"{where}: {key}")
+            continue
         for expression, value in pattern.items():
             check_pattern(expression, f"{where}: {key}")
             change = {_one_of(fields, names, method): value}
@@ -176,7 +186,6 @@ def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patte
                 dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
-        found[key] = dict(pattern)
     modules = _feedforward(data.get("feedforward_modules"), where)
     return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
 

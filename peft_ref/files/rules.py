@@ -36,6 +36,11 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
         "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
+    "ADALORA": {
+        "target_parameters": "target_parameters adapts bare parameters such as fused experts",
+        "layer_replication": "layer_replication rebuilds the model",
+        "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+    },
     "LOHA": {"use_effective_conv2d": "use_effective_conv2d factorises the kernel"},
 }
 
@@ -80,6 +85,11 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
         bias = data.get("bias", "none")
         if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):
             refuse(f"bias={bias!r}", "There are 'none', 'all' and 'lora_only'.")
+    if kind == "ADALORA":
+        if data.get("use_dora"):
+            refuse("use_dora with AdaLoRA", "Leave it out.")
+        if data.get("init_lora_weights") == "loftq":
+            refuse("init_lora_weights='loftq' with AdaLoRA", "Use true; every other name means that too.")
     feedforward = data.get("feedforward_modules")
     if kind == "IA3" and isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
         refuse(f"feedforward_modules={feedforward} are not all in target_modules={targets}", "Target them too.")
@@ -94,12 +104,25 @@ def check_pattern(pattern: str, where: str) -> None:
         ) from None
 
 
+def check_kept(pattern: Mapping[str, Any], method: Any, ending: str, where: str) -> None:
+    """Raise `ConfigError` where AdaLoRA's rank_pattern is not, for every module, a list that says which triplets stay."""
+    for key, kept in pattern.items():
+        if not key.endswith(f".{ending}"):
+            raise ConfigError(f"{where}: {key!r} is no key of an AdaLoRA rank pattern, which is a module's name and '.{ending}'.")
+        if not isinstance(kept, list) or not all(isinstance(v, bool) for v in kept):
+            raise ConfigError(f"{where} of {key!r}: {kept!r:.60} is no list of true and false, one for each triplet.")
+        if sum(kept) > method.init_r:
+            raise ConfigError(f"{where} of {key!r}: {sum(kept)} triplets stay of init_r={method.init_r}.")
+
+
 def check_types(cls: type[Method[Any]], values: Mapping[str, Any], where: str) -> None:
     """Raise `ConfigError` for a hyper-parameter that is of another type than its field."""
     hints = get_type_hints(cls)
     for name, value in values.items():
         hint = hints[name]
-        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str)}.get(hint)
+        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str), int | None: (int, type(None))}.get(
+            hint
+        )
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
             raise ConfigError(
                 f"{where}: {name}={value!r:.60} is of type {type(value).__name__}, expected {' or '.join(t.__name__ for t in wanted)}."

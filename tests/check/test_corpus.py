@@ -224,7 +224,7 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    for name in set(METHODS) - {"dora"}:
+    for name in set(METHODS) - {"adalora", "dora"}:  # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5
         kinds = Counter(expected_answer(c, "float32").exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name
 

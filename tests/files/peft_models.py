@@ -68,6 +68,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "bias lora_only": (Net, lambda: peft.LoraConfig(r=4, target_modules=["q", "up"], bias="lora_only", lora_bias=True)),
     "a pattern as target": (Net, lambda: peft.LoraConfig(target_modules=r"layers\.\d\.q")),
     "eva": (Net, lambda: peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(), target_modules=["q"])),
+    "adalora": (
+        Net,
+        lambda: peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, total_step=9, target_modules=["q", "up", "conv2"], bias="all"),
+    ),
+    "gpt2 Conv1D adalora": (gpt2, lambda: peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["c_attn", "c_fc"])),
     # PEFT keeps LoHa's scale as a float32, so only a dyadic one can be compared in float64
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),

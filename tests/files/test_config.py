@@ -13,6 +13,7 @@ import pytest
 
 from peft_ref.errors import ConfigError, FileFormatError, TargetError
 from peft_ref.files.config import AdapterConfig, Patterns, flatten, from_dict, parse, render
+from peft_ref.layers import Linear
 from peft_ref.methods import IA3, DoRA, LoHa, LoRA
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "v"]}
@@ -127,10 +128,11 @@ def test_random_configurations_survive_to_the_byte() -> None:
     assert kinds == {LoRA, DoRA, LoHa, IA3}
 
 
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "total_step": 10}
 REFUSED = {
     "no object": ([1], "no peft_type"),
-    "no peft_type": ({"r": 4}, "no peft_type.*\n.*Built: IA3, LOHA, LORA, LORA with use_dora"),
-    "an unknown peft_type": ({"peft_type": "FOO"}, "'FOO' is not built here.\n.*Built: IA3, LOHA"),
+    "no peft_type": ({"r": 4}, "no peft_type.*\n.*Built: ADALORA, IA3, LOHA, LORA, LORA with use_dora"),
+    "an unknown peft_type": ({"peft_type": "FOO"}, "'FOO' is not built here.\n.*Built: ADALORA, IA3, LOHA"),
     "r = 0": ({**LORA, "r": 0}, "r=0"),
     "r as text": ({**LORA, "r": "8"}, "r='8' is of type str, expected int"),
     "r as a truth value": ({**LORA, "r": True}, "r=True is of type bool"),
@@ -156,6 +158,17 @@ REFUSED = {
     "a pattern that is a list": ({**LORA, "rank_pattern": [1]}, "rank_pattern is a list"),
     "an alpha of text in a pattern": ({**LORA, "alpha_pattern": {"q": "2"}}, "alpha_pattern of 'q': lora_alpha='2'"),
     "a rank pattern of a method without rank": ({"peft_type": "IA3", "rank_pattern": {"q": 2}}, "IA3 has no r"),
+    "no total_step": ({"peft_type": "ADALORA"}, "total_step=None"),
+    "total_step as text": ({"peft_type": "ADALORA", "total_step": "10"}, "total_step='10' is of type str, expected int"),
+    "no step to allocate in": ({**ADALORA, "tinit": 6, "tfinal": 4}, "no step is left"),
+    "a step between allocations of 0": ({**ADALORA, "deltaT": 0}, "deltaT=0"),
+    "a negative penalty": ({**ADALORA, "orth_reg_weight": -1}, "orth_reg_weight=-1"),
+    "adalora with dora": ({**ADALORA, "use_dora": True}, "use_dora with AdaLoRA"),
+    "adalora from loftq": ({**ADALORA, "init_lora_weights": "loftq"}, "init_lora_weights='loftq' with AdaLoRA"),
+    "a rank in adalora's pattern": ({**ADALORA, "rank_pattern": {"q.lora_E": 3}}, "'q.lora_E': 3 is no list of true and false"),
+    "numbers in adalora's pattern": ({**ADALORA, "rank_pattern": {"q.lora_E": [1, 0]}}, "is no list of true and false"),
+    "a module's name in adalora's pattern": ({**ADALORA, "rank_pattern": {"q": [True]}}, "'q' is no key of an AdaLoRA rank pattern"),
+    "more triplets than there were": ({**ADALORA, "rank_pattern": {"q.lora_E": [True] * 5}}, "5 triplets stay of init_r=4"),
     "feedforward that is not targeted": (
         {"peft_type": "IA3", "target_modules": ["q"], "feedforward_modules": ["w"]},
         "not all in target_modules",
@@ -190,6 +203,26 @@ def test_a_switch_that_is_not_built_is_refused_when_on_and_kept_when_off(switch:
     with pytest.raises(ConfigError, match=f"{switch}=.*not built yet"):
         lora(**{switch: NOT_BUILT[switch]})
     assert flatten(lora(**{switch: None}))[switch] is None
+
+
+@pytest.mark.parametrize("switch", ["target_parameters", "layer_replication", "trainable_token_indices"])
+def test_what_adalora_inherits_from_lora_and_is_not_built_is_refused_when_on(switch: str) -> None:
+    with pytest.raises(ConfigError, match=f"{switch}=.*not built yet"):
+        from_dict({**ADALORA, switch: NOT_BUILT[switch]})
+
+
+def test_adaloras_rank_pattern_says_for_each_module_how_many_triplets_are_left() -> None:
+    config = from_dict({**ADALORA, "rank_pattern": {"a.q.lora_E": [True, False, True, False], "a.v.lora_E": [False] * 4}})
+    assert [config.method_for(name).dims(Linear(in_features=2, out_features=3))["r"] for name in ("a.q", "a.v", "b.q")] == [2, 0, 4]
+    assert flatten(config)["rank_pattern"]["a.q.lora_E"] == [True, False, True, False]
+
+
+def test_adalora_reads_every_name_of_an_init_as_true_and_no_alpha_pattern() -> None:
+    """PEFT's layer asks only whether it is true, and AdaLoRA's model asks for no pattern of alphas."""
+    config = from_dict({**ADALORA, "init_lora_weights": "corda", "alpha_pattern": {"q": 99}})
+    assert config.method_for("a.q") == config.method
+    assert flatten(config)["init_lora_weights"] == "corda"
+    assert flatten(config)["alpha_pattern"] == {"q": 99}
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "mica"])

@@ -22,10 +22,11 @@ from peft_ref.files.adapter import (  # noqa: E402
     CONFIG,
     WEIGHTS,
 )
-from peft_ref.files.config import from_dict, parse, render  # noqa: E402
+from peft_ref.files.config import DERIVED, from_dict, parse, render  # noqa: E402
 from peft_ref.files.rules import TASK_TYPES, field_names  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from tests.files.peft_models import Net  # noqa: E402
+from tests.required import REQUIRED  # noqa: E402
 
 pytestmark = pytest.mark.hf
 nn = torch.nn
@@ -42,18 +43,19 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", METHODS)
 def test_an_absent_key_has_peft_s_default(name: str) -> None:
     method = METHODS[name]
-    theirs = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}.get(method.peft_type)
+    theirs = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}.get(method.peft_type)
     if theirs is None:
         pytest.skip(f"{method.peft_type} has no row here yet")
-    ours = from_dict({"peft_type": method.peft_type, **({method.flag: True} if method.flag else {})})
-    default = theirs()
+    ours = from_dict({"peft_type": method.peft_type, **REQUIRED.get(name, {}), **({method.flag: True} if method.flag else {})})
+    default = theirs(**REQUIRED.get(name, {}))
     for field in field_names(method):
-        if field != "is_feedforward":
+        if field not in DERIVED:
             assert getattr(ours.method, field) == getattr(default, field), field
     for part in (ours.targets, ours.patterns):
         for field in field_names(type(part)):
             if hasattr(default, field):
-                assert getattr(part, field) == getattr(default, field), field
+                want = getattr(default, field)
+                assert getattr(part, field) == ({} if want is None and field == "rank_pattern" else want), field
 
 
 def test_the_task_types_are_peft_s() -> None:
@@ -81,6 +83,34 @@ def test_peft_refuses_what_we_refuse() -> None:
             peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["q"], **arguments))
         with pytest.raises(PeftRefError):
             from_dict({"peft_type": "LORA", "target_modules": ["q"], **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"total_step": None},
+        {"total_step": 0},
+        {"orth_reg_weight": -0.1},
+        {"tinit": 6, "tfinal": 4},
+        {"use_dora": True},
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    ],
+    ids=str,
+)
+def test_peft_refuses_what_we_refuse_of_adalora(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        peft.AdaLoraConfig(**{"total_step": 10, **arguments})
+    with pytest.raises(PeftRefError):
+        from_dict({"peft_type": "ADALORA", "total_step": 10, **arguments})
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_peft_refuses_a_moving_average_without_memory_or_without_news(name: str, beta: float) -> None:
+    with pytest.raises(AssertionError):
+        peft.get_peft_model(Net(), peft.AdaLoraConfig(total_step=10, target_modules=["q"], **{name: beta}))
+    with pytest.raises(PeftRefError, match=name):
+        from_dict({"peft_type": "ADALORA", "total_step": 10, name: beta})
 
 
 def random_config(rng: np.random.Generator) -> Any:
@@ -130,7 +160,7 @@ def test_random_configurations_of_peft_are_written_back_to_the_byte_and_mean_the
         assert render(ours) == text, i
         theirs = peft.PeftConfig.from_pretrained(str(tmp_path))  # PEFT sorts the patterns when it saves
         for field in field_names(type(ours.method)):
-            if field != "is_feedforward":
+            if field not in DERIVED:
                 assert getattr(ours.method, field) == getattr(theirs, field)
         for name in names:
             if theirs.peft_type == "IA3":

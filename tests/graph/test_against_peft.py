@@ -20,7 +20,7 @@ from peft_ref.methods import METHODS  # noqa: E402
 
 from . import models  # noqa: E402
 
-CONFIGS = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}
+CONFIGS = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}
 EACH = 45  # configurations per model
 TRANSFORMERS = [name for name in models.BUILDERS if name not in ("traps", "convs")]
 

@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
-from peft_ref.contracts import LowRank, Method  # noqa: E402
+from peft_ref.contracts import Method  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -27,6 +27,8 @@ SETTINGS: dict[str, Method[Any]] = {
     "lora-bias": LoRA(r=4, lora_alpha=6, lora_bias=True, init_lora_weights=False),
     "dora": DoRA(r=4, lora_alpha=6),
     "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True),
+    "adalora": AdaLoRA(init_r=4, lora_alpha=6, total_step=10),
+    "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
@@ -41,7 +43,8 @@ def config(method: Method[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:
         values["lora_dropout"] = dropout
@@ -73,7 +76,10 @@ def close(got: Any, want: Any) -> None:
 def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropout: float = 0.0) -> tuple[Pair, Any, Any]:
     rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
     layer, method = LAYERS[layer_name], SETTINGS[name]
-    p = pair(layer, method, [config(method, dropout)] * adapters, rng, bias)
+    configs = [config(method, dropout) for _ in range(adapters)]
+    for later in configs[1:]:
+        later.inference_mode = isinstance(method, AdaLoRA)  # of which PEFT trains one alone
+    p = pair(layer, method, configs, rng, bias)
     shape = INPUTS[layer_name]
     x = rng.integers(0, 9, shape) if layer.kind == "embedding" else rng.normal(size=shape)
     y = stack.forward(layer, p.W, p.b, p.adapters, x)
@@ -101,10 +107,12 @@ def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapt
     check_forward_and_gradients(*make(name, layer_name, adapters))
 
 
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith(("lora", "dora"))])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith(("lora", "dora", "adalora"))])
 @pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adapters: int) -> None:
+    if LAYERS[layer_name].kind not in SETTINGS[name].kinds:
+        pytest.skip(f"{name} refuses a {layer_name} layer")
     p, x, dy = make(name, layer_name, adapters, dropout=0.25)
     rng = np.random.default_rng(7)
     masks = [rng.integers(0, 2, x.shape) for _ in p.adapters]
@@ -139,7 +147,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "loha", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
     check_forward_and_gradients(*make(name, "linear", bias=False))
 
@@ -166,7 +174,7 @@ def test_peft_still_crashes_where_we_say_so(name: str) -> None:
         p.model(torch.tensor(x))
 
 
-@pytest.mark.parametrize("name", [n for n, m in SETTINGS.items() if isinstance(m, LowRank)])
+@pytest.mark.parametrize("name", [n for n, m in SETTINGS.items() if isinstance(m, LoRA)])
 def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None:
     from peft_ref.errors import NotMergeableError
 
@@ -179,7 +187,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "dora", "loha", "ia3", "ia3-feedforward"):
+    for name in ("lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"):
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

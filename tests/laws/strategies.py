@@ -35,7 +35,14 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
 FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
 }
-BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {}
+BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "adalora": {
+        "init_r": st.sampled_from((3, 2, 4)),
+        "live_r": st.sampled_from((None, 1, 2, 0)),  # a rank of zero is left where everything was pruned
+        "lora_alpha": st.sampled_from((2, 3.5)),  # zero or less stands for init_r
+        "total_step": st.just(10),
+    },
+}
 
 _HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 LAW = settings(deadline=None, max_examples=10, suppress_health_check=_HEALTH)
@@ -176,7 +183,7 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
 
 
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
-_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2)}
+_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2), "init_r": st.just(2), "live_r": st.just(None)}
 _FEW: dict[str, st.SearchStrategy[Layer]] = {
     "linear": st.just(Linear(in_features=5, out_features=4)),
     "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),

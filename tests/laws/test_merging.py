@@ -17,6 +17,7 @@ from peft_ref.methods import METHODS, DoRA, LoRA
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.compare import assert_close, assert_same_bits
 from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion
+from tests.required import made
 
 ADDITIVE = [(name, kind) for name, kind in PAIRS if issubclass(METHODS[name], LowRank | Additive)]
 SCALED = [(name, kind) for name, kind in ADDITIVE if {f.name for f in fields(METHODS[name])} & {"alpha", "lora_alpha"}]  # type: ignore[arg-type]
@@ -225,6 +226,6 @@ def test_dropout_before_a_reweighting_adapter_is_refused() -> None:
 @pytest.mark.parametrize("name", [name for name, kind in PAIRS if kind == "embedding"])
 def test_dropout_on_an_embedding_is_refused(name: str) -> None:
     layer = Embedding(num_embeddings=4, embedding_dim=3)
-    case = Case(METHODS[name](), layer, False, (5,), 5)
+    case = Case(made(name), layer, False, (5,), 5)
     with pytest.raises(ConfigError, match="embedding"):
         stack.forward(layer, case.W, None, [Adapter(case.method, case.params(), Dropout(np.ones(5), 0.0))], case.x)

@@ -15,6 +15,7 @@ from peft_ref.methods import METHODS, LoRA
 from peft_ref.stack import Adapter
 from tests.laws.compare import assert_close, assert_same_bits
 from tests.laws.strategies import LAW, PAIRS, STRANGERS, Case, Host, cases, layers
+from tests.required import made
 
 # Methods whose default start is not the identity in HF PEFT either.
 NOT_THE_IDENTITY: frozenset[str] = frozenset()
@@ -63,7 +64,7 @@ def test_the_same_generator_gives_the_same_start(name: str, kind: str, data: st.
 def test_a_kind_of_layer_that_is_not_supported_is_refused_by_name(name: str, kind: str, data: st.DataObject) -> None:
     layer = data.draw(layers(kind))
     with pytest.raises(UnsupportedLayerError, match=f"at 'block.0': a {kind} layer"):
-        METHODS[name]().check_layer(layer, "block.0")
+        made(name).check_layer(layer, "block.0")
 
 
 def test_every_method_supports_a_kind_of_layer_and_no_unknown_one() -> None:

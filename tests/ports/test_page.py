@@ -22,6 +22,7 @@ from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
 from tests.ports.page import ROOT, TEXT, blocks, examples, names, rows
+from tests.required import REQUIRED, made
 
 EXAMPLES = examples()
 
@@ -98,7 +99,7 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
             continue
         if condition and not config[names(condition)[0]]:
             continue
-        found |= {key: _sizes(cells[column], layer, config.get("r", 0)) for key in names(text)}
+        found |= {key: _sizes(cells[column], layer, config.get("r", config.get("init_r", 0))) for key in names(text)}
     return found
 
 
@@ -108,8 +109,8 @@ def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -
     layer = LAYERS[layer_name]
     switch = {"lora": "lora_bias", "ia3": "is_feedforward"}.get(method)
     for on in (False, True):
-        given = {"r": 4} if "r" in config_of(METHODS[method]()) else {}
-        built = build_method(method, {**given, **({switch: on} if switch else {})})
+        given = {"r": 4} if "r" in config_of(made(method)) else {}
+        built = build_method(method, {**REQUIRED.get(method, {}), **given, **({switch: on} if switch else {})})
         try:
             built.check_layer(layer)
         except UnsupportedLayerError:
@@ -123,7 +124,7 @@ def test_the_table_of_configurations_is_the_methods_own() -> None:
         keys = [name.split(":")[0].strip('"') for name in names(cells[1])]
         said[names(cells[0])[0]] = sorted(keys)
         assert f'"peft_type": "{METHODS[names(cells[0])[0]].peft_type}"' in cells[1]
-    assert said == {name: sorted(config_of(cls())) for name, cls in METHODS.items()}
+    assert said == {name: sorted(config_of(made(name))) for name in METHODS}
 
 
 def test_the_table_of_layers_names_every_kind_and_its_sizes() -> None:

@@ -17,7 +17,7 @@ from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
-CONFIGS = {"LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
+CONFIGS = {"ADALORA": "AdaLoraConfig", "LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
 
 
 class Worked(NamedTuple):
@@ -48,6 +48,7 @@ def hf_model(w: Worked) -> Any:
     (adapter,) = w.adapters
     method: Any = adapter.method
     config = {f.name: getattr(method, f.name) for f in fields(method)}
+    config.pop("live_r", None)
     if "is_feedforward" in config:
         config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
     if method.flag:
@@ -64,6 +65,14 @@ def hf_model(w: Worked) -> Any:
     return model
 
 
+def alike(theirs: Any, ours: Any, w: Worked) -> None:
+    """To the bit; AdaLoRA's scale is no dyadic number, so there HF's order of rounding may show."""
+    if w.adapters[0].method.peft_type == "ADALORA":
+        np.testing.assert_allclose(theirs.detach(), ours, rtol=1e-13, atol=1e-13)
+    else:
+        assert theirs.tolist() == ours.tolist()
+
+
 def test_every_page_has_a_gradient_to_compare() -> None:
     assert {p.id.partition("-")[0] for p in worked()} == set(METHODS)
 
@@ -74,13 +83,16 @@ def test_output_and_gradients_are_those_of_hf(w: Worked) -> None:
     x = torch.tensor(w.x, requires_grad=True)
     y = model(x)
     y.backward(torch.tensor(w.dy))
-    assert y.tolist() == forward(w.layer, w.W, w.b, w.adapters, w.x).tolist()
-    assert x.grad.tolist() == w.grads.x.tolist()
+    alike(y, forward(w.layer, w.W, w.b, w.adapters, w.x), w)
+    alike(x.grad, w.grads.x, w)
     ours = w.adapters[0].method.pack(w.layer, w.grads.params[0])
     # HF names a trained parameter "<key>.default", or "<key without .weight>.default.weight".
-    theirs = {n.split("linear.")[1].replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    theirs = {n if n in ours else n.removesuffix(".weight"): g.tolist() for n, g in theirs.items()}
-    assert theirs == {k: v.tolist() for k, v in ours.items()}
+    grads = {n.split("linear.")[1].replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    theirs = {n: g for n, g in grads.items() if n != "ranknum"}  # ADALORA-Q6
+    theirs = {n if n in ours else n.removesuffix(".weight"): g for n, g in theirs.items()}
+    assert theirs.keys() == ours.keys()
+    for key, gradient in theirs.items():
+        alike(gradient, ours[key], w)
 
 
 @pytest.mark.parametrize("w", worked())
@@ -90,7 +102,8 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     model.merge_adapter()
     W, b = merge(w.layer, w.W, w.b, w.adapters)
     assert b is not None
-    assert (linear.base_layer.weight.tolist(), linear.base_layer.bias.tolist()) == (W.tolist(), b.tolist())
+    alike(linear.base_layer.weight, W, w)
+    alike(linear.base_layer.bias, b, w)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
         model.unmerge_adapter()

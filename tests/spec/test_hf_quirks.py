@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft import IA3Config, LoHaConfig, LoraConfig  # noqa: E402
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig  # noqa: E402
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
@@ -88,6 +89,76 @@ def test_every_quirk_of_the_pages_is_run_here() -> None:
 def test_merged_equals_forward_on_an_ordinary_convolution() -> None:
     for config in (lora(), lora(use_dora=True), loha()):
         assert disagreement(model(nn.Conv2d(3, 5, 3, padding=1), config), image()) < 1e-11
+
+
+def adalora(**more: Any) -> Any:
+    return AdaLoraConfig(target_modules=["l"], **{"init_r": 3, "target_r": 2, "total_step": 5, **more})
+
+
+def test_adalora_q1_equal_ranks_raise_at_the_first_allocation() -> None:
+    for target_r, raises in ((2, False), (3, True)):
+        made = model(nn.Linear(3, 5), adalora(target_r=target_r))
+        made(torch.randn(2, 3)).sum().backward()
+        if raises:
+            with pytest.raises(RuntimeError, match="kthvalue"):
+                made.base_model.update_and_allocate(1)
+        else:
+            made.base_model.update_and_allocate(1)
+
+
+def test_adalora_q2_a_grouped_convolution_raises() -> None:
+    with pytest.raises(RuntimeError):
+        model(nn.Conv2d(4, 6, 3, groups=2), adalora())(torch.randn(2, 4, 5, 5))
+
+
+def test_adalora_q3_without_a_task_type_the_penalty_is_left_out() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 5)
+
+        def forward(self, x: Any) -> Any:
+            return types.SimpleNamespace(loss=self.l(x).sum())
+
+    made = peft.get_peft_model(Loss(), adalora(), autocast_adapter_dtype=False)
+    x = torch.randn(2, 3)
+    plain = made.base_model.model(x).loss.item()
+    assert made(x).loss.item() == plain
+    assert made.base_model(x).loss.item() > plain + 0.1
+
+
+def test_adalora_q4_an_adapter_called_0_cannot_be_saved_with_its_ranks() -> None:
+    base = nn.Module()
+    base.layers = nn.ModuleList(nn.ModuleDict({"l": nn.Linear(3, 5)}) for _ in range(1))
+    for name in ("first", "0"):
+        made = peft.get_peft_model(copy.deepcopy(base), adalora(), adapter_name=name)
+        made.peft_config[name].rank_pattern = {f"layers.0.l.lora_E.{name}": [True, False, True]}
+        if name == "first":
+            assert keys(made, name)["base_model.model.layers.0.l.lora_A"] == (2, 3)
+        else:
+            with pytest.raises(KeyError, match="layers"):
+                keys(made, name)
+
+
+def test_adalora_q5_what_the_layer_says_of_its_scale_is_not_what_acts() -> None:
+    made = model(nn.Linear(3, 5), adalora(lora_alpha=6))
+    before = wrapped(made).get_delta_weight("a0")
+    made.base_model.resize_modules_by_rank_pattern({"l.lora_E.a0": [True, True, False]}, "a0")
+    layer = wrapped(made)
+    assert (layer.r["a0"], layer.scaling["a0"], layer.ranknum["a0"].item()) == (2, 6, 3)
+    left = layer.lora_B["a0"] @ (layer.lora_A["a0"] * layer.lora_E["a0"]) * 6 / 3.00001
+    assert torch.allclose(layer.get_delta_weight("a0"), left, rtol=1e-12)
+    assert before.shape == left.shape
+
+
+def test_adalora_q6_the_divisor_is_trainable_where_the_weight_has_another_dtype() -> None:
+    for dtype, trained in ((torch.float32, False), (torch.bfloat16, True)):
+        torch.set_default_dtype(torch.float32)
+        made = model(nn.Linear(3, 5, dtype=dtype), adalora())
+        made(torch.randn(2, 3, dtype=dtype)).sum().backward()
+        divisor = wrapped(made).ranknum["a0"]
+        assert (divisor.requires_grad, divisor.grad is not None) == (trained, trained)
+    assert not any("ranknum" in key for key in keys(made))
 
 
 def test_lora_q1_a_dilated_convolution_raises() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft_ref.check.mistakes.adalora as adalora
 import peft_ref.check.mistakes.dora as dora
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
@@ -9,6 +10,7 @@ import peft_ref.check.mistakes.lora as lora
 from peft_ref.check.mistake import Suite
 
 SUITES: dict[str, Suite] = {
+    "adalora": adalora.SUITE,
     "dora": dora.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,

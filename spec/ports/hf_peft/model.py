@@ -12,14 +12,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {"LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
+CONFIGS: Mapping[str, type[PeftConfig]] = {"ADALORA": AdaLoraConfig, "LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PREFIX = "base_model.model.layer."
 
@@ -99,21 +108,26 @@ def check(case: Json) -> None:
 def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
     model: Any = None
     for i, adapter in enumerate(adapters):
-        config = config_of(adapter["config"], layer)
+        config = config_of(adapter["config"], layer, later=i > 0)
         if model is None:
             model = get_peft_model(Model(base), config, adapter_name="a0", autocast_adapter_dtype=False)
         else:
             model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
+        if (live := adapter["config"].get("live_r")) is not None:
+            kept = [k < live for k in range(config.init_r)]
+            model.base_model.resize_modules_by_rank_pattern({f"layer.lora_E.a{i}": kept}, f"a{i}")
     model.base_model.set_adapter([f"a{i}" for i in range(len(adapters))])
     return model
 
 
-def config_of(config: Json, layer: Json) -> PeftConfig:
-    """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say."""
-    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward")}
+def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
+    """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say, `live_r` what its `rank_pattern` leaves."""
+    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r")}
+    if config["peft_type"] == "ADALORA" and later:
+        own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
-    if config["peft_type"] in ("LORA", "IA3"):
+    if config["peft_type"] in ("ADALORA", "LORA", "IA3"):
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
     return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
 

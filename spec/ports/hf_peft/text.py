@@ -50,11 +50,16 @@ def targets(case: Json) -> dict[str, Any]:
 
 def config(case: Json) -> dict[str, Any]:
     model = adapted([(name, nn.Linear(2, 2)) for name in case["modules"]], case["adapter_config"], "default")
+    adalora = case["adapter_config"]["peft_type"] == "ADALORA"
+    if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
+        model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
     answer: dict[str, Any] = {}
     for name in case["modules"]:
         layer: Any = model.get_base_model().get_submodule(name)
         if case["adapter_config"]["peft_type"] == "IA3":
             answer[name] = {"is_feedforward": layer.is_feedforward}
+        elif adalora:  # its `scaling` is not yet divided
+            answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
         else:
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"]}
     return {"modules": answer}

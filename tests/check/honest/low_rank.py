@@ -1,4 +1,4 @@
-"""LoRA, DoRA and LoHa as an honest port may write them: the same mathematics in many evaluation orders, written from the papers' formulas.
+"""LoRA, AdaLoRA, DoRA and LoHa as an honest port may write them: the same mathematics in many orders, written from the papers' formulas.
 
 Every function takes matrices: X (rows, in), W (out, in), dY (rows, out), all in the arithmetic's dtype.
 """
@@ -14,13 +14,14 @@ from tests.check.honest.arithmetic import Arithmetic, Host
 
 @dataclass
 class LowRank:
-    """s B A and, with lora_bias, s c; `m` makes it DoRA."""
+    """s B A and, with lora_bias, s c; `m` makes it DoRA, `diagonal` AdaLoRA: its A is E * A, of these two."""
 
     A: Host
     B: Host
     s: float
     c: Host | None = None
     m: Host | None = None
+    diagonal: tuple[Host, Host] | None = None
 
     def delta(self, a: Arithmetic) -> Host:
         where = a.pick("product", "A", "B")

@@ -92,6 +92,9 @@ class Honest:
         A = next(v for k, v in parts.items() if k.startswith("A"))
         B = next(v for k, v in parts.items() if k in ("B", "B.weight"))
         c, m = parts.get("B.bias"), parts.get("magnitude_vector")
+        if self.case.method == "adalora":
+            r, alpha = adapter.config["init_r"], adapter.config["lora_alpha"]
+            return LowRank(parts["E"] * A, B, (alpha if alpha > 0 else r) / (r + 1e-5), diagonal=(A, parts["E"]))
         r, alpha = adapter.config["r"], adapter.config["lora_alpha"]
         s = alpha / math.sqrt(r) if adapter.config["use_rslora"] else alpha / r
         wide_B = spread_groups(B.reshape(B.shape[0], -1), self.g)
@@ -114,7 +117,7 @@ class Honest:
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
     def plain_delta(self, i: int) -> Host:
-        return self.low_rank(i).delta(self.a) if self.case.method == "lora" else self.hadamard(i).delta(self.a)
+        return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
     # ---- weights
 
@@ -164,7 +167,13 @@ class Honest:
         return X * self.a.over(kept, rest) if self.a.pick(True, False) else self.a.over(X * kept, rest)
 
     def forward(self) -> Host:
-        how = {"lora": self.forward_lora, "dora": self.forward_dora, "loha": self.forward_merged, "ia3": self.forward_ia3}
+        how = {
+            "adalora": self.forward_lora,
+            "lora": self.forward_lora,
+            "dora": self.forward_dora,
+            "loha": self.forward_merged,
+            "ia3": self.forward_ia3,
+        }
         return how[self.case.method]()
 
     def forward_merged(self) -> Host:
@@ -229,7 +238,13 @@ class Honest:
     # ---- backward
 
     def backward(self) -> Answer:
-        fill = {"lora": self.backward_lora, "dora": self.backward_dora, "loha": self.backward_loha, "ia3": self.backward_ia3}
+        fill = {
+            "adalora": self.backward_lora,
+            "lora": self.backward_lora,
+            "dora": self.backward_dora,
+            "loha": self.backward_loha,
+            "ia3": self.backward_ia3,
+        }
         out, dX = fill[self.case.method]()
         if self.layer.kind == "embedding":
             return out
@@ -251,6 +266,10 @@ class Honest:
         for i in range(len(self.case.adapters)):
             low = self.low_rank(i)
             dA, dB = low.factor_gradients(a, self.dropped(i, self.X), self.dY)
+            if low.diagonal is not None:
+                A, E = low.diagonal
+                out |= self.named(i, "_E", a.sum(A * dA, axis=1))
+                dA = E * dA
             out |= {**self.named(i, "_A", dA), **self.named(i, "_B", own_group(dB, self.g))}
             if low.c is not None:
                 summed = a.scaled(a.sum(self.dY), low.s) if a.pick(True, False) else a.sum(a.scaled(self.dY, low.s))
