@@ -174,7 +174,7 @@ def undecidable(dtype: str, case_ids: tuple[str, ...]) -> dict[str, tuple[str, .
     asked = [c for c in corpus() if c.id in ids and c.operation in ARRAY_OPERATIONS]
     hidden: dict[str, tuple[str, ...]] = {}
     for method, cases in grouped(asked, lambda c: c.method).items():
-        open_mistakes = {m.name: m for m in SUITES[method].mistakes}
+        open_mistakes = {m.name: m for m in SUITES.of(method).mistakes}
         for case in cases:
             if not open_mistakes:
                 break

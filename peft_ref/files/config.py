@@ -25,7 +25,7 @@ from peft_ref.files.rules import check, check_pattern, check_types, field_names,
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
-from peft_ref.methods import METHODS
+from peft_ref.methods import METHODS, method_class
 
 DERIVED = frozenset({"is_feedforward"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
@@ -114,13 +114,10 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
 
 def _split(data: Any, where: str) -> AdapterConfig:
     if not isinstance(data, Mapping) or not isinstance(data.get("peft_type"), str):
-        raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {_built()}.")
-    siblings = [cls for cls in METHODS.values() if cls.peft_type == data["peft_type"]]
-    if not siblings:
-        raise ConfigError(f"{where}: peft_type={data['peft_type']!r} is not built here.\n  Built: {_built()}.")
-    flags = frozenset(cls.flag for cls in siblings)
+        raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {METHODS.names()}.")
+    flags = frozenset(cls.flag for cls in METHODS.siblings(data["peft_type"]))
     check(data, where, flags)
-    cls = _choose(siblings, data, where)
+    cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
     values = {name: init_as_saved(data[name]) if name == "init_lora_weights" else data[name] for name in own}
     check_types(cls, values, where)
@@ -145,20 +142,6 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
-
-
-def _choose(siblings: list[type[Method[Any]]], data: Mapping[str, Any], where: str) -> type[Method[Any]]:
-    on = [cls for cls in siblings if cls.flag is not None and data.get(cls.flag)]
-    if len(on) > 1:
-        raise ConfigError(f"{where}: {' and '.join(str(cls.flag) for cls in on)} are both on, which no method here is.\n  Switch one off.")
-    plain = [cls for cls in siblings if cls.flag is None]
-    if not (on or plain):
-        raise ConfigError(f"{where}: plain {data['peft_type']} is not built here.\n  Built: {_built()}.")
-    return (on or plain)[0]
-
-
-def _built() -> str:
-    return ", ".join(sorted({cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}" for cls in METHODS.values()}))
 
 
 def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patterns:

@@ -19,8 +19,9 @@ from typing import Any, get_type_hints
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError
+from peft_ref.registry import TaskType
 
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = tuple(task.value for task in TaskType)
 
 # Switches that change what an adapter computes. One that a method of `METHODS` has as its `flag` is built; any other is refused when on.
 SWITCHES: Mapping[str, Mapping[str, str]] = {
