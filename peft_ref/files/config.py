@@ -17,11 +17,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.rules import check, check_pattern, check_types, field_names, init_as_saved
+from peft_ref.files.rules import check, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
@@ -119,7 +119,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
     check(data, where, flags)
     cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
-    values = {name: init_as_saved(data[name]) if name == "init_lora_weights" else data[name] for name in own}
+    values = {name: _as_saved(cls, name, data[name], where) for name in own}
     check_types(cls, values, where)
     try:
         method = cls(**values)
@@ -136,6 +136,12 @@ def _split(data: Any, where: str) -> AdapterConfig:
     )
 
 
+def _as_saved(cls: type[Method[Any]], name: str, value: Any, where: str) -> Any:
+    if name == "init_lora_weights":
+        return init_as_saved(value, where)
+    return switch_as_saved(value) if get_type_hints(cls)[name] is bool else value
+
+
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
     switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
@@ -149,8 +155,6 @@ def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patte
     found: dict[str, Mapping[str, Any]] = {}
     for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
         pattern = data.get(key) or {}
-        if not isinstance(pattern, Mapping):
-            raise ConfigError(f"{where}: {key} is a {type(pattern).__name__}, expected a map from name patterns to numbers.")
         for expression, value in pattern.items():
             check_pattern(expression, f"{where}: {key}")
             change = {_one_of(fields, names, method): value}

@@ -50,7 +50,7 @@ def python(folder: Path, *arguments: str) -> str:
 
 def test_it_obeys_the_laws(own_source: str, tmp_path: Path) -> None:
     (tmp_path / "own_method.py").write_text(own_source, encoding="utf-8")
-    shown = python(tmp_path, *"-m pytest tests/laws -k outer -q -p own_method -p no:cacheprovider --backend numpy".split())
+    shown = python(tmp_path, "-m", "pytest", "tests/laws", "-k", "outer", "-q", "-pown_method", "-pno:cacheprovider", "--backend", "numpy")
     passed = int(shown.rpartition(" passed")[0].split()[-1])
     assert passed > 40
     assert "failed" not in shown
@@ -136,6 +136,6 @@ def test_an_installed_package_is_found_and_a_broken_one_costs_nothing_but_itself
     assert python(tmp_path, "-c", quiet) == ""
     read = "from peft_ref.files.config import from_dict; print(from_dict({'peft_type': 'OUTER'}).method)"
     assert python(tmp_path, "-c", read) == "Outer(alpha=1.0)\n"
-    judged = python(tmp_path, "-m", "peft_ref.cli", *"check --method outer --backend peft_ref_backends.numpy:NumpyBackend".split())
+    judged = python(tmp_path, "-m", "peft_ref.cli", "check", "--method", "outer", "--backend", "peft_ref_backends.numpy:NumpyBackend")
     assert "method 'broken' of own_method:Nothing: AttributeError" in judged
     assert "outer" in judged

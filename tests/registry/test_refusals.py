@@ -86,7 +86,7 @@ def test_what_is_free_is_taken_and_can_be_given_back(changes: dict[str, Any], ow
     assert method_class(cls.peft_type, [cls.flag] if cls.flag else []) is cls
     METHODS.unregister("mine")
     assert "mine" not in METHODS
-    with pytest.raises(ConfigError, match="no registered method 'mine'.*\n.*Registered: outer"):
+    with pytest.raises(ConfigError, match=r"no registered method 'mine'.*\n.*Registered: outer"):
         METHODS.unregister("mine")
 
 

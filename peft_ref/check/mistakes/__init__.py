@@ -1,4 +1,4 @@
-"""Every method's suite: what is asked about it, and its known mistakes. One module per method; `register_suite` adds those of other packages."""
+"""Every method's suite: what is asked about it, and its known mistakes. One module each; `register_suite` adds other packages'."""
 
 from __future__ import annotations
 
