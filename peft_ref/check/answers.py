@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from peft_ref.check.case import Case
+from peft_ref.check.corpus import corpus
+from peft_ref.check.oracle import smoke_case
 from peft_ref.check.port import BrokenPort, Port, Reply, Skipped
 from peft_ref.check.protocol import read_info, read_reply
 from peft_ref.check.result import PortInfo
@@ -34,12 +36,17 @@ class AnswersPort(Port):
             if reply["id"] in self._replies:
                 raise BrokenPort(f"{self._path}: the case {reply['id']} is answered twice.")
             self._replies[reply["id"]] = reply
+        if unknown := sorted(self._replies.keys() - {case.id for case in (smoke_case(), *corpus())}):
+            raise BrokenPort(f"{self._path}: there is no case {unknown[0]!r} ({len(unknown)} such ids); see `peft-ref cases list`.")
         return info
 
     def ask(self, case: Case) -> Reply:
         if case.id not in self._replies:
             return Skipped("the file has no answer to this case")
         return read_reply(case, self._replies[case.id], self._validate)
+
+    def forget(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

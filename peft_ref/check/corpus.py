@@ -47,11 +47,9 @@ def _asked(methods: list[Method[Any]], layer: Layer, operation: str, variant: Va
             method.check_layer(layer)
         except UnsupportedLayerError:
             return False
-    if operation == "delta" and (len(methods) > 1 or not isinstance(methods[0], LowRank | Additive)):
-        return False
-    if operation == "delta" and variant.name != "plain":
-        return False  # a delta knows neither bias nor dropout: the plain variants say it all
-    if operation in ("delta", "merge", "unmerge"):
-        mergeable = layer.groups == 1 or not any(isinstance(m, LowRank) for m in methods)
-        return mergeable and not variant.dropout
+    if operation == "delta":  # it knows neither bias nor dropout: the plain variants say it all
+        return variant.name == "plain" and layer.groups == 1 and isinstance(methods[0], LowRank | Additive)
+    if operation in ("merge", "unmerge"):
+        held = layer.groups == 1 or not any(isinstance(m, LowRank) for m in methods)
+        return held and not variant.dropout and (variant.bias or not any(c.get("lora_bias") for c in variant.configs))
     return True

@@ -128,7 +128,7 @@ def _named(method: str, group: list[Wrong], mistakes: list[Mistake], together: b
 
 
 def _unknown(method: str, group: list[Wrong], dtype: str) -> Diagnosis:
-    fit = next((text for w in group if (text := _fit(w, dtype))), "")
+    fit = _too_few_digits(group) or next((text for w in group if (text := _fit(w, dtype))), "")
     text = "No known mistake gives these numbers." + (f" {fit}" if fit else "")
     return _of(method, group, group[0].case.clause, text)
 
@@ -164,6 +164,23 @@ def _joined(diagnoses: list[Diagnosis]) -> list[Diagnosis]:
 
 def _union(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in parts for name in part))
+
+
+def _too_few_digits(group: Sequence[Wrong]) -> str:
+    """Whether the numbers are right and only printed too short."""
+    for digits in (15, 16, 9, 8, 7, 6):
+        if all(_printed(w, digits) for w in group):
+            return f"They are the right numbers, printed with {digits} significant digits: print 17 (9 for float32)."
+    return ""
+
+
+def _printed(w: Wrong, digits: int) -> bool:
+    right = answer(w.case)
+    return all(
+        float(f"{want:.{digits}g}") == got
+        for name in right
+        for want, got in zip(right[name].reshape(-1).tolist(), w.got[name].reshape(-1).tolist(), strict=True)
+    )
 
 
 def _fit(w: Wrong, dtype: str) -> str:

@@ -22,6 +22,7 @@ from peft_ref.check.variants import LAYERS, dyadic, generator
 from peft_ref.layers import Layer
 
 DRAWS = 48
+UNLIKELY = 1e-12
 KS_LIMIT = 3.8  # P(sqrt(n) D > 3.8) = 2 exp(-2 * 3.8^2) = 6e-13
 Draw: TypeAlias = dict[str, NDArray]
 
@@ -57,8 +58,14 @@ def normal(deviation: float) -> Law:
     def problem(draws: NDArray, dtype: str) -> str:
         if not np.any(draws):
             return "init-zero: it is zero in every draw"
-        cdf = np.vectorize(NormalDist(0.0, deviation).cdf)
-        return _ks(draws, cdf, f"normal with deviation {deviation:.4g}", 2.0 ** -PRECISION[dtype] * deviation)
+        law, u = NormalDist(0.0, deviation), 2.0 ** -PRECISION[dtype]
+        # A uniform of the same deviation is near in every statistic but this one: it ends.
+        reach = law.inv_cdf((1 + UNLIKELY ** (1 / draws.size)) / 2) * (1 - 2 * u)
+        if np.max(np.abs(draws)) < reach:
+            return (
+                f"init-wrong-law: of {draws.size} draws none is beyond {reach:.4g}, which a normal with deviation {deviation:.4g} reaches"
+            )
+        return _ks(draws, np.vectorize(law.cdf), f"normal with deviation {deviation:.4g}", u * deviation)
 
     return Law(f"normal, deviation {deviation:.4g}", problem)
 
@@ -119,52 +126,63 @@ def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
     for key, law in laws(case).items():
         if problem := law.problem(np.stack([d[key] for d in read]), dtype):
             return f"{key}: {problem}"
-    u = 2.0 ** -PRECISION[dtype]
-    return next((p for d in read if (p := _identity(case, case.layer, d, u))), "")
+    return next((p for d in read if (p := _identity(case, case.layer, d, dtype))), "")
 
 
-def _identity(case: Case, layer: Layer, draw: Draw, u: float) -> str:
+def _identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     """The identities of one draw: those of starts computed from the weight, and DoRA's magnitude."""
     config = case.adapters[0].config
-    if "init_lora_weights" not in config or (layer.kind == "embedding" and case.method != "dora"):
+    computed = config.get("init_lora_weights") in ("orthogonal", "pissa", "olora") and layer.kind != "embedding"
+    if not computed and case.method != "dora":
         return ""
     assert case.weight is not None
     W = layer.fold(case.weight)
     A, B = (draw[k].reshape(draw[k].shape[0], -1) for k in _factor_keys(layer))
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    tolerance = 200 * u * float(np.linalg.norm(W))
+    # Factors are rounded once to the port's format, and the products of them perhaps once per term; a decomposition is computed in float32
+    # at least, there is none in a narrower format.
+    u = (config["r"] + 4) * 2.0 ** -PRECISION[dtype]
+    solver = 200 * 2.0 ** -max(PRECISION[dtype], PRECISION["float32"]) * float(np.linalg.norm(W))
+    product, size = scale * (B @ A), scale * (np.abs(B) @ np.abs(A))
     init = config["init_lora_weights"]
     if init == "orthogonal":
-        if np.max(np.abs(B @ A)) > tolerance:
+        if np.any(np.abs(product) > u * size + solver):
             return "init-orthogonal: B A is not zero"
         return "" if np.any(A) and np.any(B) else "init-orthogonal: a factor is zero; both must be random with B A = 0"
     if init in ("pissa", "olora"):
-        if (problem := _taken_from_weight(init, W, A, B, config["r"], scale, tolerance)) != "":
+        if (problem := _taken_from_weight(init, W, A, B, scale, u, solver)) != "":
             return problem
         if "weight" not in draw:
             return f"init-{init}-base-kept: the answer has no weight; {init} takes s B A out of the frozen weight"
-        if np.max(np.abs(layer.fold(draw["weight"]) - (W - scale * (B @ A)))) > tolerance:
+        if np.any(np.abs(layer.fold(draw["weight"]) - (W - product)) > u * (np.abs(W) + size) + solver):
             return f"init-{init}-base-kept: the frozen weight must become W - s B A"
     if case.method == "dora":
         base = layer.fold(draw["weight"]) if "weight" in draw else W
-        want = np.linalg.norm(base + scale * (B @ A), axis=1)
-        if np.max(np.abs(draw["lora_magnitude_vector"].reshape(-1) - want)) > tolerance:
+        want = np.linalg.norm(base + product, axis=1)
+        rounding = (W.shape[1] + 8) * 2.0 ** -PRECISION[dtype] * np.linalg.norm(np.abs(base) + size, axis=1)
+        if np.any(np.abs(draw["lora_magnitude_vector"].reshape(-1) - want) > rounding):
             return "init-magnitude: lora_magnitude_vector must start at the row norms of W + s B A"
     return ""
 
 
-def _taken_from_weight(init: str, W: NDArray, A: NDArray, B: NDArray, r: int, scale: float, tolerance: float) -> str:
+def _taken_from_weight(init: str, W: NDArray, A: NDArray, B: NDArray, scale: float, u: float, solver: float) -> str:
+    r = A.shape[0]
+    product, size = scale * (B @ A), scale * (np.abs(B) @ np.abs(A))
     if init == "pissa":
         U, S, Vh = np.linalg.svd(W, full_matrices=False)
-        if np.max(np.abs(scale * (B @ A) - (U[:, :r] * S[:r]) @ Vh[:r])) > tolerance:
+        if np.any(np.abs(product - (U[:, :r] * S[:r]) @ Vh[:r]) > u * size + solver):
             return "init-pissa: s B A is not the best rank-r part of W"
-        if np.max(np.abs(A @ A.T - np.diag(S[:r] / scale))) > tolerance:
+        if np.any(np.abs(scale * (A @ A.T) - np.diag(S[:r])) > u * scale * (np.abs(A) @ np.abs(A.T)) + solver):
             return "init-pissa: the singular values are not shared evenly: A A^T must be diag(S) / s"
         return ""
     Q, R = np.linalg.qr(W)
-    if np.max(np.abs(B @ A - Q[:, :r] @ R[:r])) > tolerance:
+    if np.any(np.abs(product - scale * (Q[:, :r] @ R[:r])) > u * size + solver):
         return "init-olora: B A is not made of the first r columns of Q and rows of R"
-    return "" if np.max(np.abs(B.T @ B - np.eye(r))) <= tolerance else "init-olora: the columns of B are not orthonormal"
+    return (
+        ""
+        if np.all(np.abs(B.T @ B - np.eye(r)) <= u * (np.abs(B.T) @ np.abs(B)) + solver)
+        else "init-olora: the columns of B are not orthonormal"
+    )
 
 
 def _factor_keys(layer: Layer) -> tuple[str, str]:

@@ -14,10 +14,11 @@ from peft_ref.check.case import ARRAY_OPERATIONS, TEXT_OPERATIONS, Answer, Case
 from peft_ref.check.corpus import corpus
 from peft_ref.check.diagnose import Wrong, diagnose, expected_answer, grouped, rounded
 from peft_ref.check.init_laws import grade_init
+from peft_ref.check.mistake import Mistake
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import null_answer, smoke_case
 from peft_ref.check.port import Answered, BrokenPort, Failed, Port, Skipped
-from peft_ref.check.result import PortInfo, Report, Verdict, Worst
+from peft_ref.check.result import Diagnosis, PortInfo, Report, Verdict, Worst
 from peft_ref.check.search import smallest
 from peft_ref.check.text import grade_text
 from peft_ref.check.tolerance import compare
@@ -39,42 +40,62 @@ def judge(
     """Asks `port` the cases (all of them by default) and reports. The port is closed at the end, whatever happens."""
     began = time.monotonic()
     asked = corpus() if cases is None else tuple(cases)
-    info = PortInfo(name="?")
+    info, broken = PortInfo(name="?"), ""
+    verdicts: list[Verdict] = []
+    diagnoses: list[Diagnosis] = []
     try:
         info = port.start()
-        if problem := _smoke(port, info):
-            return Report(port=info, verdicts=(), diagnoses=(), seconds=time.monotonic() - began, broken=problem)
-        verdicts, wrong = [], []
-        for n, case in enumerate(asked):
-            if progress is not None:
-                progress(n, len(asked), case.id)
-            verdict, answer = _grade(port, info, case)
-            verdicts.append(verdict)
-            if answer is not None:
-                wrong.append(Wrong(case, answer, verdict))
-        right = {v.case for v in verdicts if v.status == "right"}
-        diagnoses = diagnose(wrong, [c for c in asked if c.id in right], info.dtype)
-        if search and progress is not None and diagnoses:
-            progress(len(asked), len(asked), "looking for the smallest counterexample")
-        by_id = {c.id: c for c in asked}
-        if search:
-            diagnoses = [
-                d if d.dialect else replace(d, counterexample=smallest(port, [by_id[i] for i in d.cases], info.dtype)) for d in diagnoses
-            ]
-        dialects = {case for d in diagnoses if d.dialect for case in d.cases}
-        names = {case: d.mistakes[0] for d in diagnoses if d.dialect for case in d.cases}
-        final = [replace(v, status="dialect", reason=names[v.case]) if v.case in dialects else v for v in verdicts]
-        return Report(
-            port=info,
-            verdicts=tuple(final),
-            diagnoses=tuple(diagnoses),
-            seconds=time.monotonic() - began,
-            undecidable=undecidable(info.dtype, tuple(v.case for v in final if v.status in ("right", "undecidable"))),
-        )
+        broken = _smoke(port, info)
+        if not broken:
+            verdicts, wrong = _ask(port, info, asked, progress)
+            right = {v.case for v in verdicts if v.status == "right"}
+            with np.errstate(all="ignore"):  # a replayed mistake may well divide by zero
+                diagnoses = diagnose(wrong, [c for c in asked if c.id in right], info.dtype)
+            if search and diagnoses:
+                if progress is not None:
+                    progress(len(asked), len(asked), "looking for the smallest counterexample")
+                diagnoses = [_looked_into(port, info, d, asked) for d in diagnoses]
     except BrokenPort as error:
-        return Report(port=info, verdicts=(), diagnoses=(), seconds=time.monotonic() - began, broken=str(error))
+        broken = str(error)
     finally:
         port.close()
+    dialects = {case: d.mistakes[0] for d in diagnoses if d.dialect for case in d.cases}
+    verdicts = [replace(v, status="dialect", reason=dialects[v.case]) if v.case in dialects else v for v in verdicts]
+    seen = tuple(v.case for v in verdicts if v.status in ("right", "undecidable"))
+    return Report(
+        port=info,
+        verdicts=tuple(verdicts),
+        diagnoses=tuple(diagnoses),
+        seconds=time.monotonic() - began,
+        undecidable=undecidable(info.dtype, seen),
+        broken=broken,
+    )
+
+
+def _ask(port: Port, info: PortInfo, asked: Sequence[Case], progress: Progress | None) -> tuple[list[Verdict], list[Wrong]]:
+    """Every verdict, and every array answer that is wrong."""
+    verdicts, wrong = [], []
+    for n, case in enumerate(asked):
+        if progress is not None:
+            progress(n, len(asked), case.id)
+        verdict, answer = _grade(port, info, case)
+        verdicts.append(verdict)
+        if answer is not None:
+            wrong.append(Wrong(case, answer, verdict))
+    return verdicts, wrong
+
+
+def _looked_into(port: Port, info: PortInfo, d: Diagnosis, asked: Sequence[Case]) -> Diagnosis:
+    """The diagnosis with the smallest counterexample; where no mistake is known, whether the port keeps something between questions."""
+    if d.dialect:
+        return d
+    cases = [c for c in asked if c.id in d.cases]
+    if not d.mistakes:
+        port.forget()
+        if _grade(port, info, cases[0])[0].status == "right":
+            alone = f"Asked {cases[0].id} alone, started anew, the port is right: it keeps something between questions."
+            return replace(d, text=f"{d.text} {alone}")
+    return replace(d, counterexample=smallest(port, cases, info.dtype))
 
 
 def _smoke(port: Port, info: PortInfo) -> str:
@@ -169,20 +190,20 @@ def _arrays(answer: Any) -> Answer:
 
 @cache
 def undecidable(dtype: str, case_ids: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Per method, the mistakes that none of the given cases could have told from the right answer in `dtype`."""
+    """Per method, the mistakes that the given cases tell from the right answer in float64, and not in `dtype`."""
     ids = frozenset(case_ids)
     asked = [c for c in corpus() if c.id in ids and c.operation in ARRAY_OPERATIONS]
     hidden: dict[str, tuple[str, ...]] = {}
+    if dtype == "float64":
+        return hidden
     for method, cases in grouped(asked, lambda c: c.method).items():
-        open_mistakes = {m.name: m for m in SUITES.of(method).mistakes}
-        for case in cases:
-            if not open_mistakes:
-                break
-            expected = expected_answer(case, dtype)
-            for name, mistake in list(open_mistakes.items()):
-                replayed = mistake.replay(case)
-                if replayed is not None and compare(rounded(replayed, dtype), expected).ratio > MARGIN:
-                    del open_mistakes[name]
-        if open_mistakes:
-            hidden[method] = tuple(open_mistakes)
+        unseen = [m for m in SUITES.of(method).mistakes if not any(_shows(m, case, dtype) for case in cases)]
+        names = tuple(m.name for m in unseen if any(_shows(m, case, "float64") for case in cases))
+        if names:
+            hidden[method] = names
     return hidden
+
+
+def _shows(mistake: Mistake, case: Case, dtype: str) -> bool:
+    replayed = mistake.replay(case)
+    return replayed is not None and compare(rounded(replayed, dtype), expected_answer(case, dtype)).ratio > MARGIN

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from peft_ref import stack
 from peft_ref.arrays import Array
-from peft_ref.check.case import Answer, Case
+from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import (
     Mistake,
     as_if,
@@ -22,13 +22,16 @@ from peft_ref.check.mistake import (
     only,
     reread,
     unmerge_that_merges,
+    unmerge_the_frozen,
     with_scale,
     without_dropout,
 )
-from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.oracle import Problem, answer, pose
+from peft_ref.contracts import LowRank
 
 PLAIN = {"r": 4, "lora_alpha": 6}
 RSLORA = {**PLAIN, "use_rslora": True}
+LINEAR_AND_TABLE = ("linear", "transposed_linear", "embedding")
 KINDS = ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d")
 
 
@@ -37,19 +40,43 @@ def scale_of(config: Mapping[str, Any]) -> float:
 
 
 def _not_rescaled(case: Case) -> Case | None:
-    if not any(a.dropout for a in case.adapters):
-        return None
-    adapters = (a if a.dropout is None else replace(a, dropout=(a.dropout[0], 0.0)) for a in case.adapters)
-    return replace(case, adapters=tuple(adapters))
+    return _with_dropout(case, lambda mask, p: (mask, 0.0))
 
 
 def _dropped_everywhere(p: Problem) -> Array:
-    a = p.adapters[0]
-    return stack.forward(p.layer, p.W, p.b, [a._replace(dropout=None)], dropped(p.x, a))
+    """The first adapter's mask on the frozen layer's input; every adapter has its own."""
+    y = stack.forward(p.layer, p.W, p.b, p.adapters, p.x)
+    return y + p.layer.apply(dropped(p.x, p.adapters[0]) - p.x, p.W, None)
+
+
+def divided_by_p(case: Case) -> Case | None:
+    return _with_dropout(case, lambda mask, p: (mask, 1 - p))
+
+
+def first_mask_for_all(case: Case) -> Case | None:
+    first = case.adapters[0].dropout
+    return None if first is None else _with_dropout(case, lambda mask, p: first)
+
+
+def _with_dropout(case: Case, change: Callable[[NDArray, float], tuple[NDArray, float]]) -> Case | None:
+    if not any(a.dropout for a in case.adapters):
+        return None
+    adapters = (a if a.dropout is None else replace(a, dropout=change(*a.dropout)) for a in case.adapters)
+    return replace(case, adapters=tuple(adapters))
+
+
+def unmasked_input_gradient(case: Case) -> Answer | None:
+    """The adapter's part of dx passes where dropout let nothing in."""
+    p = pose(case)
+    if p.dy is None or not any(a.dropout for a in p.adapters) or not all(isinstance(a.method, LowRank) for a in p.adapters):
+        return None
+    free = tuple(a._replace(dropout=None) for a in p.adapters)
+    dx = stack.vjp(p.layer, p.W, p.b, free, p.x, p.dy).x
+    return None if dx is None else {**answer(case), "x": dx}
 
 
 def dropout_on_base_too(case: Case) -> Answer | None:
-    if not case.adapters[0].dropout:
+    if len(case.adapters) != 1 or not case.adapters[0].dropout:  # the frozen layer has one input: whose mask would it be?
         return None
     if case.operation == "forward":
         return {"y": _dropped_everywhere(pose(case))}
@@ -138,6 +165,18 @@ GRADIENTS = (
         replay=gradients_times(lambda config: 1 / scale_of(config)),
     ),
     Mistake(
+        name="grad-A-scale-missing",
+        clause="LORA-C22",
+        sentence="the gradient of A lacks the scale",
+        replay=gradients_times(lambda config: 1 / scale_of(config), "_A"),
+    ),
+    Mistake(
+        name="grad-B-scale-missing",
+        clause="LORA-C22",
+        sentence="the gradient of B lacks the scale",
+        replay=gradients_times(lambda config: 1 / scale_of(config), "_B.weight"),
+    ),
+    Mistake(
         name="grad-scale-twice",
         clause="LORA-C22",
         sentence="the gradients of the adapter's tensors carry the scale twice",
@@ -160,6 +199,24 @@ DROPOUT = (
         replay=as_if(_not_rescaled),
     ),
     Mistake(
+        name="dropout-divided-by-p",
+        clause="LORA-C12",
+        sentence="what dropout keeps is divided by p instead of 1 - p",
+        replay=as_if(divided_by_p),
+    ),
+    Mistake(
+        name="dropout-first-mask-for-all",
+        clause="LORA-C11",
+        sentence="every adapter's input is dropped by the first one's mask",
+        replay=as_if(first_mask_for_all),
+    ),
+    Mistake(
+        name="dropout-mask-missing-in-gradient",
+        clause="LORA-C24",
+        sentence="the adapter's part of the gradient of x is not masked",
+        replay=only(backward=unmasked_input_gradient),
+    ),
+    Mistake(
         name="dropout-on-base-too",
         clause="LORA-C11",
         sentence="dropout reaches the frozen layer's input as well, instead of the adapter's only",
@@ -173,6 +230,12 @@ MERGING = (
         clause="LORA-C20",
         sentence="the adapter is merged twice",
         replay=only(merge=merged_twice),
+    ),
+    Mistake(
+        name="unmerge-from-frozen",
+        clause="LORA-C21",
+        sentence="unmerge starts from the frozen weight instead of the merged one it is given",
+        replay=only(unmerge=unmerge_the_frozen),
     ),
     Mistake(
         name="unmerge-adds",

@@ -232,6 +232,11 @@ def unmerge_that_merges(case: Case) -> Answer:
     return stored(p.layer, *stack.merge(p.layer, p.merged_W, p.merged_b, p.adapters))
 
 
+def unmerge_the_frozen(case: Case) -> Answer:
+    p = pose(case)
+    return stored(p.layer, *stack.unmerge(p.layer, p.W, p.b, p.adapters, p.W))
+
+
 def base_alone_backward(case: Case) -> Answer | None:
     """The input's gradient stops at the adapter."""
     p = pose(case)

@@ -42,6 +42,10 @@ class Port(ABC):
     def ask(self, case: Case) -> Reply: ...
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drop whatever the port may keep from earlier questions: a program is started anew for the next one."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -91,6 +95,9 @@ class BackendPort(Port):
 
     def _lift(self, array: NDArray) -> Array:
         return self._backend.from_numpy(array, self._dtype)
+
+    def forget(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -88,6 +88,9 @@ class ProgramPort(Port):
         self._answered.add(case.id)
         return read_reply(case, message, self._validate)
 
+    def forget(self) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._process is not None:
             self._process.stop()
@@ -146,9 +149,6 @@ class _Process:
 
     def exchange(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Sends one message and returns the one that comes back, decoded."""
-        self._pump(0.0)
-        if (early := self._line()) is not None:
-            raise _Trouble(f"said something that nobody had asked for: {_excerpt(early)}. {HINT}")
         self._send(message)
         deadline, read = time.monotonic() + timeout, 0
         while self._unsent or (line := self._line()) is None:

@@ -124,8 +124,8 @@ def violation(message: Any, kind: str) -> str:
     try:
         _validator(kind)(message)
     except JsonSchemaValueException as error:
-        where = error.name.removeprefix("data").removeprefix(".") or "the message"
-        return _short(f"{where}: {error.message.removeprefix(error.name).strip()}", 300)
+        where = (error.name or "data").removeprefix("data").removeprefix(".") or "the message"
+        return _short(f"{where}: {error.message.removeprefix(error.name or 'data').strip()}", 300)
     return ""
 
 

@@ -24,6 +24,8 @@ from peft_ref.layers import Conv, Embedding, Layer, Linear
 
 Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], NDArray]
 
+RUN = ("forward", "backward")
+
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
@@ -63,6 +65,7 @@ class Variant:
     numbers: str = "dyadic"
     dropout: float = 0.0
     bias: bool = True
+    rows: tuple[int, ...] | None = None  # the leading axes of x, where they are not the layer's usual ones; () for a single vector
     draws: Mapping[str, Draw] = field(default_factory=dict)
     # A frozen weight made to measure, given its matrix shape and the adapter's tensors.
     weight: Callable[[np.random.Generator, tuple[int, int], Mapping[str, NDArray]], NDArray] | None = None
@@ -100,7 +103,7 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     has_bias = variant.bias and layer.kind != "embedding"
     weight = draw(rng, layer.weight_shape)
     bias = draw(rng, (layer.shape[0],)) if has_bias else None
-    x = _input(rng, draw, layer, INPUTS[layer_name])
+    x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)
     adapters = []
     for method in methods:
         tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer)}

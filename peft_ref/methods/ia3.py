@@ -25,7 +25,7 @@ from peft_ref.layers import Layer
 
 
 class Params(NamedTuple):
-    l: Annotated[Array, "n", Key("ia3_l", "rows columns"), conv_key("ia3_l", "1 n *1")]  # noqa: E741 - the paper's letter
+    l: Annotated[Array, "n", Key("ia3_l", "rows columns"), conv_key("ia3_l", "1 n *1")]
 
 
 @final
@@ -69,7 +69,7 @@ class IA3(Reweight[Params]):
             return W / self._columns(layer, p.l), b
         return W / _rows(p.l), None if b is None else b / p.l
 
-    def _columns(self, layer: Layer, l: Array) -> Array:  # noqa: E741
+    def _columns(self, layer: Layer, l: Array) -> Array:
         """l, one entry per input channel, as the factor of every entry of W (out, in)."""
         xp, (out, n_in), g = namespace(l), layer.shape, layer.groups
         grid = (g, out // g, layer.channels // g, math.prod(layer.kernel_size))
@@ -81,5 +81,5 @@ class IA3(Reweight[Params]):
         return xp.reshape(xp.sum(xp.sum(grid, axis=3), axis=1), (-1,))
 
 
-def _rows(l: Array) -> Array:  # noqa: E741
+def _rows(l: Array) -> Array:
     return namespace(l).expand_dims(l, axis=1)

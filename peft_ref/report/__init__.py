@@ -124,7 +124,9 @@ def hidden(report: Report) -> dict[str, list[str]]:
 def _groups(verdicts: Sequence[Verdict], by_operation: bool = False) -> list[Group]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for v in verdicts:
-        reason = clean(v.reason.replace(v.case, "<case>"))  # two reasons that differ in the case alone are one
+        reason = (
+            clean(v.reason.replace(v.case, "<case>") if v.case else v.reason) or "no reason given"
+        )  # two reasons that differ in the case alone are one
         groups.setdefault((v.method if by_operation else "", v.operation if by_operation else "", reason), []).append(v.case)
     return [Group(*key, tuple(cases)) for key, cases in groups.items()]
 

@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import peft_ref
 from peft_ref.methods import METHODS
 
 
@@ -28,7 +27,7 @@ def formula(method: str) -> str:
 
 def clauses(method: str, cited: str) -> list[tuple[str, str]]:
     """The clause of that id, or all under the topic of that name: [("LORA-C3", "The scale is `s = lora_alpha / r`."), ...]."""
-    path = Path(peft_ref.__file__).parents[1] / "spec" / "methods" / f"{method}.md"
+    path = Path(__file__).parents[2] / "spec" / "methods" / f"{method}.md"
     if not path.is_file():
         return []
     found: list[tuple[str, str]] = []

@@ -68,7 +68,7 @@ class Paint:
 
 
 def _head(report: Report, paint: Paint) -> str:
-    who, details = port_name(report), about(report)
+    who, details = textwrap.shorten(port_name(report), 50, placeholder=" ..."), textwrap.shorten(about(report), 30, placeholder=" ...")
     right = f"{len(report.verdicts)} cases in {report.seconds:.1f} s"
     left = f"{who}  ({details})" if details else who
     return f"{paint(who, 'bold')}{left[len(who) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
@@ -158,7 +158,7 @@ def _diagnosis(d: Diagnosis, paint: Paint) -> str:
 
 
 def _fact(label: str, text: str) -> str:
-    return _folded(text, f"    {label:<13}", " " * 17)
+    return _folded(clean(text), f"    {label:<13}", " " * 17)
 
 
 def _texts(report: Report, paint: Paint) -> str:
@@ -184,7 +184,7 @@ def _errors(report: Report, paint: Paint) -> str:
 
 
 def _reason(group: Group) -> str:
-    lines = group.reason.splitlines()
+    lines = group.reason.splitlines() or [""]
     text = [_folded(lines[0], "  ")] + [line[: WIDTH - 4] for line in lines[1:7]] + (["    ..."] if len(lines) > 7 else [])
     return "\n".join([*text, _folded(f"{len(group.cases)}x  {_listed(group.cases)}", "      ")])
 
@@ -203,13 +203,13 @@ def _every(report: Report, paint: Paint) -> str:
         ratio = f"{v.worst.ratio:.2g} x tolerance" if v.worst is not None and v.status == "right" and not v.exact else ""
         told = clean(v.reason).splitlines()[0] if v.reason else "bits equal" if v.status == "right" and v.exact else ratio
         status = paint(f"{v.status:<12}", STATUS_COLOURS.get(v.status, "dim"))
-        lines.append(f"  {status}{v.case:<44}  {textwrap.shorten(told, 120, placeholder=' ...')}".rstrip())
+        lines.append(f"  {status}{clean(v.case):<44}  {textwrap.shorten(told, 120, placeholder=' ...')}".rstrip())
     return "\n".join(lines)
 
 
 def _listed(items: Sequence[str]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+    return clean(", ".join(items[:SHOWN]) + more)
 
 
 def _folded(text: str, indent: str, rest: str | None = None) -> str:

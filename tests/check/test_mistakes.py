@@ -50,7 +50,7 @@ def test_no_two_rows_of_the_matrix_are_equal(method: str) -> None:
     assert not alike
 
 
-@pytest.mark.parametrize("dtype", PRECISE)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(("method", "mistake"), NAMED)
 def test_a_port_that_makes_a_mistake_hears_its_name_and_no_other(method: str, mistake: Mistake, dtype: str) -> None:
     made = replays(method)[mistake.name]
@@ -94,16 +94,14 @@ def test_a_mistake_explains_itself(method: str, mistake: Mistake) -> None:
     assert all(link.startswith("https://") for link in mistake.links)
 
 
-# These are wrong in their gradients on purpose: they say what a hand-written backward pass gets wrong.
-OF_THE_GRADIENT = {"input-grad-missing", "grad-scale-missing", "grad-scale-twice", "grad-through-norm", "ia3-bias-gradient-lost"}
 STEP = 1e-4
 
 
-@pytest.mark.parametrize(
-    ("method", "mistake"), [pytest.param(m, k, id=f"{m}-{k.name}") for m, k in ALL if k.name not in OF_THE_GRADIENT and not k.dialect]
-)
+@pytest.mark.parametrize(("method", "mistake"), NAMED)
 def test_the_gradients_of_a_mistake_are_those_of_its_own_forward_pass(method: str, mistake: Mistake) -> None:
     """A port that makes it differentiates what it computes: along a random direction of every tensor, gradient and difference agree."""
+    if not any(case.id in replays(method)[mistake.name] for case in array_cases(method) if case.operation == "forward"):
+        return  # its forward pass is right: only a hand-written backward pass, or merging, makes this mistake
     for case in array_cases(method):
         if case.operation == "backward":
             _assert_own_gradient(mistake, case)

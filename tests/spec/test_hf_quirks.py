@@ -210,6 +210,13 @@ def test_dora_q3_a_reloaded_merged_model_is_not_unmerged() -> None:
         loaded.unmerge_adapter()
 
 
+def test_dora_q4_a_vector_comes_back_as_a_matrix_of_one_row() -> None:
+    made = model(nn.Linear(3, 5), lora(use_dora=True))
+    assert made(torch.randn(3)).shape == (1, 5)
+    assert made(torch.randn(2, 3)).shape == (2, 5)
+    assert model(nn.Linear(3, 5), lora())(torch.randn(3)).shape == (5,)
+
+
 def test_loha_q1_rank_dropout_divides_by_the_mean_of_its_mask() -> None:
     linear = nn.Linear(3, 200, bias=False)
     made = model(linear, loha(rank_dropout=0.25))

@@ -12,7 +12,7 @@ from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Formula, Mistake, Suite, autograd, dropped, one_by_one, only, stored
 from peft_ref.check.oracle import Problem, pose
 from peft_ref.check.tape import constant
-from peft_ref.check.variants import Variant, gains
+from peft_ref.check.variants import RUN, Variant, gains
 from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
 
@@ -35,26 +35,27 @@ VARIANTS = (
     Variant(
         name="rounded",
         clause="DORA-C7",
-        configs=({"r": 3, "lora_alpha": 5},),
+        configs=({"r": 9, "lora_alpha": 5},),
         layers=("linear-large",),
         numbers="rounded",
         draws=M,
     ),
+    Variant(name="matrix", clause="DORA-C1", configs=(lora.PLAIN,), layers=lora.LINEAR_AND_TABLE, operations=RUN, rows=(3,), draws=M),
     Variant(name="no-bias", clause="DORA-C8", configs=(lora.PLAIN,), bias=False, draws=M),
     Variant(name="rslora", clause="DORA-C7", configs=(lora.RSLORA,), draws=M),
     Variant(
         name="dropout",
         clause="DORA-C11",
-        configs=({**lora.PLAIN, "lora_dropout": 0.5},),
+        configs=({**lora.PLAIN, "lora_dropout": 0.75},),
         layers=("linear", "conv2d"),
-        dropout=0.5,
+        dropout=0.75,
         draws=M,
     ),
     Variant(
         name="two-adapters",
         clause="DORA-C9",
         configs=(lora.PLAIN, {"r": 2, "lora_alpha": 8}),
-        layers=("linear", "embedding"),
+        layers=("linear", "transposed_linear", "embedding"),
         draws=M,
     ),
 )
@@ -254,7 +255,7 @@ SUITE = Suite(
         *lora.SCALING,
         *lora.LAYOUT,
         *(m for m in lora.GRADIENTS if m.name == "input-grad-missing"),
-        *(m for m in lora.DROPOUT if m.name != "dropout-on-base-too"),
+        *(m for m in lora.DROPOUT if m.name in ("dropout-missing", "dropout-not-rescaled", "dropout-divided-by-p")),
         *lora.MERGING,
     ),
     base_apart=True,  # HF computes W x + (m/n - 1) W x

@@ -10,9 +10,19 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case
-from peft_ref.check.mistake import Formula, Mistake, Suite, first_adapter_alone, merged_twice, only, stored, with_tensors
+from peft_ref.check.mistake import (
+    Formula,
+    Mistake,
+    Suite,
+    first_adapter_alone,
+    merged_twice,
+    only,
+    stored,
+    unmerge_the_frozen,
+    with_tensors,
+)
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
-from peft_ref.check.variants import Variant
+from peft_ref.check.variants import RUN, Variant
 from peft_ref.stack import Adapter
 
 OUT = {"is_feedforward": False}
@@ -32,6 +42,7 @@ VARIANTS = (
     Variant(name="feedforward", clause="IA3-C4", configs=(IN,), layers=KINDS, draws=DRAWS),
     Variant(name="small", clause="IA3-C1", configs=(OUT,), numbers="small", draws=DRAWS),
     Variant(name="rounded", clause="IA3-C1", configs=(OUT,), layers=("linear-large",), numbers="rounded"),
+    Variant(name="vector", clause="IA3-C1", configs=(OUT,), layers=("linear", "transposed_linear"), operations=RUN, rows=(), draws=DRAWS),
     Variant(name="no-bias", clause="IA3-C1", configs=(OUT,), bias=False, draws=DRAWS),
     Variant(name="two-adapters", clause="IA3-C10", configs=(OUT, OUT), layers=("linear", "conv2d"), draws=DRAWS),
     Variant(name="two-feedforward", clause="IA3-C10", configs=(IN, IN), draws=DRAWS),
@@ -159,6 +170,12 @@ SUITE = Suite(
             sentence="unmerge multiplies by l again instead of dividing",
             replay=only(unmerge=_multiplied_again),
             links=("https://github.com/huggingface/peft/issues/3149",),
+        ),
+        Mistake(
+            name="unmerge-from-frozen",
+            clause="IA3-C13",
+            sentence="unmerge starts from the frozen weight instead of the merged one it is given",
+            replay=only(unmerge=unmerge_the_frozen),
         ),
         Mistake(
             name="ia3-unmerge-epsilon",

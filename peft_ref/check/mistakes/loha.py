@@ -19,10 +19,11 @@ from peft_ref.check.mistake import (
     reread,
     stored,
     unmerge_that_merges,
+    unmerge_the_frozen,
     with_scale,
 )
 from peft_ref.check.oracle import Problem, pose
-from peft_ref.check.variants import Variant
+from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.loha import LoHa, Params
 from peft_ref.stack import Adapter
@@ -32,7 +33,8 @@ PLAIN = {"r": 4, "alpha": 6}
 VARIANTS = (
     Variant(name="plain", clause="LOHA-C1", configs=(PLAIN,), layers=("linear", "conv1d", "conv2d", "conv2d-groups", "conv1d-dilation")),
     Variant(name="small", clause="LOHA-C1", configs=(PLAIN,), numbers="small"),
-    Variant(name="rounded", clause="LOHA-C5", configs=({"r": 3, "alpha": 5},), layers=("linear-large",), numbers="rounded"),
+    Variant(name="rounded", clause="LOHA-C5", configs=({"r": 9, "alpha": 5},), layers=("linear-large",), numbers="rounded"),
+    Variant(name="vector", clause="LOHA-C3", configs=(PLAIN,), operations=RUN, rows=()),
     Variant(name="no-bias", clause="LOHA-C2", configs=(PLAIN,), bias=False),
     Variant(name="two-adapters", clause="LOHA-C10", configs=(PLAIN, {"r": 2, "alpha": 8}), layers=("linear", "conv1d")),
 )
@@ -139,6 +141,12 @@ SUITE = Suite(
             clause="LOHA-C12",
             sentence="the adapter is merged twice",
             replay=only(merge=merged_twice),
+        ),
+        Mistake(
+            name="unmerge-from-frozen",
+            clause="LOHA-C13",
+            sentence="unmerge starts from the frozen weight instead of the merged one it is given",
+            replay=only(unmerge=unmerge_the_frozen),
         ),
         Mistake(
             name="unmerge-adds",

@@ -11,7 +11,7 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case, NDArray
-from peft_ref.check.lora_family import DROPOUT, GRADIENTS, KINDS, LAYOUT, MERGING, PLAIN, RSLORA, SCALING, scale_of
+from peft_ref.check.lora_family import DROPOUT, GRADIENTS, KINDS, LAYOUT, LINEAR_AND_TABLE, MERGING, PLAIN, RSLORA, SCALING, scale_of
 from peft_ref.check.mistake import (
     AsIf,
     Formula,
@@ -28,34 +28,32 @@ from peft_ref.check.mistake import (
     with_tensors,
 )
 from peft_ref.check.oracle import Problem, answer, pose, static_delta
-from peft_ref.check.variants import Variant
+from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter
+
+BIASED = {**PLAIN, "lora_bias": True}
+DROPPED = {**PLAIN, "lora_dropout": 0.75}
+SECOND = {"r": 2, "lora_alpha": 8}
 
 VARIANTS = (
     Variant(name="plain", clause="LORA-C1", configs=(PLAIN,), layers=(*KINDS, "conv2d-groups", "conv1d-dilation")),
     Variant(name="small", clause="LORA-C3", configs=(PLAIN,), layers=("linear", "embedding"), numbers="small"),
-    Variant(name="rounded", clause="LORA-C3", configs=({"r": 3, "lora_alpha": 5},), layers=("linear-large",), numbers="rounded"),
+    Variant(name="rounded", clause="LORA-C3", configs=({"r": 9, "lora_alpha": 5},), layers=("linear-large",), numbers="rounded"),
     Variant(name="no-bias", clause="LORA-C6", configs=(PLAIN,), bias=False),
-    Variant(name="rslora", clause="LORA-C5", configs=(RSLORA,), layers=("linear", "conv2d")),
-    Variant(
-        name="lora-bias",
-        clause="LORA-C8",
-        configs=({**PLAIN, "lora_bias": True},),
-        layers=("linear", "conv1d", "conv2d-groups"),
-    ),
-    Variant(
-        name="dropout",
-        clause="LORA-C11",
-        configs=({**PLAIN, "lora_dropout": 0.5},),
-        layers=("linear", "conv1d"),
-        dropout=0.5,
-    ),
+    Variant(name="vector", clause="LORA-C6", configs=(PLAIN,), layers=LINEAR_AND_TABLE, operations=RUN, rows=()),
+    Variant(name="matrix", clause="LORA-C6", configs=(PLAIN,), layers=LINEAR_AND_TABLE, operations=RUN, rows=(3,)),
+    Variant(name="rslora", clause="LORA-C5", configs=(RSLORA,), layers=("linear", "transposed_linear", "conv2d")),
+    Variant(name="lora-bias", clause="LORA-C8", configs=(BIASED,), layers=("linear", "transposed_linear", "conv1d", "conv2d-groups")),
+    Variant(name="lora-bias-alone", clause="LORA-C9", configs=(BIASED,), layers=("linear", "conv1d"), bias=False),
+    Variant(name="dropout", clause="LORA-C11", configs=(DROPPED,), layers=("linear", "transposed_linear", "conv1d"), dropout=0.75),
+    Variant(name="dropout-lora-bias", clause="LORA-C11", configs=({**BIASED, **DROPPED},), dropout=0.75),
+    Variant(name="dropout-two-adapters", clause="LORA-C11", configs=(DROPPED, {**SECOND, "lora_dropout": 0.75}), dropout=0.75),
     Variant(
         name="two-adapters",
         clause="LORA-C10",
-        configs=(PLAIN, {"r": 2, "lora_alpha": 8}),
-        layers=("linear", "embedding", "conv1d"),
+        configs=(PLAIN, SECOND),
+        layers=("linear", "transposed_linear", "embedding", "conv1d"),
     ),
 )
 
@@ -107,7 +105,8 @@ CROSSED = Formula(
 
 
 def _several(replay: Replay) -> Replay:
-    return lambda case: replay(case) if len(case.adapters) > 1 else None
+    """Only where several adapters read the same x: with a mask each, their factors have nothing to be summed for."""
+    return lambda case: replay(case) if len(case.adapters) > 1 and not any(a.dropout for a in case.adapters) else None
 
 
 def _reread_delta(case: Case) -> Answer | None:

@@ -29,6 +29,7 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
     mergeable = layer.groups == 1 or not issubclass(METHODS[name], LowRank)
+    mergeable &= variant.bias or not any(c.get("lora_bias") for c in variant.configs)
     cases = []
     for operation in ARRAY_OPERATIONS:
         if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):

@@ -37,6 +37,9 @@ class HonestPort(Port):
         out = Honest(case, Arithmetic(self._dtype, rng, self._order)).answer()
         return Answered({name: value.astype(np.float64) for name, value in out.items()})
 
+    def forget(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -166,6 +169,8 @@ class Honest:
 
     def forward_merged(self) -> Host:
         W, b = self.W, self.b
+        if b is None and any("lora_B.bias" in a.tensors for a in self.case.adapters):
+            b = self.a.array(np.zeros(W.shape[0]))
         for i in range(len(self.case.adapters)):
             W, b = self.merge_step(i, W, b)
         return self.apply(self.X, W, b)

@@ -21,6 +21,7 @@ class LoRA:
     """y = x W^T + b + sum over adapters of s (drop(x) A^T) B^T + s c. An embedding is the linear layer of one-hot rows."""
 
     several: ClassVar[bool] = True  # False: the sentence does not say what happens to several adapters, so they are not answered
+    several_masks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("linear", "transposed_linear", "embedding")
 
     def __init__(self, dtype: Any = np.float64) -> None:
@@ -156,6 +157,8 @@ class LoRA:
 
     def answer(self, case: Json) -> Json | None:
         if case["layer"]["kind"] not in self.kinds or (len(case["adapters"]) > 1 and not self.several):
+            return None
+        if not self.several_masks and len(case["adapters"]) > 1 and any(a["dropout"] for a in case["adapters"]):
             return None
         operations: dict[str, Callable[[Json], Json]] = {
             "forward": self.forward,
@@ -327,6 +330,8 @@ class OnlyFirstAdapter(LoRA):
 
 class CrossTerms(LoRA):
     """(s1 B1 + s2 B2)(A1 + A2), the smaller rank filled up with zeros."""
+
+    several_masks = False
 
     def delta_of(self, adapter: Json, case: Json) -> Host:
         if adapter is not case["adapters"][0]:

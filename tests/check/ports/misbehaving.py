@@ -121,6 +121,7 @@ WAYS = {
     "list-answer": replies(lambda reply: {**reply, "answer": [1, 2]}),
     "missing": replies(lambda reply: {**reply, "answer": {}}),
     "extra": replies(lambda reply: {**reply, "answer": {**reply["answer"], "loss": [1.0]}}),
+    "skips": replies(lambda reply: {"id": reply.get("id"), "skipped": "not built yet"}),
     "error": replies(lambda reply: {"id": reply.get("id"), "error": "thread 'main' panicked at src/lib.rs:12"}),
     "deep-error": lambda reply: say(b'{"id": "%s", "error": %s}\n' % (reply["id"].encode(), b"[" * 900 + b"]" * 900)),
     "adapters-null": replies(lambda reply: {**reply, "answer": {**reply["answer"], "adapters": None}}),

@@ -1,0 +1,273 @@
+"""A linter on the cases: the ten rules that known mistakes taught, and that the corpus does not change unnoticed.
+
+After a wanted change:   python -m tests.check.frozen_corpus
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_ref.check.case import ARRAY_OPERATIONS, OPERATIONS, Case, build_method, from_json, to_json
+from peft_ref.check.corpus import corpus
+from peft_ref.check.mistakes import SUITES
+from peft_ref.check.oracle import answer, pose
+from peft_ref.contracts import Additive, LowRank
+from peft_ref.layers import Conv, Embedding, Layer
+from peft_ref.methods import METHODS
+from tests.check.frozen_corpus import FILE, fingerprints
+
+ARRAYS = tuple(c for c in corpus() if c.operation in ARRAY_OPERATIONS)
+ADAPTERS = [(c, a) for c in ARRAYS for a in c.adapters]
+SPEC = Path(__file__).parents[2] / "spec" / "methods"
+
+# Where geometry forces sizes to meet. Everything else has to differ.
+EQUAL_SIZES = {
+    # A kernel of size 1 along one axis is what breaks merges that squeeze (peft#3768); in-channels 2 keep a 3-d case small.
+    "conv3d": "kernel (2, 1, 3), 2 in, 3 out",
+    # Groups divide both sides of the layer and the rank: 2 | 6, 10, 4.
+    "groups": "2 groups, kernel (3, 2)",
+}
+
+
+def float_arrays(case: Case) -> dict[str, np.ndarray[Any, Any]]:
+    named = {name: getattr(case, name) for name in ("weight", "bias", "x", "dy", "merged_weight", "merged_bias")}
+    named |= {f"{i}.{key}": v for i, a in enumerate(case.adapters) for key, v in a.tensors.items()}
+    return {name: v for name, v in named.items() if v is not None and v.dtype.kind == "f"}
+
+
+# ---- rules 1 to 4: nothing degenerate
+
+
+def test_alpha_is_not_r_and_no_two_readings_of_the_scale_agree() -> None:
+    for case, adapter in ADAPTERS:
+        config = adapter.config
+        if "r" not in config:
+            continue
+        alpha, r = config.get("lora_alpha", config.get("alpha")), config["r"]
+        assert alpha != r, case.id
+        readings = (alpha / r, alpha / math.sqrt(r), alpha, 1 / r, 1.0)
+        assert all(a != b for a, b in combinations(readings, 2)), (case.id, readings)
+
+
+def test_several_adapters_have_different_scales_and_ranks() -> None:
+    for case in ARRAYS:
+        if len(case.adapters) > 1 and "r" in case.adapters[0].config:
+            scales = {m.scale for m in (build_method(case.method, a.config) for a in case.adapters)}  # type: ignore[attr-defined]
+            assert len(scales) == len({a.config["r"] for a in case.adapters}) == len(case.adapters), case.id
+
+
+def test_no_factor_is_zero_anywhere_nor_the_identity() -> None:
+    for case in ARRAYS:
+        for name, v in float_arrays(case).items():
+            if name != "weight" or ".unit-norm." not in case.id:  # that weight is made to measure
+                assert np.all(v != 0), (case.id, name)
+            assert v.ndim < 2 or v.shape[0] != v.shape[1] or not np.array_equal(v, np.eye(len(v))), (case.id, name)
+        for mask, p in (a.dropout for a in case.adapters if a.dropout):
+            assert set(np.unique(mask)) == {0, 1}
+            assert 0 < p < 1
+
+
+@pytest.mark.parametrize("case", [c for c in ARRAYS if c.operation == "forward"], ids=lambda c: c.id)
+def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
+    layer = case.layer
+    assert layer is not None
+    sizes = _sizes(layer)
+    ranks = [a.config["r"] for a in case.adapters if "r" in a.config]
+    assert 1 not in (*sizes, *ranks)
+    for one in (sizes, (*layer.shape, *ranks)):
+        assert len(set(one)) == len(one), (case.id, one)
+    assert case.x is not None
+    assert 1 not in (n for axis, n in enumerate(case.x.shape) if axis < 2), "a batch of one hides a wrong sum over it"
+
+
+def _sizes(layer: Layer) -> tuple[int, ...]:
+    """What must not be confused: the two sides of the layer and, for a convolution, the sizes of its kernel among each other."""
+    if isinstance(layer, Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if not isinstance(layer, Conv):
+        return layer.shape
+    kernel = layer.kernel_size if len(layer.kernel_size) < 3 else ()  # EQUAL_SIZES["conv3d"]
+    assert len(set(layer.kernel_size)) == len(layer.kernel_size)
+    return (layer.in_channels, layer.out_channels) if kernel == () else (layer.shape[0], layer.shape[1], layer.channels)
+
+
+def test_every_exception_from_different_sizes_is_one_that_exists() -> None:
+    layers = {repr(c.layer) for c in ARRAYS}
+    assert any("kernel_size=(2, 1, 3)" in text and "in_channels=2" in text for text in layers), EQUAL_SIZES["conv3d"]
+    assert any("groups=2" in text for text in layers), EQUAL_SIZES["groups"]
+
+
+def test_no_parameter_has_its_initial_value() -> None:
+    for case, adapter in ADAPTERS:
+        if case.method == "ia3":
+            assert np.all(adapter.tensors["ia3_l"] != 1), case.id
+        if case.method == "dora" and len(case.adapters) == 1:
+            p = pose(case)
+            method, params = p.adapters[0].method, p.adapters[0].params
+            norms = np.linalg.norm(p.W + method.scale * (params.B @ params.A), axis=1)  # type: ignore[attr-defined]
+            assert np.all(np.abs(params.m - norms) > 0.01 * norms), case.id
+
+
+def test_dora_gains_differ_from_row_to_row() -> None:
+    """One and the same gain everywhere would hide a gain along the wrong axis."""
+    for case, adapter in ADAPTERS:
+        if case.method == "dora":
+            assert len(np.unique(adapter.tensors["lora_magnitude_vector"])) > 1, case.id
+
+
+# ---- rules 6 to 9: absolute values, no round trips
+
+
+def test_unmerge_is_not_asked_of_what_merge_gives() -> None:
+    merged = {c.id.removesuffix("merge"): answer(c) for c in ARRAYS if c.operation == "merge"}
+    for case in ARRAYS:
+        if case.operation == "unmerge":
+            given = case.merged_weight
+            assert given is not None
+            assert np.mean(given != merged[case.id.removesuffix("unmerge")]["weight"]) > 0.5, case.id
+
+
+def test_no_case_tells_its_answer() -> None:
+    for case in corpus():
+        assert not {"expected", "answer", "right", "y"} & to_json(case).keys(), case.id
+
+
+def test_every_answer_is_numbers_that_differ() -> None:
+    for case in ARRAYS:
+        for name, v in answer(case).items():
+            assert v.size > 1, (case.id, name)
+            assert np.all(np.isfinite(v)), (case.id, name)
+            assert len(np.unique(v)) > 1, (case.id, name)
+
+
+# ---- what a port receives
+
+
+def test_every_number_has_at_most_eight_significant_bits() -> None:
+    """So that no format rounds a question: bfloat16 has eight."""
+    for case in ARRAYS:
+        for name, v in float_arrays(case).items():
+            for number in v.reshape(-1).tolist():
+                n = abs(number.as_integer_ratio()[0])
+                assert (n // (n & -n) if n else 0).bit_length() <= 8, (case.id, name, number)
+
+
+def test_a_case_survives_json() -> None:
+    for case in corpus():
+        text = json.dumps(to_json(case), allow_nan=False)
+        again = from_json(json.loads(text))
+        assert to_json(again) == json.loads(text) == to_json(case), case.id
+        assert (again.id, again.method, again.operation, again.clause, again.layer) == (
+            case.id,
+            case.method,
+            case.operation,
+            case.clause,
+            case.layer,
+        )
+        for name, v in float_arrays(case).items():
+            w = float_arrays(again)[name]
+            assert w.dtype == v.dtype == np.float64, (case.id, name)
+            np.testing.assert_array_equal(w, v)
+        if case.operation in ARRAY_OPERATIONS:
+            for name, v in answer(case).items():
+                np.testing.assert_array_equal(answer(again)[name], v, err_msg=case.id)
+
+
+def test_a_configuration_in_a_case_is_complete() -> None:
+    """Nothing is left to a port's defaults, but where defaults are the question."""
+    for case, adapter in ADAPTERS:
+        method = build_method(case.method, adapter.config)
+        hyper_parameters = {f.name for f in fields(method)}  # type: ignore[arg-type]  # every method is a dataclass
+        assert hyper_parameters <= adapter.config.keys(), case.id
+        assert set(adapter.tensors) == {s.key for s in method.spec(case.layer)}, case.id  # type: ignore[arg-type]
+
+
+# ---- nothing is left out
+
+
+def test_every_method_is_asked_every_operation_on_every_kind_of_layer() -> None:
+    asked = {(c.method, c.layer.kind, c.operation) for c in ARRAYS if c.layer is not None}
+    wanted = set()
+    for name, cls in METHODS.items():
+        operations = {*ARRAY_OPERATIONS} - (set() if issubclass(cls, LowRank | Additive) else {"delta"})
+        wanted |= {(name, kind, operation) for kind in cls.kinds for operation in operations}
+    assert asked == wanted
+
+
+def test_every_method_is_asked_about_everything_else() -> None:
+    asked = {(c.method, c.operation) for c in corpus()}
+    assert {o for _, o in asked} == set(OPERATIONS)
+    for name in METHODS:
+        assert {(name, "init"), (name, "config"), (name, "state_dict")} <= asked
+
+
+def test_several_adapters_biases_and_dropout_are_asked() -> None:
+    for name in METHODS:
+        own = [c for c in ARRAYS if c.method == name]
+        assert any(len(c.adapters) > 1 for c in own), name
+        assert any(c.bias is None and c.layer is not None and c.layer.kind != "embedding" for c in own), name
+        assert any(c.bias is not None for c in own), name
+    for name in ("lora", "dora"):
+        assert any(a.dropout for c, a in ADAPTERS if c.method == name), name
+
+
+def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
+    from peft_ref.check.diagnose import expected_answer
+
+    for name in set(METHODS) - {"dora"}:
+        kinds = Counter(expected_answer(c, "float32").exact for c in ARRAYS if c.method == name)
+        assert kinds[True] > kinds[False] > 0, name
+
+
+# ---- stable
+
+
+def test_ids_are_unique_and_say_what_is_asked() -> None:
+    ids = Counter(c.id for c in corpus())
+    assert not [i for i, n in ids.items() if n > 1]
+    for case in ARRAYS:
+        assert case.id.split(".")[0] == case.method
+        assert case.id.split(".")[-1] == case.operation
+
+
+def test_no_case_has_changed_since_it_was_frozen() -> None:
+    frozen, now = json.loads(FILE.read_text("utf-8")), fingerprints()
+    gone, new = sorted(frozen.keys() - now.keys()), sorted(now.keys() - frozen.keys())
+    changed = [i for i in now if i in frozen and now[i] != frozen[i]]
+    assert (gone, new, changed) == ([], [], []), "wanted? then run: python -m tests.check.frozen_corpus"
+
+
+def test_the_corpus_is_the_same_again() -> None:
+    before = fingerprints()
+    corpus.cache_clear()
+    try:
+        assert fingerprints() == before
+    finally:
+        corpus.cache_clear()
+
+
+def test_every_clause_that_is_cited_is_in_the_specification() -> None:
+    cited = {c.clause for c in corpus()}
+    cited |= {m.clause for suite in SUITES.values() for m in suite.mistakes}
+    cited |= {v.clause for suite in SUITES.values() for v in suite.variants}
+    written: set[str] = set()
+    for page in SPEC.glob("*.md"):
+        text = page.read_text("utf-8")
+        written |= set(re.findall(r"^- \*\*([A-Z0-9]+-C\d+)\*\*", text, re.MULTILINE))
+    assert not sorted(cited - written)
+
+
+def test_a_case_cites_its_own_method_or_the_family_it_belongs_to() -> None:
+    family = {"dora": {"DORA", "LORA"}}
+    for case in corpus():
+        assert case.clause.split("-")[0] in family.get(case.method, {case.method.upper()}), case.id

@@ -1,0 +1,311 @@
+"""Fresh adapters: right ones are never accused, in any format; wrong ones are, and by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_ref.backend import round_to
+from peft_ref.check.case import Case, build_method, encode
+from peft_ref.check.corpus import corpus
+from peft_ref.check.init_laws import KS_LIMIT, grade_init, laws, normal, uniform
+from peft_ref.check.judge import judge
+from peft_ref.check.port import Answered, Port, Reply, Skipped
+from peft_ref.check.result import PortInfo
+from peft_ref.check.tolerance import PRECISION
+
+Host = np.ndarray[Any, Any]
+Draw = dict[str, Host]
+Draws = list[Draw]
+CASES = {c.id: c for c in corpus() if c.operation == "init"}
+DTYPES = tuple(PRECISION)
+
+
+def fresh(case: Case, dtype: str, seed: int) -> Draws:
+    """What an honest port draws: computed in float64 or float32, each number rounded once to its format."""
+    assert case.layer is not None
+    assert case.weight is not None
+    method = build_method(case.method, case.adapters[0].config)
+    W = case.layer.fold(case.weight).astype(np.float64 if dtype == "float64" else np.float32)
+    out = []
+    for i in range(case.question["draws"]):
+        start = method.init(case.layer, W, np.random.default_rng([seed, i]))
+        tensors = {**method.pack(case.layer, start.params), "weight": case.layer.unfold(start.W)}
+        out.append({k: round_to(v, dtype) for k, v in tensors.items()})
+    return out
+
+
+def graded(case: Case, draws: Draws, dtype: str) -> str:
+    return grade_init(case, {"draws": [{k: encode(round_to(v, dtype)) for k, v in draw.items()} for draw in draws]}, dtype)
+
+
+def accused(case: Case, dtype: str, seeds: range) -> list[str]:
+    return [problem for seed in seeds if (problem := graded(case, fresh(case, dtype, seed), dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_a_right_start_is_never_accused(case: Case, dtype: str) -> None:
+    first = DTYPES.index(dtype) * 50  # two hundred seeds over the four formats
+    assert not accused(case, dtype, range(first, first + 50))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_a_right_start_is_never_accused_in_many_draws(case: Case, dtype: str) -> None:
+    assert not accused(case, dtype, range(1000, 1600))
+
+
+# ---- what goes wrong
+
+Wrong = Callable[[Case, Draw, np.random.Generator], Draw]
+
+
+def _key(draw: Draw, part: str) -> str:
+    return next(k for k in draw if part in k)
+
+
+def replaced(part: str, number: Callable[[Case, Host, np.random.Generator], Host]) -> Wrong:
+    """The tensor whose key has `part`, drawn otherwise."""
+
+    def wrong(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+        key = _key(draw, part)
+        return {**draw, key: number(case, draw[key], rng)}
+
+    return wrong
+
+
+def fan_in(case: Case) -> int:
+    assert case.layer is not None
+    return case.layer.fan_in
+
+
+def rank(case: Case) -> int:
+    return int(case.adapters[0].config["r"])
+
+
+def base_kept(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    assert case.weight is not None
+    return {**draw, "weight": case.weight}
+
+
+def no_base_sent(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    return {k: v for k, v in draw.items() if k != "weight"}
+
+
+def swapped(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    a, b = _key(draw, "_A"), _key(draw, "_B")
+    return {**draw, a: rng.normal(size=draw[a].shape), b: np.zeros_like(draw[b])}
+
+
+def singular_values_in_B(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    a, b = _key(draw, "_A"), _key(draw, "_B")
+    root = np.linalg.norm(draw[a], axis=1)
+    return {**draw, a: draw[a] / root[:, None], b: draw[b] * root}
+
+
+def scale_not_taken_out(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    """B A is the best part of W, instead of s B A."""
+    s = case.adapters[0].config["lora_alpha"] / rank(case)
+    a, b = _key(draw, "_A"), _key(draw, "_B")
+    return {**draw, a: draw[a] * math.sqrt(s), b: draw[b] * math.sqrt(s)}
+
+
+def orthogonal_apart(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+    """A and B each orthogonal, and not to each other."""
+    a, b = _key(draw, "_A"), _key(draw, "_B")
+    return {**draw, a: np.linalg.qr(rng.normal(size=draw[a].shape[::-1]))[0].T, b: np.linalg.qr(rng.normal(size=draw[b].shape))[0]}
+
+
+def norm_of_columns(case: Case, v: Host, rng: np.random.Generator) -> Host:
+    return np.full_like(v, np.linalg.norm(np.asarray(case.weight)))
+
+
+WRONG: dict[str, tuple[str, Wrong, str]] = {
+    "A zero": ("lora.linear.init-default", replaced("_A", lambda c, v, rng: v * 0), "init-A-zero"),
+    "B random": ("lora.linear.init-default", replaced("_B", lambda c, v, rng: rng.normal(size=v.shape)), "init-B-random"),
+    "A normal with deviation 1/r": (
+        "lora.linear.init-default",
+        replaced("_A", lambda c, v, rng: rng.normal(0, 1 / rank(c), v.shape)),
+        "init-wrong",
+    ),
+    "A with torch's plain kaiming bound, sqrt(6 / fan in)": (
+        "lora.linear.init-default",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) * math.sqrt(6 / fan_in(c))),
+        "init-wrong-bound",
+    ),
+    "A too wide by sqrt 3": ("lora.linear.init-default", replaced("_A", lambda c, v, rng: v * math.sqrt(3)), "init-wrong-bound"),
+    "A too narrow by sqrt 3": ("lora.linear.init-default", replaced("_A", lambda c, v, rng: v / math.sqrt(3)), "init-wrong-law"),
+    "A never negative": ("lora.linear.init-default", replaced("_A", lambda c, v, rng: np.abs(v)), "init-wrong-law"),
+    "A by the fan out": (
+        "lora.linear.init-default",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(rank(c))),
+        "init-wrong-bound",
+    ),
+    "A of a convolution without its kernel": (
+        "lora.conv2d.init-default",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(v.shape[1])),
+        "init-wrong-bound",
+    ),
+    "A of groups by one group's inputs": (
+        "lora.conv2d-groups.init-default",
+        replaced("_A", lambda c, v, rng: v * math.sqrt(2)),
+        "init-wrong-bound",
+    ),
+    "gaussian with deviation 1": (
+        "lora.linear.init-gaussian",
+        replaced("_A", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-wrong-law",
+    ),
+    "gaussian with deviation 1/sqrt r": (
+        "lora.linear.init-gaussian",
+        replaced("_A", lambda c, v, rng: rng.normal(0, rank(c) ** -0.5, v.shape)),
+        "init-wrong-law",
+    ),
+    "gaussian ignored": (
+        "lora.linear.init-gaussian",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(fan_in(c))),
+        "init-wrong-law",
+    ),
+    "gaussian is zero": ("lora.linear.init-gaussian", replaced("_A", lambda c, v, rng: v * 0), "init-zero"),
+    "False ignored, B zero": ("lora.linear.init-false", replaced("_B", lambda c, v, rng: v * 0), "zero"),
+    "lora_bias random": (
+        "lora.linear.init-default-bias",
+        replaced("B.bias", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-bias-random",
+    ),
+    "embedding roles swapped": ("lora.embedding.init-default", swapped, "embedding-init-swapped"),
+    "embedding B as narrow as a linear's": (
+        "lora.embedding.init-default",
+        replaced("_B", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / 2),
+        "init-wrong-law",
+    ),
+    "pissa without the base changed": ("lora.linear.init-pissa", base_kept, "init-pissa-base-kept"),
+    "pissa without the base sent": ("lora.linear.init-pissa", no_base_sent, "init-pissa-base-kept"),
+    "pissa without the scale": ("lora.linear.init-pissa", scale_not_taken_out, "init-pissa"),
+    "pissa with all of S in B": ("lora.linear.init-pissa", singular_values_in_B, "init-pissa"),
+    "olora without the base changed": ("lora.linear.init-olora", base_kept, "init-olora-base-kept"),
+    "olora with a wrong Q": ("lora.linear.init-olora", replaced("_B", lambda c, v, rng: v * 2), "init-olora"),
+    "orthogonal with B A not zero": ("lora.linear.init-orthogonal", orthogonal_apart, "init-orthogonal"),
+    "orthogonal with B zero": ("lora.linear.init-orthogonal", replaced("_B", lambda c, v, rng: v * 0), "init-orthogonal"),
+    "magnitude of ones": ("dora.linear.init-default", replaced("magnitude", lambda c, v, rng: np.ones_like(v)), "init-magnitude"),
+    "one magnitude for all": ("dora.linear.init-default", replaced("magnitude", norm_of_columns), "init-magnitude"),
+    "magnitude of squares": ("dora.conv1d.init-default", replaced("magnitude", lambda c, v, rng: v * v), "init-magnitude"),
+    "magnitude of a table, ones": (
+        "dora.embedding.init-default",
+        replaced("magnitude", lambda c, v, rng: np.ones_like(v)),
+        "init-magnitude",
+    ),
+    "LoHa's w2_b random": ("loha.linear.init-default", replaced("w2_b", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
+    "LoHa's w1_a as LyCORIS draws it": (
+        "loha.linear.init-default",
+        replaced("w1_a", lambda c, v, rng: rng.normal(0, 0.1, v.shape)),
+        "init-wrong-law",
+    ),
+    "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
+    "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_start_is_named(what: str, dtype: str) -> None:
+    case_id, wrong, name = WRONG[what]
+    case = CASES[f"{case_id}.init"]
+    for seed in range(4):
+        rng = np.random.default_rng([seed, 99])
+        problem = graded(case, [wrong(case, draw, rng) for draw in fresh(case, dtype, seed)], dtype)
+        assert name in problem, f"{what} in {dtype}: {problem or 'not seen'}"
+
+
+# ---- the statistics
+
+
+@pytest.mark.parametrize("law", [uniform(0.4), normal(0.25)], ids=["uniform", "normal"])
+def test_one_and_the_same_draw_again_and_again_is_seen(law: Any) -> None:
+    """A generator that is seeded anew for every draw."""
+    once = np.random.default_rng(0).uniform(-0.4, 0.4, (4, 5))
+    assert law.problem(np.stack([once] * 48), "float64")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_distance_of_honest_draws_stays_far_from_the_limit(dtype: str) -> None:
+    """At a limit of half the size nobody would be accused either: P(sqrt(n) D > 1.9) is 1.5e-3, and 400 sets are drawn."""
+    rng = np.random.default_rng(5)
+    n = 48 * 20
+    worst = 0.0
+    for _ in range(200):
+        for values in (round_to(rng.uniform(-0.4, 0.4, n), dtype) / 0.4 / 2 + 0.5, _phi(round_to(rng.normal(0, 0.25, n), dtype) / 0.25)):
+            ordered = np.sort(values)
+            steps = np.arange(n + 1) / n
+            worst = max(worst, np.sqrt(n) * max(np.max(steps[1:] - ordered), np.max(ordered - steps[:-1])))
+    assert worst < KS_LIMIT * 0.75
+
+
+def _phi(z: Host) -> Host:
+    return np.asarray([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in z])
+
+
+def test_every_drawn_tensor_has_a_law() -> None:
+    """Computed starts (pissa, olora, orthogonal) and DoRA's magnitude have identities instead."""
+    for case in CASES.values():
+        assert case.layer is not None
+        keys = {s.key for s in build_method(case.method, case.adapters[0].config).spec(case.layer)} - {"lora_magnitude_vector"}
+        computed = case.adapters[0].config.get("init_lora_weights") in ("pissa", "olora", "orthogonal")
+        assert set(laws(case)) == (set() if computed else keys), case.id
+
+
+# ---- malformed answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({}, "draws"),
+        ({"draws": []}, "draws"),
+        ({"draws": [{"lora_A.weight": [[1.0]]}]}, "keys"),
+        ({"draws": [{"lora_A.weight": [[1.0]], "lora_B.weight": [[1.0]]}]}, "expected (4, 5)"),
+    ],
+)
+def test_an_answer_that_cannot_be_judged_says_what_is_missing(answer: dict[str, Any], says: str) -> None:
+    assert says in grade_init(CASES["lora.linear.init-default.init"], answer, "float64")
+
+
+class FreshPort(Port):
+    """Answers nothing but init, wrongly where told."""
+
+    def __init__(self, dtype: str, wrong: Wrong | None = None) -> None:
+        self._dtype, self._wrong = dtype, wrong
+
+    def start(self) -> PortInfo:
+        return PortInfo(name="fresh", dtype=self._dtype, operations=("init",))
+
+    def ask(self, case: Case) -> Reply:
+        if case.operation != "init":
+            return Skipped("init only")
+        draws = fresh(case, self._dtype, 7)
+        rng = np.random.default_rng(1)
+        draws = draws if self._wrong is None else [self._wrong(case, d, rng) for d in draws]
+        return Answered({"draws": [{k: encode(v) for k, v in d.items()} for d in draws]})
+
+    def forget(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_judge_grades_starts() -> None:
+    report = judge(FreshPort("float32"), corpus(), search=False)
+    assert report.counts["right"] == len(CASES)
+    assert report.exit_code == 0
+    case = CASES["lora.linear.init-default.init"]
+    report = judge(FreshPort("float32", WRONG["B random"][1]), [case], search=False)
+    assert report.counts["wrong"] == 1
+    assert "init-B-random" in report.verdicts[0].reason
+    assert report.exit_code == 1
