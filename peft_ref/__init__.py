@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from peft_ref.layers import Layer as Layer
     from peft_ref.layers import Linear as Linear
     from peft_ref.methods import *  # noqa: F403 - METHODS and every class in it, by `__all__` over there
+    from peft_ref.methods import method_class as method_class
+    from peft_ref.methods import register_method as register_method
+    from peft_ref.registry import PeftType as PeftType
+    from peft_ref.registry import TaskType as TaskType
     from peft_ref.stack import Adapter as Adapter
     from peft_ref.stack import Dropout as Dropout
     from peft_ref.stack import forward as forward
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "METHODS": "peft_ref.methods",
+    "method_class": "peft_ref.methods",
+    "register_method": "peft_ref.methods",
+    "PeftType": "peft_ref.registry",
+    "TaskType": "peft_ref.registry",
     "Conv": "peft_ref.layers",
     "Embedding": "peft_ref.layers",
     "Layer": "peft_ref.layers",
@@ -57,7 +65,7 @@ def _load(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
     elif name[:1].isupper() and name in (classes := _method_classes()):  # a submodule's name is lower case: leave that to `import`
-        value = classes[name]
+        return classes[name]  # not kept: a registered class may be taken out again
     else:
         raise AttributeError(f"module 'peft_ref' has no attribute {name!r}. Its public names: peft_ref.__all__.")
     globals()[name] = value

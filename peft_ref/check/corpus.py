@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from peft_ref.check.case import Case, build_method
+from peft_ref.check.mistake import Suite
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.text_cases import text_cases
 from peft_ref.check.variants import LAYERS, Variant, make_case
@@ -16,11 +17,18 @@ from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
 
 
-@cache
 def corpus(method: str | None = None) -> tuple[Case, ...]:
-    """Every case, of one method or of all."""
+    """Every case, of one method or of all, those of installed packages too."""
+    SUITES.discover()
     names = [method] if method else sorted(METHODS)
-    return tuple(case for name in names for case in (*_cases(name, SUITES[name].variants), *text_cases(name)))
+    return tuple(case for name in names for case in _of(name, METHODS[name], SUITES.of(name)))
+
+
+@cache
+def _of(name: str, cls: type[Method[Any]], suite: Suite) -> tuple[Case, ...]:
+    """One method's. Class and suite are what the cache goes by: a registered method can be taken out and come back changed."""
+    text = () if name in METHODS.registered else text_cases(name)  # those know the methods of HF PEFT
+    return (*_cases(name, suite.variants), *text)
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

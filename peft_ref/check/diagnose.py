@@ -62,7 +62,7 @@ def _explain(method: str, group: list[Wrong], right: list[Case], dtype: str, lev
     out: list[Diagnosis] = []
     for part, members in grouped(group, lambda w: key(w.case)).items():
         peers = [c for c in right if key(c) == part]
-        names = [m for m in SUITES[method].mistakes if _fits(m.replay, members, peers, dtype)]
+        names = [m for m in SUITES.of(method).mistakes if _fits(m.replay, members, peers, dtype)]
         if names:
             out.append(_named(method, members, names))
         elif level == 0 and (pair := _pair(method, members, peers, dtype)):
@@ -109,7 +109,7 @@ def expected_answer(case: Case, dtype: str) -> Expected:
 
 def _pair(method: str, wrong: list[Wrong], right: list[Case], dtype: str) -> tuple[Mistake, Mistake] | None:
     """Two mistakes made at once, of the kind that can be: both change the case."""
-    simple = [m for m in SUITES[method].mistakes if isinstance(m.replay, AsIf)]
+    simple = [m for m in SUITES.of(method).mistakes if isinstance(m.replay, AsIf)]
     for first, second in combinations(simple, 2):
         if _fits(first.replay.then(second.replay), wrong, right, dtype):  # type: ignore[attr-defined]  # filtered above
             return first, second

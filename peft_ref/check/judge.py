@@ -200,7 +200,7 @@ def undecidable(dtype: str, case_ids: tuple[str, ...]) -> dict[str, tuple[str, .
     if dtype == "float64":
         return hidden
     for method, cases in grouped(asked, lambda c: c.method).items():
-        unseen = [m for m in SUITES[method].mistakes if not any(_shows(m, case, dtype) for case in cases)]
+        unseen = [m for m in SUITES.of(method).mistakes if not any(_shows(m, case, dtype) for case in cases)]
         names = tuple(m.name for m in unseen if any(_shows(m, case, "float64") for case in cases))
         if names:
             hidden[method] = names

@@ -42,7 +42,7 @@ class Mistake:
     dialect: bool = False  # another reading that its users rely on: named, and not counted as wrong
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Suite:
     """What is asked about one method, and its known mistakes."""
 

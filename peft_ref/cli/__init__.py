@@ -13,7 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     from peft_ref import __version__
     from peft_ref.cli import cases, check
+    from peft_ref.methods import METHODS
 
+    for problem in METHODS.discover():
+        print(f"peft-ref: left out: {problem}", file=sys.stderr)
     arguments = list(sys.argv[1:] if argv is None else argv)
     given, program = _split(arguments)
     parser = argparse.ArgumentParser(

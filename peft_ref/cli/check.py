@@ -101,7 +101,10 @@ def _check_writable(path: Path | str | None) -> None:
 
 def _selected(options: argparse.Namespace) -> tuple[Case, ...]:
     from peft_ref.check.corpus import corpus
+    from peft_ref.check.mistakes import SUITES
 
+    for problem in SUITES.discover():
+        print(f"peft-ref: left out: {problem}", file=sys.stderr)
     cases = tuple(
         c
         for c in corpus()

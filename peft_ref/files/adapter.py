@@ -90,20 +90,27 @@ def all_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     return {**state_dict(adapter.modules), **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
 
 
+def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterConfig:
+    """Read only the configuration of the adapter called `name`; its weights need not be there."""
+    place = _place(Path(folder), name)
+    path = committed(place, CONFIG, FILES)
+    if not path.is_file():
+        raise FileFormatError(f"{place} has no {CONFIG}.\n  Adapters there: {', '.join(adapter_names(folder)) or 'none'}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not text in UTF-8: {error}.") from error
+    return parse(text, str(path))
+
+
 def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Mapping[str, Layer] | None = None) -> AdapterFile:
     """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
+    config = load_config(folder, name)
     place = _place(Path(folder), name)
-    config_path, weights_path = (committed(place, file, FILES) for file in (CONFIG, WEIGHTS))
-    if not config_path.is_file():
-        raise FileFormatError(f"{place} has no {CONFIG}.\n  Adapters there: {', '.join(adapter_names(folder)) or 'none'}.")
+    weights_path = committed(place, WEIGHTS, FILES)
     if not weights_path.is_file():
         pickles = sorted(p.name for p in place.iterdir() if p.suffix in PICKLES) if place.is_dir() else []
         raise FileFormatError(f"{place} has no {WEIGHTS}." + (_pickle_remedy(pickles[0]) if pickles else "\n  Save the adapter again."))
-    try:
-        text = config_path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{config_path} is not text in UTF-8: {error}.") from error
-    config = parse(text, str(config_path))
     file = open_file(weights_path)
     adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
     return AdapterFile(**{**vars(adapter), "metadata": file.metadata})

@@ -18,15 +18,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved
+from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
-from peft_ref.methods import METHODS
+from peft_ref.methods import METHODS, method_class
 
 DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
@@ -119,15 +119,12 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
 
 def _split(data: Any, where: str) -> AdapterConfig:
     if not isinstance(data, Mapping) or not isinstance(data.get("peft_type"), str):
-        raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {_built()}.")
-    siblings = [cls for cls in METHODS.values() if cls.peft_type == data["peft_type"]]
-    if not siblings:
-        raise ConfigError(f"{where}: peft_type={data['peft_type']!r} is not built here.\n  Built: {_built()}.")
-    flags = frozenset(cls.flag for cls in siblings)
+        raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {METHODS.names()}.")
+    flags = frozenset(cls.flag for cls in METHODS.siblings(data["peft_type"]))
     check(data, where, flags)
-    cls = _choose(siblings, data, where)
+    cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
-    values = {name: init_as_saved(data[name]) if name == "init_lora_weights" and cls.peft_type == "LORA" else data[name] for name in own}
+    values = {name: _as_saved(cls, name, data[name], where) for name in own}
     check_types(cls, values, where)
     try:
         method = cls(**values)
@@ -144,6 +141,12 @@ def _split(data: Any, where: str) -> AdapterConfig:
     )
 
 
+def _as_saved(cls: type[Method[Any]], name: str, value: Any, where: str) -> Any:
+    if name == "init_lora_weights" and cls.peft_type == "LORA":
+        return init_as_saved(value, where)
+    return switch_as_saved(value) if get_type_hints(cls)[name] is bool else value
+
+
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
     switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
@@ -152,27 +155,11 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
 
 
-def _choose(siblings: list[type[Method[Any]]], data: Mapping[str, Any], where: str) -> type[Method[Any]]:
-    on = [cls for cls in siblings if cls.flag is not None and data.get(cls.flag)]
-    if len(on) > 1:
-        raise ConfigError(f"{where}: {' and '.join(str(cls.flag) for cls in on)} are both on, which no method here is.\n  Switch one off.")
-    plain = [cls for cls in siblings if cls.flag is None]
-    if not (on or plain):
-        raise ConfigError(f"{where}: plain {data['peft_type']} is not built here.\n  Built: {_built()}.")
-    return (on or plain)[0]
-
-
-def _built() -> str:
-    return ", ".join(sorted({cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}" for cls in METHODS.values()}))
-
-
 def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patterns:
     names = field_names(type(method))
     found: dict[str, Mapping[str, Any]] = {}
     for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
         pattern = data.get(key) or {}
-        if not isinstance(pattern, Mapping):
-            raise ConfigError(f"{where}: {key} is a {type(pattern).__name__}, expected a map from name patterns to numbers.")
         found[key] = dict(pattern)
         if "live_r" in names:
             if key == "rank_pattern":

@@ -8,19 +8,24 @@ is left of it:
     pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
     corda, loftq           take off what only data, or a quantiser, can tell: refused
     mica                   holds B constant in training, which is another gradient: refused
+
+PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
+What PEFT and this accept otherwise is the table in tests/files/test_config_space.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError
+from peft_ref.registry import TaskType
 
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASK_TYPES = tuple(task.value for task in TaskType)
 
 # Switches that change what an adapter computes. One that a method of `METHODS` has as its `flag` is built; any other is refused when on.
 SWITCHES: Mapping[str, Mapping[str, str]] = {
@@ -35,6 +40,7 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
         "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+        "enable_lora": "PEFT 0.2 adapted parts of a fused layer with a grouped convolution (MergedLinear)",
     },
     "ADALORA": {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
@@ -44,6 +50,8 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LOHA": {"use_effective_conv2d": "use_effective_conv2d factorises the kernel"},
 }
 
+PATTERNED = ("LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {
     "corda": "takes a part off the frozen weight that only its calibration data can tell; PEFT cannot load it without them either",
@@ -52,17 +60,26 @@ INITS_NOT_BUILT = {
 }
 
 
-def init_as_saved(init: Any) -> Any:
+def init_as_saved(init: Any, where: str) -> Any:
     """What `init_lora_weights` of a saved adapter means."""
-    if isinstance(init, str) and init.lower() in INITS_NOT_BUILT:
-        reason = INITS_NOT_BUILT[init.lower()]
+    if init is None or init == 0 or init == "":
+        return False  # PEFT leaves the factors as torch makes them
+    if not isinstance(init, str):
+        return init
+    if reason := INITS_NOT_BUILT.get(init.lower()):
         raise ConfigError(
-            f"init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
+            f"{where}: init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
             " path_initial_model_for_weight_conversion, or over the weight it was trained on with init_lora_weights=True."
         )
-    if isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init):
+    if re.fullmatch(r"pissa_niter_\d+", init):
         return "pissa"
-    return INITS_AS_SAVED.get(init, init) if isinstance(init, str) else init
+    lower = init.lower() if init.lower() in INITS_OF_ANY_CASE else init
+    return INITS_AS_SAVED.get(lower, lower)
+
+
+def switch_as_saved(value: Any) -> Any:
+    """null, 0 and 1 as the truth value that PEFT takes them for."""
+    return bool(value) if value is None or (isinstance(value, int) and value in (0, 1)) else value
 
 
 def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> None:
@@ -82,6 +99,12 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("lora_bias with use_dora", "Choose one.")
         if data.get("megatron_config") and data.get("use_dora"):
             refuse("megatron_config with use_dora", "Choose one.")
+        for name in ("eva_config", "corda_config", "lora_ga_config"):
+            if not isinstance(data.get(name), Mapping | None):
+                refuse(f"{name}={data[name]!r:.60}", "There are null and a map.")
+        eva = data.get("eva_config") or {}
+        if not _number(eva.get("rho", 2)) >= 1 or not 0 <= _number(eva.get("tau", 0.5)) <= 1:
+            refuse(f"eva_config={dict(eva)}", "rho is 1 or more, tau from 0 to 1.")
         bias = data.get("bias", "none")
         if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):
             refuse(f"bias={bias!r}", "There are 'none', 'all' and 'lora_only'.")
@@ -90,9 +113,17 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("use_dora with AdaLoRA", "Leave it out.")
         if data.get("init_lora_weights") == "loftq":
             refuse("init_lora_weights='loftq' with AdaLoRA", "Use true; every other name means that too.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(data.get(name, {}), Mapping) and (kind in PATTERNED or data[name] is not None):
+            refuse(f"{name} is a {type(data[name]).__name__}, {data[name]!r:.60}", "Give a map from name patterns to numbers, {} for none.")
     feedforward = data.get("feedforward_modules")
     if kind == "IA3" and isinstance(feedforward, list) and isinstance(targets, list) and not set(feedforward) <= set(targets):
         refuse(f"feedforward_modules={feedforward} are not all in target_modules={targets}", "Target them too.")
+
+
+def _number(value: Any) -> float:
+    """`value`, or what fails every comparison where it is no number."""
+    return value if isinstance(value, int | float) else math.nan
 
 
 def check_pattern(pattern: str, where: str) -> None:

@@ -78,6 +78,7 @@ _ADALORA: Table = {
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 _ADAMSS: Table = {**_LORA, "vit": ("query", "value")}
+_ADAPTION_PROMPT: Table = {"llama": ("self_attn",), "mistral": ("self_attn",), "gpt2": ("attn",)}
 _BEFT: Table = {
     "t5": ("v",),
     "mt5": ("v",),
@@ -238,6 +239,7 @@ _WAVEFT: Table = {
 DEFAULT_TARGETS: Mapping[str, Table] = {
     "ADALORA": _ADALORA,
     "ADAMSS": _ADAMSS,
+    "ADAPTION_PROMPT": _ADAPTION_PROMPT,
     "BEFT": _BEFT,
     "BOFT": _LORA,
     "C3A": _C3A,

@@ -17,6 +17,15 @@ ALL_LINEAR = "all-linear"
 SEQ_CLS_HEADS = ("score", "classifier")
 # What a task adds to modules_to_save. Only for SEQ_CLS does PEFT add it before it matches, so only there it keeps the adapter away.
 SAVED_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# The methods of PEFT that have no table of default targets, and what they go to.
+WITHOUT_TARGETS = {
+    **dict.fromkeys(
+        ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+        "it goes before the input or into the attention's cache, to no module",
+    ),
+    "TRAINABLE_TOKENS": "it goes to the model's input embedding, whatever the architecture",
+    "XLORA": "it routes between LoRA adapters, which have targets of their own",
+}
 MANY = 20  # from so many target modules on, PEFT condenses the list
 
 
@@ -41,7 +50,9 @@ def rules_for(targets: Targets, graph: Graph, peft_type: str, task_type: str | N
             chosen = ALL_LINEAR
         if chosen is None and not (targets.target_parameters and peft_type in ("LORA", "ADALORA")):
             raise TargetError(
-                f"{peft_type} has no default target_modules for model_type {graph.model_type!r}.\n"
+                f"{peft_type} has no default target_modules: {WITHOUT_TARGETS[peft_type]}."
+                if peft_type in WITHOUT_TARGETS
+                else f"{peft_type} has no default target_modules for model_type {graph.model_type!r}.\n"
                 "  Give target_modules, for example 'all-linear'."
             )
     if isinstance(chosen, str) and chosen.lower() == ALL_LINEAR:

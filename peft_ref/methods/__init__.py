@@ -1,4 +1,4 @@
-"""Every method, one file each, and the table of them."""
+"""Every method, one file each, and the table of them, which `register_method` opens to methods of other packages (peft_ref/registry)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from peft_ref.methods.dora import DoRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
 from peft_ref.methods.lora import LoRA
+from peft_ref.registry import Registry
 
-METHODS: dict[str, type[Method[Any]]] = {
+_BUILT: dict[str, type[Method[Any]]] = {
     "adalora": AdaLoRA,
     "dora": DoRA,
     "ia3": IA3,
     "loha": LoHa,
     "lora": LoRA,
 }
+
+METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
+register_method, method_class = METHODS.register, METHODS.method_class
 
 __all__ = ["IA3", "METHODS", "AdaLoRA", "DoRA", "LoHa", "LoRA"]

@@ -64,7 +64,7 @@ def last_allocation(method: AdaLoRA) -> int:
 
 def budget(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
     """How many triplets all modules together may have after step `step`."""
-    init, target, last = sum(p.A.shape[0] for p in params.values()), method.target_r * len(params), last_allocation(method)
+    init, target, last = all_ranks(params), method.target_r * len(params), last_allocation(method)
     if step <= method.tinit:
         return init
     if step > last:
@@ -74,7 +74,11 @@ def budget(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
 
 
 def pruned_at(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
-    return sum(p.A.shape[0] for p in params.values()) - budget(method, params, step)
+    return all_ranks(params) - budget(method, params, step)
+
+
+def all_ranks(params: Mapping[str, Params]) -> int:
+    return sum(int(p.A.shape[0]) for p in params.values())
 
 
 def scores(state: State) -> dict[str, Array]:

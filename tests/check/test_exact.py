@@ -149,7 +149,7 @@ def test_the_exact_answer_of_dora_solves_its_equations() -> None:
     for case in (c for c in corpus("dora") if c.operation == "merge" and len(c.adapters) == 1):
         p = pose(case, rational)
         method, params = p.adapters[0].method, p.adapters[0].params
-        V = p.W + method.scale * (params.B @ params.A)
+        V = p.W + method.scale * (params.B @ params.A)  # type: ignore[attr-defined]  # DoRA's
         out = p.layer.fold(exact_answer(case, 24)["weight"])
         for v, w, m in zip(V, out, params.m, strict=True):
             length = sum(e.fraction**2 for e in w)

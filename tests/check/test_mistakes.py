@@ -43,7 +43,10 @@ def test_no_two_rows_of_the_matrix_are_equal(method: str) -> None:
     for one, other in combinations(rows, 2):
         same = all(
             (one in (a := replays(method)) and case.id in a[one]) == (case.id in a[other])
-            and (case.id not in a[one] or all(np.array_equal(a[one][case.id][k], a[other][case.id].get(k)) for k in a[one][case.id]))
+            and (
+                case.id not in a[one]
+                or all(k in a[other][case.id] and np.array_equal(a[one][case.id][k], a[other][case.id][k]) for k in a[one][case.id])
+            )
             for case in array_cases(method)
         )
         alike += [(one, other)] if same else []

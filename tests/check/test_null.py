@@ -36,7 +36,7 @@ def ones(case: Case) -> Answer:
 def noise(case: Case) -> Answer:
     """The right shapes, and numbers of the right size."""
     rng = np.random.default_rng(zlib.crc32(case.id.encode()))
-    return {name: rng.normal(size=v.shape) * np.std(v) + np.mean(v) for name, v in _right(case).items()}
+    return {name: np.asarray(rng.normal(size=v.shape) * np.std(v) + np.mean(v)) for name, v in _right(case).items()}
 
 
 def shapes(case: Case) -> Answer:
@@ -45,7 +45,7 @@ def shapes(case: Case) -> Answer:
 
 
 def mean(case: Case) -> Answer:
-    return {name: np.full(v.shape, np.mean(v)) for name, v in _right(case).items()}
+    return {name: np.full(v.shape, float(np.mean(v))) for name, v in _right(case).items()}
 
 
 def of_another_case(case: Case) -> Answer | None:

@@ -156,6 +156,13 @@ REFUSED = {
     "a rank of 0 in a pattern": ({**LORA, "rank_pattern": {"q": 0}}, "rank_pattern of 'q': r=0"),
     "an odd orthogonal rank in a pattern": ({**LORA, "init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, "'q'.*even rank"),
     "a pattern that is a list": ({**LORA, "rank_pattern": [1]}, "rank_pattern is a list"),
+    "a pattern that is null": ({**LORA, "alpha_pattern": None}, "alpha_pattern is a NoneType.*\n.*{} for none"),
+    "a switch that is text": ({**LORA, "lora_bias": "no"}, "lora_bias='no' is of type str, expected bool"),
+    "pissa of no number": ({**LORA, "init_lora_weights": "pissa_niter_x"}, "'pissa_niter_x' is not built here"),
+    "a part that is no map": ({**LORA, "corda_config": 3}, "corda_config=3"),
+    "eva of too small a rho": ({**LORA, "eva_config": {"rho": 0.5}}, "eva_config=.*rho is 1 or more"),
+    "eva of too large a tau": ({**LORA, "eva_config": {"tau": 1.5}}, "eva_config=.*tau from 0 to 1"),
+    "eva of text": ({**LORA, "eva_config": {"rho": "2"}}, "eva_config="),
     "an alpha of text in a pattern": ({**LORA, "alpha_pattern": {"q": "2"}}, "alpha_pattern of 'q': lora_alpha='2'"),
     "a rank pattern of a method without rank": ({"peft_type": "IA3", "rank_pattern": {"q": 2}}, "IA3 has no r"),
     "no total_step": ({"peft_type": "ADALORA"}, "total_step=None"),
@@ -238,6 +245,20 @@ def test_an_init_that_needs_data_means_what_a_saved_adapter_computes_and_is_kept
     assert flatten(config)["init_lora_weights"] == init
     changed = dataclasses.replace(config, method=LoRA(init_lora_weights="gaussian"))
     assert flatten(changed)["init_lora_weights"] == "gaussian"
+
+
+@pytest.mark.parametrize(("value", "meaning"), [(None, False), (0, False), (1, True), (False, False)])
+def test_a_switch_that_is_null_or_a_bit_has_the_truth_that_peft_takes_and_is_kept(value: Any, meaning: bool) -> None:
+    config = lora(use_rslora=value)
+    assert config.method == LoRA(r=4, lora_alpha=6, use_rslora=meaning)
+    assert flatten(config)["use_rslora"] is value
+
+
+@pytest.mark.parametrize(("init", "meaning"), [("Gaussian", "gaussian"), ("OLoRA", "olora"), (None, False), (0, False), ("", False)])
+def test_an_init_is_read_as_peft_reads_it_and_kept(init: Any, meaning: bool | str) -> None:
+    config = lora(init_lora_weights=init)
+    assert config.method == LoRA(r=4, lora_alpha=6, init_lora_weights=meaning)
+    assert flatten(config)["init_lora_weights"] == init
 
 
 def test_loha_s_effective_conv_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("torch")
@@ -9,11 +11,12 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.hf
 
 import peft  # noqa: E402
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: E402
 from peft.utils import constants  # noqa: E402
 
 from peft_ref.errors import TargetError  # noqa: E402
-from peft_ref.graph import MappingGraph, TorchGraph, defaults, rules  # noqa: E402
-from peft_ref.graph.targets import DUMMY, is_feedforward  # noqa: E402
+from peft_ref.graph import MappingGraph, TorchGraph, defaults, match, rules  # noqa: E402
+from peft_ref.graph.targets import DUMMY, Targets, is_feedforward  # noqa: E402
 
 from . import models, write_defaults  # noqa: E402
 
@@ -30,6 +33,29 @@ def test_default_targets_are_pefts(method: str) -> None:
 def test_no_method_is_missing_and_none_too_many() -> None:
     assert defaults.DEFAULT_TARGETS.keys() == write_defaults.default_targets().keys()
     assert {"LORA", "IA3", "ADALORA", "LOHA", "OSF", "LN_TUNING", "BEFT"} <= defaults.DEFAULT_TARGETS.keys()
+
+
+def test_every_method_of_peft_has_a_table_or_a_reason_for_none() -> None:
+    assert defaults.DEFAULT_TARGETS.keys() | rules.WITHOUT_TARGETS.keys() == {kind.value for kind in peft.PeftType}
+    assert not defaults.DEFAULT_TARGETS.keys() & rules.WITHOUT_TARGETS.keys()
+    for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        assert (kind.value in rules.WITHOUT_TARGETS) <= (not hasattr(tuner, "target_module_mapping")), kind
+
+
+def test_no_table_of_peft_is_left_out() -> None:
+    """Its own list of tables, which a tuner may have forgotten to use."""
+    named = re.compile(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING")
+    tables = {m[1]: getattr(constants, m[0]) for name in dir(constants) if (m := named.fullmatch(name))}
+    assert len(tables) > 30
+    for name, table in tables.items():
+        method = {"LNTUNING": "LN_TUNING"}.get(name, name)
+        assert defaults.DEFAULT_TARGETS[method] == write_defaults.frozen(table), name
+
+
+def test_a_method_without_targets_says_where_it_goes() -> None:
+    graph = MappingGraph(arrays={}, model_config={"model_type": "llama"})
+    with pytest.raises(TargetError, match="XLORA has no default target_modules: it routes between LoRA adapters"):
+        match(Targets(), graph, peft_type="XLORA")
 
 
 def test_feedforward_defaults_are_pefts() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import constants
 
 TARGET = Path(__file__).resolve().parents[2] / "peft_ref/graph/defaults.py"
@@ -22,6 +23,7 @@ def default_targets() -> dict[str, dict[str, Any]]:
     """The table that each of PEFT's tuners looks its default targets up in."""
     tables = {k.value: t.target_module_mapping for k, t in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(t, "target_module_mapping")}
     tables["IA3"] = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    tables["ADAPTION_PROMPT"] = {model: [known.target_modules] for model, known in TRANSFORMERS_MODEL_CONFIG.items()}
     return {name: frozen(table) for name, table in sorted(tables.items())}
 
 

@@ -21,6 +21,7 @@ FLOORS = (
     {"arrays"},
     {"layers"},
     {"contracts"},
+    {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
     {"methods", "stack", "backend"},
     {"graph"},
     {"files"},
@@ -31,7 +32,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "layers", "contracts", "methods", "stack"}
+MATHEMATICS = {"errors", "arrays", "layers", "contracts", "registry", "methods", "stack"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -133,4 +133,4 @@ class Hadamard:
         d = a.scaled(dW, self.s) if early else dW
         one, two = d * a.matmul(self.w2_a, self.w2_b), d * a.matmul(self.w1_a, self.w1_b)
         grads = (a.matmul(one, self.w1_b.T), a.matmul(self.w1_a.T, one), a.matmul(two, self.w2_b.T), a.matmul(self.w2_a.T, two))
-        return grads if early else tuple(a.scaled(g, self.s) for g in grads)  # type: ignore[return-value]  # four of them
+        return grads if early else tuple(a.scaled(g, self.s) for g in grads)

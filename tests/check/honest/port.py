@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import final
+from collections.abc import Callable
+from typing import TypeAlias, final
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
 
-NARROW = ("float32", "float16", "bfloat16")
+Step: TypeAlias = "Callable[[int, Host, Host | None], tuple[Host, Host | None]]"
 
 
 @final
@@ -78,7 +79,7 @@ class Honest:
         out = {"weight": as_stored(self.layer, W)}
         return out if b is None else {**out, "bias": b}
 
-    def _merged(self):  # type: ignore[no-untyped-def]  # a start and a step, as in `answer`
+    def _merged(self) -> tuple[Host, Host | None, Step]:
         case = self.case
         assert case.merged_weight is not None
         b = None if case.merged_bias is None else self.a.array(case.merged_bias)
@@ -286,7 +287,8 @@ class Honest:
         W = [self.W]
         for i in range(len(self.case.adapters)):
             W.append(self.low_rank(i).dora_merged(a, W[-1], self.W))
-        dW, out = a.matmul(self.dY.T, X), {}
+        dW = a.matmul(self.dY.T, X)
+        out: Answer = {}
         for i in reversed(range(len(self.case.adapters))):
             dA, dB, dm, dW = self.low_rank(i).dora_gradients(a, dW, W[i], self.W)
             out |= {**self.named(i, "_A", dA), **self.named(i, "_B", dB), **self.named(i, "magnitude", dm)}
@@ -297,7 +299,8 @@ class Honest:
 
     def backward_loha(self) -> tuple[Answer, Host]:
         a = self.a
-        dW, W, out = self.weight_gradient(self.X), self.W, {}
+        dW, W = self.weight_gradient(self.X), self.W
+        out: Answer = {}
         for i in range(len(self.case.adapters)):
             W, _ = self.merge_step(i, W, None)
             for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
@@ -312,7 +315,8 @@ class Honest:
             W, b = self.merge_step(i, Ws[-1], bs[-1])
             Ws.append(W)
             bs.append(b)
-        dW, db, out = self.weight_gradient(self.X), None if self.b is None else a.sum(self.dY), {}
+        dW, db = self.weight_gradient(self.X), None if self.b is None else a.sum(self.dY)
+        out: Answer = {}
         for i in reversed(range(n)):
             columns, l, b = self.l_columns(i), self.l(i), bs[i]
             if columns is not None:

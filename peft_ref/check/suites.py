@@ -1,0 +1,83 @@
+"""Suites by the name of their method. `SUITES` is the one that the judge reads; `register_suite` adds that of a registered method.
+
+A registered method without a suite can be judged, on no case; one is announced by a package in the entry-point group `peft_ref.suites`,
+name = "module:SUITE", and found when the corpus is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import final
+
+from peft_ref.check.case import build_method
+from peft_ref.check.mistake import Suite
+from peft_ref.check.variants import LAYERS
+from peft_ref.errors import ConfigError
+from peft_ref.methods import METHODS
+
+GROUP = "peft_ref.suites"
+NOTHING = Suite(variants=(), mistakes=())
+
+
+@final
+class Suites(Mapping[str, Suite]):
+    """What is asked about each method, and its known mistakes."""
+
+    def __init__(self, built: Mapping[str, Suite]) -> None:
+        self._built = dict(built)
+        self._registered: dict[str, Suite] = {}
+        self._discovered: tuple[str, ...] | None = None
+
+    def __getitem__(self, name: str) -> Suite:
+        return self._registered[name] if name in self._registered else self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted([*self._built, *self._registered]))
+
+    def __len__(self) -> int:
+        return len(self._built) + len(self._registered)
+
+    def of(self, name: str) -> Suite:
+        """The suite of a method; one that asks nothing for a registered method that has none."""
+        return NOTHING if name in METHODS.registered and name not in self._registered else self[name]
+
+    def register(self, name: str, suite: Suite) -> None:
+        """Ask this about the registered method `name`. Raises `ConfigError` where it cannot be asked, or something is asked already."""
+        if name not in METHODS.registered:
+            raise ConfigError(f"suite {name!r}: no method of that name was registered.\n  Call register_method({name!r}, ...) first.")
+        if name in self._registered:
+            raise ConfigError(f"suite {name!r}: the method has one.\n  SUITES.unregister({name!r}) takes it out.")
+        if not suite.variants:
+            raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one Variant at least.")
+        for what, names in (("variants", [v.name for v in suite.variants]), ("mistakes", [m.name for m in suite.mistakes])):
+            if twice := sorted({n for n in names if names.count(n) > 1}):
+                raise ConfigError(f"suite {name!r}: two {what} are called {twice[0]!r}.\n  Give each a name of its own.")
+        for variant in suite.variants:
+            if unknown := sorted(set(variant.layers) - LAYERS.keys()):
+                raise ConfigError(f"suite {name!r}, variant {variant.name!r}: no layer {unknown[0]!r}.\n  There are {', '.join(LAYERS)}.")
+            for config in variant.configs:
+                build_method(name, config)
+        self._registered[name] = suite
+
+    def unregister(self, name: str) -> None:
+        """Undo `register`."""
+        if name not in self._registered:
+            raise ConfigError(f"there is no registered suite {name!r}.\n  Registered: {', '.join(sorted(self._registered)) or 'none'}.")
+        del self._registered[name]
+
+    def discover(self) -> tuple[str, ...]:
+        """Register the suites of installed packages, once, and their methods first; returns what did not work, one sentence each."""
+        METHODS.discover()
+        if self._discovered is None:
+            from importlib.metadata import entry_points
+
+            self._discovered = ()  # what is loaded may come back here
+            problems = []
+            for point in entry_points(group=GROUP):
+                try:
+                    if self._registered.get(point.name) is not (suite := point.load()):
+                        self.register(point.name, suite)
+                except Exception as error:  # somebody's import may raise anything; it costs that suite and no other
+                    problems.append(f"suite {point.name!r} of {point.value}: {type(error).__name__}: {error}")
+            self._discovered = tuple(problems)
+        return self._discovered

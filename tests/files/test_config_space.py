@@ -1,0 +1,151 @@
+"""What PEFT refuses we refuse, what it accepts we accept, and alike: over every word of a configuration and over random ones, live.
+
+PEFT is asked by making the configuration object and `get_peft_model` on a small model; we by reading the configuration, matching its
+targets on that model, and checking each layer. Where the two differ on purpose, DIFFERENCES says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft_ref.errors import PeftRefError  # noqa: E402
+from peft_ref.files.config import flatten, from_dict, parse, render  # noqa: E402
+from peft_ref.graph import TorchGraph, match  # noqa: E402
+from tests.files.config_space import STARTS, every_single_change, looked_at_by_none, random_config  # noqa: E402
+from tests.files.peft_models import Net, layer_of, tuned  # noqa: E402
+
+pytestmark = pytest.mark.hf
+RANDOM = 1000
+
+
+class Model(Net):
+    """With what PEFT asks of a model that generates."""
+
+    def prepare_inputs_for_generation(self) -> None: ...
+    def _prepare_encoder_decoder_kwargs_for_generation(self) -> None: ...
+
+
+class Difference(NamedTuple):
+    who: str
+    message: str
+    why: str
+
+
+# What somebody refuses alone: "we" or "PEFT"; the message, a regex; why. spec/configs.md tells it to readers.
+UNSEEN = "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same"
+DIFFERENCES = (
+    Difference(
+        "we", r"(use_rslora|lora_bias|init_\w*weights)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"
+    ),
+    Difference("we", r"(lora_alpha|alpha|lora_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
+    Difference("we", r"lora_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
+    Difference("we", r"(target|feedforward)_modules=\{.*\} is (not understood|no list)", "a map as a list of names: PEFT reads its keys"),
+    Difference("we", r"exclude_modules=\(1,\) is not understood", "a number among names: PEFT writes it out as text"),
+    Difference("we", r"modules_to_save='head' is not understood", "a text as a list: PEFT takes every letter for a name"),
+    Difference("we", r"'mica' is not built yet", "not built, and refused so that it is not read as something else"),
+    Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
+    Difference("we", r"(rank|alpha)_pattern (of '|is a)", UNSEEN),
+    Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
+    Difference("we", r"(alpha|lora_dropout)=('|None|\[).* is of type", UNSEEN),
+    Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
+    Difference("we", r"init_lora_weights=.*(is not built here|is of type)|'orthogonal' needs an even", UNSEEN),
+    Difference("PEFT", r"No module named 'megatron'", "it wants megatron installed for a configuration that names it; a reader does not"),
+)
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return Model()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def theirs(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
+    """The adapted modules, or why PEFT refuses."""
+    try:
+        config = peft.PeftConfig.from_peft_type(**copy.deepcopy(data))
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+    except Exception as error:  # PEFT raises whatever the wrong value leads to
+        return f"{type(error).__name__}: {error}"
+    return tuned(model)
+
+
+def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
+    """The method of every adapted module, or why we refuse. Anything but our own errors is a bug."""
+    try:
+        config = from_dict(data)
+        graph, kinds = TorchGraph(base), type(config.method).kinds
+        found = match(config.targets, graph, peft_type=data["peft_type"], task_type=data.get("task_type"), kinds=kinds)
+        methods = {name: config.method_for(name) for name in found.modules}
+        for name, method in methods.items():
+            method.check_layer(layer_of(base.get_submodule(name)), name)
+    except PeftRefError as error:
+        return f"{type(error).__name__}: {error}"
+    return methods
+
+
+def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
+    if kind == "IA3":
+        return bool(module.is_feedforward == method.is_feedforward)
+    same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)
+    return bool(same and (kind != "LORA" or bool(module.use_dora["default"]) == (type(method).__name__ == "DoRA")))
+
+
+def explained(data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:
+    who, refusal = ("we", we_say) if isinstance(we_say, str) else ("PEFT", peft_says)
+    rows = [d for d in DIFFERENCES if d.who == who and re.search(d.message, refusal)]
+    assert rows, f"{data}\n  PEFT: {peft_says}\n  we:   {we_say}"
+    return rows[0]
+
+
+def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -> None:
+    rng = np.random.default_rng(17)
+    configs = [*every_single_change(), *looked_at_by_none(), *(random_config(rng) for _ in range(RANDOM))]
+    outcomes: Counter[tuple[str, str, bool]] = Counter()
+    used: set[Difference] = set()
+    for data in configs:
+        peft_says, we_say = theirs(data, base), ours(data, base)
+        if isinstance(peft_says, str) != isinstance(we_say, str):
+            used.add(explained(data, peft_says, we_say))
+        elif isinstance(we_say, dict):
+            assert list(peft_says) == list(we_say), data
+            for name, method in we_say.items():
+                assert as_peft_made_it(data["peft_type"], peft_says[name], method), (data, name, method)  # type: ignore[index]
+        outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
+    for kind in STARTS:
+        assert outcomes[kind, "refused", True] > 60, "the space must hold what both refuse"
+        assert outcomes[kind, "accepted", False] > 60, "and what both accept"
+    assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * len(configs)
+    assert used == set(DIFFERENCES), f"no longer seen: {set(DIFFERENCES) - used}"
+
+
+def test_what_is_accepted_is_written_back_as_it_was(base: Any) -> None:
+    rng = np.random.default_rng(18)
+    kept = 0
+    for _ in range(400):
+        data = random_config(rng)
+        try:
+            config = from_dict(data)
+        except PeftRefError:
+            continue
+        kept += 1
+        assert flatten(config) == data
+        assert parse(render(config)) == config
+    assert kept > 150

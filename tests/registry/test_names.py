@@ -1,0 +1,47 @@
+"""HF's names here are HF's, live."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.hf
+
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # noqa: E402
+
+from peft_ref.methods import METHODS  # noqa: E402
+from peft_ref.registry import REMOVED, TUNER_PREFIXES, PeftType, TaskType  # noqa: E402
+
+
+def test_the_methods_are_peft_s() -> None:
+    assert {kind.value for kind in PeftType} == {kind.value for kind in peft.PeftType}
+    assert len(PeftType) == 45
+
+
+def test_the_tasks_are_peft_s_in_its_order() -> None:
+    assert [task.value for task in TaskType] == [task.value for task in peft.TaskType]
+
+
+def test_the_prefixes_are_peft_s() -> None:
+    assert dict(TUNER_PREFIXES) == {kind.value: prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+
+
+def test_what_was_removed_is_removed() -> None:
+    for name in REMOVED:
+        assert name not in list(peft.PeftType)
+        assert name in (peft.PeftType.__doc__ or ""), "PEFT's own list still names it"
+
+
+def test_every_method_built_has_peft_s_type_and_prefix() -> None:
+    for name in METHODS.keys() - METHODS.registered:
+        cls = METHODS[name]
+        assert TUNER_PREFIXES[cls.peft_type] == cls.tuner_prefix, name
+
+
+def test_a_name_is_text() -> None:
+    assert PeftType.LORA == "LORA"
+    assert json.dumps({"peft_type": PeftType.LORA, "task_type": TaskType.SEQ_CLS}) == '{"peft_type": "LORA", "task_type": "SEQ_CLS"}'
+    assert f"{PeftType.IA3}" == "IA3"
