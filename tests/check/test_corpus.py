@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from peft_ref.check.case import ARRAY_OPERATIONS, OPERATIONS, Case, build_method, from_json, to_json
-from peft_ref.check.corpus import corpus
+from peft_ref.check.corpus import _of, corpus
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import answer, pose
 from peft_ref.contracts import Additive, LowRank
@@ -249,11 +249,11 @@ def test_no_case_has_changed_since_it_was_frozen() -> None:
 
 def test_the_corpus_is_the_same_again() -> None:
     before = fingerprints()
-    corpus.cache_clear()
+    _of.cache_clear()
     try:
         assert fingerprints() == before
     finally:
-        corpus.cache_clear()
+        _of.cache_clear()
 
 
 def test_every_clause_that_is_cited_is_in_the_specification() -> None:
