@@ -64,7 +64,7 @@ def last_allocation(method: AdaLoRA) -> int:
 
 def budget(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
     """How many triplets all modules together may have after step `step`."""
-    init, target, last = sum(p.A.shape[0] for p in params.values()), method.target_r * len(params), last_allocation(method)
+    init, target, last = _ranks(params), method.target_r * len(params), last_allocation(method)
     if step <= method.tinit:
         return init
     if step > last:
@@ -74,7 +74,7 @@ def budget(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
 
 
 def pruned_at(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
-    return sum(p.A.shape[0] for p in params.values()) - budget(method, params, step)
+    return _ranks(params) - budget(method, params, step)
 
 
 def scores(state: State) -> dict[str, Array]:
@@ -116,6 +116,10 @@ def sliced(method: AdaLoRA, params: Params, kept: Sequence[bool]) -> tuple[AdaLo
         return xp.concat([empty, *parts], axis=axis)
 
     return replace(method, live_r=len(rows)), Params(take(params.A, 0), take(params.E, 0), take(params.B, 1))
+
+
+def _ranks(params: Mapping[str, Params]) -> int:
+    return sum(int(p.A.shape[0]) for p in params.values())
 
 
 def _averaged(method: AdaLoRA, state: State, params: Mapping[str, Params], grads: Mapping[str, Params]) -> State:
