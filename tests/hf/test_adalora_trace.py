@@ -189,6 +189,15 @@ def trained(method: AdaLoRA, optimiser: type[Any], seed: int = 1) -> tuple[Twin,
         else:
             assert rank_pattern(state.kept) == named, step
             patterns.add(tuple(bool(v) for kept in state.kept.values() for v in kept))
+        # Masks do not show all of it: with the old average in the uncertainty every score is the same multiple of what it should be.
+        for ours, averages in (
+            (state.sensitivity, t.model.base_model.rankallocator.exp_avg_ipt),
+            (state.uncertainty, t.model.base_model.rankallocator.exp_avg_unc),
+        ):
+            assert (ours is None) == (not averages), step
+            for key, value in flat(ours or {}).items():
+                name, _, letter = key.rpartition(".")
+                close(value, averages[f"{name}.lora_{letter}.default"].numpy(), (step, key))
         for key, value in flat(theirs(t.model)).items():
             close(flat(params)[key], value, (step, key))
     return t, params, state, patterns
