@@ -74,6 +74,11 @@ def regroup(x: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.reshape(x, (x.shape[0], math.prod(x.shape[1:]))), shape)  # no -1: an axis may be empty
 
 
+def column(v: Array) -> Array:
+    """`v` (n,) as a column (n, 1): a factor for every row of a matrix."""
+    return namespace(v).expand_dims(v, axis=1)
+
+
 def row_norm(V: Array) -> Array:
     """The Euclidean norm of every row of `V` (out, in), shape (out,)."""
     xp = namespace(V)

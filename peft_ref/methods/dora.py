@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, row_norm
+from peft_ref.arrays import Array, column, namespace, row_norm
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients, WeightMap, conv_key
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
@@ -83,31 +83,27 @@ class DoRA(Reweight[Params]):
         return Start(Params(A, B, row_norm(W + self.scale * (B @ A))), W)
 
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return _rows(p.m / self._norm(p, W0)) * (W + self._delta(p)), b
+        return column(p.m / self._norm(p, W0)) * (W + self._delta(p)), b
 
     def weight_vjp(
         self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None
     ) -> WeightGradients[Params]:
         xp, n = namespace(dW), self._norm(p, W0)
         dm = xp.sum(dW * (W + self._delta(p)), axis=1) / n
-        dV = _rows(p.m / n) * dW
+        dV = column(p.m / n) * dW
         dA = self.scale * (xp.matrix_transpose(p.B) @ dV)
         dB = self.scale * (dV @ xp.matrix_transpose(p.A))
         return WeightGradients(Params(dA, dB, dm), dV, db)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return W / _rows(p.m / self._norm(p, W0)) - self._delta(p), b
+        return W / column(p.m / self._norm(p, W0)) - self._delta(p), b
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:
         n = self._norm(p, W0)
-        return lambda q, W, b: (_rows(q.m / n) * (W + self._delta(q)), b)
+        return lambda q, W, b: (column(q.m / n) * (W + self._delta(q)), b)
 
     def _delta(self, p: Params) -> Array:
         return self.scale * (p.B @ p.A)
 
     def _norm(self, p: Params, W0: Array) -> Array:
         return row_norm(W0 + self._delta(p))
-
-
-def _rows(gain: Array) -> Array:
-    return namespace(gain).expand_dims(gain, axis=1)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, to
+from peft_ref.arrays import Array, column, namespace, to
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients, conv_key
 from peft_ref.layers import Layer
 
@@ -51,7 +51,7 @@ class IA3(Reweight[Params]):
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         if self.is_feedforward:
             return W * self._columns(layer, p.l), b
-        return _rows(p.l) * W, None if b is None else p.l * b
+        return column(p.l) * W, None if b is None else p.l * b
 
     def weight_vjp(
         self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None
@@ -62,12 +62,12 @@ class IA3(Reweight[Params]):
         dl = xp.sum(dW * W, axis=1)
         if b is not None and db is not None:
             dl = dl + db * b
-        return WeightGradients(Params(dl), _rows(p.l) * dW, None if db is None else p.l * db)
+        return WeightGradients(Params(dl), column(p.l) * dW, None if db is None else p.l * db)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         if self.is_feedforward:
             return W / self._columns(layer, p.l), b
-        return W / _rows(p.l), None if b is None else b / p.l
+        return W / column(p.l), None if b is None else b / p.l
 
     def _columns(self, layer: Layer, l: Array) -> Array:
         """l, one entry per input channel, as the factor of every entry of W (out, in)."""
@@ -79,7 +79,3 @@ class IA3(Reweight[Params]):
         xp, out, g = namespace(d), layer.shape[0], layer.groups
         grid = xp.reshape(d, (g, out // g, layer.channels // g, math.prod(layer.kernel_size)))
         return xp.reshape(xp.sum(xp.sum(grid, axis=3), axis=1), (-1,))
-
-
-def _rows(l: Array) -> Array:
-    return namespace(l).expand_dims(l, axis=1)
