@@ -18,7 +18,7 @@ from peft_ref.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = ROOT / "spec" / "ports" / "python"
 NUMPY = "peft_ref_backends.numpy:NumpyBackend"
-FEW = ("--case", "lora.linear.plain", "--no-search")
+FEW = ("--method", "lora", "--case", "lora.linear.plain", "--no-search")
 RIGHT = ("--", sys.executable, "-S", str(PORTS / "port.py"))
 WRONG = ("--", sys.executable, "-S", str(PORTS / "planted.py"))
 MISBEHAVING = ("--", sys.executable, "-S", str(Path(__file__).parent / "ports" / "misbehaving.py"))

@@ -41,7 +41,7 @@ VARIANTS = (
     Variant(name="small", clause="LORA-C3", configs=(PLAIN,), layers=("linear", "embedding"), numbers="small"),
     Variant(name="rounded", clause="LORA-C3", configs=({"r": 9, "lora_alpha": 5},), layers=("linear-large",), numbers="rounded"),
     Variant(name="no-bias", clause="LORA-C6", configs=(PLAIN,), bias=False),
-    Variant(name="vector", clause="LORA-C6", configs=(PLAIN,), layers=LINEAR_AND_TABLE, operations=RUN, rows=()),
+    Variant(name="vector", clause="LORA-C6", configs=(PLAIN,), layers=("linear", "transposed_linear"), operations=RUN, rows=()),
     Variant(name="matrix", clause="LORA-C6", configs=(PLAIN,), layers=LINEAR_AND_TABLE, operations=RUN, rows=(3,)),
     Variant(name="rslora", clause="LORA-C5", configs=(RSLORA,), layers=("linear", "transposed_linear", "conv2d")),
     Variant(name="lora-bias", clause="LORA-C8", configs=(BIASED,), layers=("linear", "transposed_linear", "conv1d", "conv2d-groups")),
