@@ -111,13 +111,6 @@ class Layer(ABC):
         """This layer with r outputs and no groups."""
 
     @final
-    def check_weight(self, weight: Array, where: str = "weight") -> None:
-        if tuple(weight.shape) != self.weight_shape:
-            raise ShapeError(
-                f"{where} is {tuple(weight.shape)}, expected {self.weight_shape} for {self}.\n  Pass the weight in its stored layout."
-            )
-
-    @final
     def up(self, h: Array, B: Array) -> Array:
         """h (.., r, ..) mixed to out channels by B (out, r/groups); channels are last, or axis 1 of a convolution."""
         xp, g = namespace(h, B), self.groups
