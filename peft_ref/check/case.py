@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,7 +23,10 @@ NDArray: TypeAlias = np.ndarray[Any, Any]
 # What a port answers: arrays by name ("y", "x", "weight", "0.lora_A.weight"), or a JSON object for the operations about text.
 Answer: TypeAlias = dict[str, NDArray]
 
-ARRAY_OPERATIONS = ("forward", "backward", "delta", "merge", "unmerge")
+LAYER_OPERATIONS = ("forward", "backward", "delta", "merge", "unmerge")  # about adapters on one layer
+PROMPT_OPERATIONS = ("prompt", "prompt_backward", "saved", "splice")  # about vectors put before a model's own
+TRAINING_OPERATIONS = ("aux_loss", "allocate")  # about all modules together, step by step
+ARRAY_OPERATIONS = (*LAYER_OPERATIONS, *PROMPT_OPERATIONS, *TRAINING_OPERATIONS)
 TEXT_OPERATIONS = ("targets", "config", "state_dict")
 OPERATIONS = (*ARRAY_OPERATIONS, "init", *TEXT_OPERATIONS)
 
@@ -51,7 +54,9 @@ class Case:
     dy: NDArray | None = None
     merged_weight: NDArray | None = None
     merged_bias: NDArray | None = None
-    question: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    question: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # what else is asked; numbers in it are arrays where arrays answer
 
 
 def build_method(name: str, config: Mapping[str, Any]) -> Method[Any]:
@@ -100,7 +105,7 @@ def to_json(case: Case) -> dict[str, Any]:
             out[name] = encode(getattr(case, name))
     if case.merged_weight is not None:
         out["merged"] = {"weight": encode(case.merged_weight), "bias": encode(case.merged_bias)}
-    return {**out, **case.question}
+    return {**out, **map_arrays(encode, case.question)}
 
 
 def from_json(data: Mapping[str, Any]) -> Case:
@@ -128,8 +133,30 @@ def from_json(data: Mapping[str, Any]) -> Case:
         dy=decode(data.get("dy")),
         merged_weight=decode(merged.get("weight")),
         merged_bias=decode(merged.get("bias")),
-        question={k: v for k, v in data.items() if k not in known},
+        question=_question({k: v for k, v in data.items() if k not in known}, data["operation"]),
     )
+
+
+def map_arrays(f: Callable[[NDArray], Any], question: Any) -> Any:
+    """The question with `f` of every array in it."""
+    if isinstance(question, np.ndarray):
+        return f(question)
+    if isinstance(question, Mapping):
+        return {k: map_arrays(f, v) for k, v in question.items()}
+    return [map_arrays(f, v) for v in question] if isinstance(question, list | tuple) else question
+
+
+def _question(value: Any, operation: str) -> Any:
+    """A question as it was before `encode`: where arrays answer, every list of numbers in it was an array."""
+    if operation not in ARRAY_OPERATIONS or not isinstance(value, Mapping | list):
+        return value
+    if isinstance(value, Mapping):
+        return {k: _question(v, operation) for k, v in value.items()}
+    return [_question(v, operation) for v in value] if _holds_objects(value) else _decode(value)
+
+
+def _holds_objects(value: list[Any]) -> bool:
+    return any(isinstance(v, Mapping) or (isinstance(v, list) and _holds_objects(v)) for v in value)
 
 
 def layer_to_json(layer: Layer) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The right answer to a case, in whatever numbers it is asked in: float64, another backend's arrays, or `Exact`.
 
-`Problem` is a case with its arrays lifted and its methods built; `solve` is the only place that knows what each operation means.
+`right_answer` is where every operation meets its meaning. For those about a layer, `Problem` is a case with its arrays lifted and its
+methods built, and `solve` answers it.
 """
 
 from __future__ import annotations
@@ -85,14 +86,19 @@ def solve(problem: Problem, operation: str) -> dict[str, Array]:
     raise ValueError(f"no arrays answer the operation {operation!r}")
 
 
+def right_answer(case: Case, lift: Lift = float64) -> dict[str, Array]:
+    """The right answer, computed in the lifted numbers."""
+    return solve(pose(case, lift), case.operation)
+
+
 def answer(case: Case) -> Answer:
     """The right answer in float64."""
-    return solve(pose(case), case.operation)
+    return right_answer(case)
 
 
 def exact_answer(case: Case, p: int) -> dict[str, NDArray]:
     """The right answer as object arrays of `Exact`, with what may round in a format of `p` significant bits."""
-    right = solve(pose(case, lambda array: exact_array(array, p)), case.operation)
+    right = right_answer(case, lambda array: exact_array(array, p))
     return {name: as_exact(array, p) for name, array in right.items()}
 
 
@@ -116,14 +122,14 @@ def _weights(layer: Layer, W: Array, b: Array | None) -> dict[str, Array]:
 
 def null_answer(case: Case) -> Answer:
     """What a port answers that has no adapters at all: the frozen layer, zero gradients."""
-    p = pose(case)
     if case.operation in ("forward", "merge"):
-        return solve(p._replace(adapters=()), case.operation)
+        return solve(pose(case)._replace(adapters=()), case.operation)
     if case.operation == "unmerge":
+        p = pose(case)
         return _weights(p.layer, p.merged_W, p.merged_b)
-    right = answer(case)
-    zeros = {name: np.zeros_like(v) for name, v in right.items()}
-    if "x" in zeros:
+    zeros = {name: np.zeros_like(v) for name, v in answer(case).items()}
+    if "x" in zeros and case.layer is not None:
+        p = pose(case)
         zeros["x"] = np.asarray(p.layer.input_vjp(p.x, p.W, p.dy))
     return zeros
 

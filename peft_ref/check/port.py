@@ -10,7 +10,7 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.backend import Backend
 from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray
-from peft_ref.check.oracle import pose, solve
+from peft_ref.check.oracle import pose, right_answer
 from peft_ref.check.result import PortInfo
 
 
@@ -78,7 +78,7 @@ class BackendPort(Port):
             return Failed(f"{type(error).__name__}: {error}")
 
     def _arrays(self, case: Case) -> Answer:
-        out = solve(pose(case, self._lift), case.operation)
+        out = right_answer(case, self._lift)
         return {name: self._backend.to_numpy(array, self._dtype) for name, array in out.items()}
 
     def _draws(self, case: Case) -> dict[str, Any]:

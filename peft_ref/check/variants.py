@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Case, CaseAdapter, NDArray, config_of
+from peft_ref.check.case import LAYER_OPERATIONS, Case, CaseAdapter, NDArray, config_of
 from peft_ref.contracts import Method
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 
@@ -61,7 +61,7 @@ class Variant:
     clause: str
     configs: tuple[Mapping[str, Any], ...]
     layers: tuple[str, ...] = ("linear",)
-    operations: tuple[str, ...] = ARRAY_OPERATIONS
+    operations: tuple[str, ...] = LAYER_OPERATIONS
     numbers: str = "dyadic"
     dropout: float = 0.0
     bias: bool = True
