@@ -54,9 +54,7 @@ class Case:
     dy: NDArray | None = None
     merged_weight: NDArray | None = None
     merged_bias: NDArray | None = None
-    question: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # what else is asked; numbers in it are arrays where arrays answer
+    question: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what else is asked, its numbers as arrays
 
 
 def build_method(name: str, config: Mapping[str, Any]) -> Method[Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ref.check.case import ARRAY_OPERATIONS, OPERATIONS, Case, build_method, from_json, to_json
+from peft_ref.check.case import ARRAY_OPERATIONS, LAYER_OPERATIONS, OPERATIONS, Case, build_method, from_json, to_json
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import answer, pose
@@ -202,7 +202,7 @@ def test_every_method_is_asked_every_operation_on_every_kind_of_layer() -> None:
     asked = {(c.method, c.layer.kind, c.operation) for c in ARRAYS if c.layer is not None}
     wanted = set()
     for name, cls in METHODS.items():
-        operations = {*ARRAY_OPERATIONS} - (set() if issubclass(cls, LowRank | Additive) else {"delta"})
+        operations = {*LAYER_OPERATIONS} - (set() if issubclass(cls, LowRank | Additive) else {"delta"})
         wanted |= {(name, kind, operation) for kind in cls.kinds for operation in operations}
     assert asked == wanted
 

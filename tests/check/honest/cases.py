@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Case, build_method
+from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.variants import LAYERS, NUMBERS, make_case
 from peft_ref.contracts import Additive, LowRank
@@ -31,7 +31,7 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     mergeable = layer.groups == 1 or not issubclass(METHODS[name], LowRank)
     mergeable &= variant.bias or not any(c.get("lora_bias") for c in variant.configs)
     cases = []
-    for operation in ARRAY_OPERATIONS:
+    for operation in LAYER_OPERATIONS:
         if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):
             continue
         if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS[name], LowRank | Additive)):

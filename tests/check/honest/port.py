@@ -13,7 +13,7 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case
+from peft_ref.check.case import LAYER_OPERATIONS, Answer, Case
 from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from tests.check.honest.arithmetic import Arithmetic, Host
@@ -32,7 +32,7 @@ class HonestPort(Port):
         return PortInfo(name=f"honest in {self._dtype}, seed {self._seed}", dtype=self._dtype)
 
     def ask(self, case: Case) -> Reply:
-        if case.method == "frozen" or case.operation not in ARRAY_OPERATIONS:
+        if case.method == "frozen" or case.operation not in LAYER_OPERATIONS:
             return Skipped("no adapter's arithmetic: nothing to be honest about")
         rng = np.random.default_rng([zlib.crc32(case.id.encode()), self._seed])
         out = Honest(case, Arithmetic(self._dtype, rng, self._order)).answer()
