@@ -74,12 +74,20 @@ class WeightGradients(NamedTuple, Generic[P]):
     b: Array | None
 
 
-class Method(ABC, Generic[P]):
-    """Hyper-parameters and mathematics as one frozen value: a frozen dataclass whose fields are those of adapter_config.json."""
+class Method(ABC):
+    """Hyper-parameters and mathematics as one frozen value: a frozen dataclass whose fields are those of adapter_config.json.
+
+    Most methods map a layer's weight: `WeightMethod`. Those that put learned vectors before a model's own are `peft_ref.prompts.Prompt`.
+    """
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config switch that selects this class among those of one peft_type
     tuner_prefix: ClassVar[str]
+
+
+class WeightMethod(Method, Generic[P]):
+    """A map of a layer's frozen weight and bias."""
+
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
 
@@ -180,7 +188,7 @@ class Delta(NamedTuple):
     b: Array | None = None  # (out,)
 
 
-class LowRank(Method[P]):
+class LowRank(WeightMethod[P]):
     """W' = W + B A. The factors carry every scale."""
 
     @abstractmethod
@@ -216,7 +224,7 @@ class LowRank(Method[P]):
         return _subtract(self, Delta(W, b), self.delta(layer, p))
 
 
-class Additive(Method[P]):
+class Additive(WeightMethod[P]):
     """W' = W + dW, b' = b + db."""
 
     @abstractmethod
@@ -238,19 +246,19 @@ class Additive(Method[P]):
         return _subtract(self, Delta(W, b), self.delta(layer, p))
 
 
-class Reweight(Method[P]):
+class Reweight(WeightMethod[P]):
     """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
 
 
-def _add(method: Method[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+def _add(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
     return base.W + delta.W, shift_bias(method, base.b, delta.b, 1.0)
 
 
-def _subtract(method: Method[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+def _subtract(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
     return base.W - delta.W, shift_bias(method, base.b, delta.b, -1.0)
 
 
-def shift_bias(method: Method[Any], b: Array | None, change: Array | None, sign: float) -> Array | None:
+def shift_bias(method: WeightMethod[Any], b: Array | None, change: Array | None, sign: float) -> Array | None:
     if change is None:
         return b
     if b is None:

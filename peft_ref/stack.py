@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.contracts import Factors, LowRank, Method, Reweight
+from peft_ref.contracts import Factors, LowRank, Reweight, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 
@@ -25,7 +25,7 @@ class Dropout(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    method: Method[Any]
+    method: WeightMethod[Any]
     params: Any
     dropout: Dropout | None = None
 

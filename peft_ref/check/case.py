@@ -10,15 +10,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from peft_ref.contracts import Method
+from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
+from peft_ref.prompts import Prompt
 
+M = TypeVar("M", bound=Method)
 NDArray: TypeAlias = np.ndarray[Any, Any]
 # What a port answers: arrays by name ("y", "x", "weight", "0.lora_A.weight"), or a JSON object for the operations about text.
 Answer: TypeAlias = dict[str, NDArray]
@@ -57,9 +59,17 @@ class Case:
     question: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what else is asked, its numbers as arrays
 
 
-def build_method(name: str, config: Mapping[str, Any]) -> Method[Any]:
-    """The method value for a case's configuration; a key that is no hyper-parameter of the method is an error."""
-    cls = METHODS[name]
+def build_method(name: str, config: Mapping[str, Any]) -> WeightMethod[Any]:
+    """The value of a method of weights for a case's configuration; a key that is no hyper-parameter of the method is an error."""
+    return _built(METHODS.weights[name], name, config)
+
+
+def build_prompt(name: str, config: Mapping[str, Any]) -> Prompt:
+    """The same of a method of prompts."""
+    return _built(METHODS.prompts[name], name, config)
+
+
+def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every method is a dataclass
     switches = {"peft_type", cls.flag}
     if unknown := config.keys() - fields - switches:
@@ -67,7 +77,7 @@ def build_method(name: str, config: Mapping[str, Any]) -> Method[Any]:
     return cls(**{k: v for k, v in config.items() if k in fields})
 
 
-def config_of(method: Method[Any]) -> dict[str, Any]:
+def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
     config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
     return {**config, method.flag: True} if method.flag else config

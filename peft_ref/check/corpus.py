@@ -9,9 +9,10 @@ from typing import Any
 from peft_ref.check.case import Case, build_method
 from peft_ref.check.mistake import Suite
 from peft_ref.check.mistakes import SUITES
+from peft_ref.check.prompting import prompt_cases
 from peft_ref.check.text_cases import text_cases
 from peft_ref.check.variants import LAYERS, Variant, make_case
-from peft_ref.contracts import Additive, LowRank, Method
+from peft_ref.contracts import Additive, LowRank, Method, WeightMethod
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
@@ -25,10 +26,10 @@ def corpus(method: str | None = None) -> tuple[Case, ...]:
 
 
 @cache
-def _of(name: str, cls: type[Method[Any]], suite: Suite) -> tuple[Case, ...]:
+def _of(name: str, cls: type[Method], suite: Suite) -> tuple[Case, ...]:
     """One method's. Class and suite are what the cache goes by: a registered method can be taken out and come back changed."""
     text = () if name in METHODS.registered else text_cases(name)  # those know the methods of HF PEFT
-    return (*_cases(name, suite.variants), *text)
+    return (*_cases(name, suite.variants), *prompt_cases(name, suite.prompts), *text)
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:
@@ -41,7 +42,7 @@ def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:
                     yield make_case(name, variant, layer_name, layer, methods, operation)
 
 
-def _asked(methods: list[Method[Any]], layer: Layer, operation: str, variant: Variant) -> bool:
+def _asked(methods: list[WeightMethod[Any]], layer: Layer, operation: str, variant: Variant) -> bool:
     for method in methods:
         try:
             method.check_layer(layer)

@@ -92,7 +92,7 @@ def _hidden(replay: Callable[[Case], Answer | None], case: Case, dtype: str) -> 
 
 def rounded(answer: Answer, dtype: str) -> Answer:
     """The answer as a port of that dtype can send it."""
-    return {name: round_to(array, dtype) for name, array in answer.items()}
+    return {name: array if array.dtype.kind in "iub" else round_to(array, dtype) for name, array in answer.items()}
 
 
 def expectation(case: Case, dtype: str) -> Expected:

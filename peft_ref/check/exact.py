@@ -3,7 +3,7 @@
 NumPy object arrays call their elements' own methods, so the very same method files, fed with these numbers, give the exact answer, the
 error bound and the bit budget. Every number carries
 
-    value   n * 2^e, exact (after a root or a division that does not come out: 200 correct bits)
+    value   n * 2^e, exact (after a root, a tangent or a division that does not come out: 200 correct bits)
     gauge   the value with every minus sign taken away: what the terms add up to in size
     depth   how many operations lie on the way to one term
     k       how many of them may have rounded, in a format of p significant bits: none, or all
@@ -20,14 +20,18 @@ match. Nobody multiplies out a root or a divisor, so what comes out of one is a 
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
 
 PRECISION = 200
+DECIMAL_DIGITS = 70  # some more than 200 bits
 # A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
 CONSTANT_BITS = 8
+# No standard says how well a library computes a tangent; good ones are off by 1 to 6 units in the last place, which is twice as many u.
+TANH_DEPTH = 15
 
 Scalar: TypeAlias = "Exact | int | float | np.generic"
 
@@ -157,6 +161,21 @@ class Exact:
         err = size * off / (1 + math.sqrt(1 - share)) if share < 1 else math.inf
         return _result(root, e, size, 1, err, quantum, self.p)  # one more, as for a division
 
+    def tanh(self) -> Exact:
+        """The hyperbolic tangent; NumPy calls it for `np.tanh` of an object array."""
+        if self.n == 0 and self.gauge == 0.0:
+            return self
+        n, e = _tanh(self.fraction)
+        size, off, u = _size(n, e), self.k * self.gauge + self.err, 2.0**-self.p
+        steepest = min(1.0, 1.0 - size * size + off * u)  # of the slope as far as the argument may be off: |tanh''| < 1
+        return _result(n, e, size, TANH_DEPTH, off * steepest, None, self.p)
+
+    def __ge__(self, other: Scalar) -> bool:
+        return not self < other
+
+    def __le__(self, other: Scalar) -> bool:
+        return not self > other
+
     def __eq__(self, other: object) -> bool:
         b = self._lift(other)
         return b is not None and self.fraction == b.fraction
@@ -196,6 +215,24 @@ def _size(n: int, e: int) -> float:
 def _lowest(n: int, e: int) -> int:
     """The exponent of the lowest set bit of n * 2^e."""
     return e + (n & -n).bit_length() - 1 if n else 0
+
+
+def _tanh(x: Fraction) -> tuple[int, int]:
+    """tanh(x) to 200 bits as mantissa and exponent: 1 - 2 / (exp(2x) + 1), by the standard library's decimal numbers."""
+    with localcontext() as context:
+        context.prec = DECIMAL_DIGITS
+        doubled = 2 * Decimal(x.numerator) / Decimal(x.denominator)
+        if abs(doubled) > 2 * DECIMAL_DIGITS:  # one, to all the digits there are
+            return (1, 0) if doubled > 0 else (-1, 0)
+        context.prec += max(0, -doubled.adjusted()) if doubled else 0  # what the subtraction cancels
+        value = Fraction(1 - 2 / (doubled.exp() + 1))
+    scaled = round(value * 2 ** (PRECISION - _exponent(value)))
+    return scaled, _exponent(value) - PRECISION
+
+
+def _exponent(value: Fraction) -> int:
+    """The exponent of a number's leading bit, or one more."""
+    return value.numerator.bit_length() - value.denominator.bit_length()
 
 
 def _divide(n: int, e: int, m: int, f: int) -> tuple[int, int, bool]:

@@ -24,6 +24,7 @@ from peft_ref.arrays import Array
 from peft_ref.check import tape
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.oracle import Problem, answer, name_gradients, pose, solve
+from peft_ref.check.prompting import PromptVariant
 from peft_ref.check.variants import Variant
 from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
@@ -48,6 +49,7 @@ class Suite:
 
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
+    prompts: tuple[PromptVariant, ...] = ()  # what is asked of a method of prompts, which has no layers
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array
-from peft_ref.check.case import Answer, Case, NDArray, build_method
+from peft_ref.check.case import PROMPT_OPERATIONS, Answer, Case, NDArray, build_method
 from peft_ref.check.exact import as_exact, exact_array
+from peft_ref.check.prompting import pose_prompt, solve_prompt
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter, Dropout
@@ -88,6 +89,8 @@ def solve(problem: Problem, operation: str) -> dict[str, Array]:
 
 def right_answer(case: Case, lift: Lift = float64) -> dict[str, Array]:
     """The right answer, computed in the lifted numbers."""
+    if case.operation in PROMPT_OPERATIONS:
+        return solve_prompt(pose_prompt(case, lift), case.operation)
     return solve(pose(case, lift), case.operation)
 
 

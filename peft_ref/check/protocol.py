@@ -105,7 +105,7 @@ def nest(case: Case, flat: Mapping[str, Any]) -> dict[str, Any]:
             adapters[int(index)][key] = value
         else:
             out[name] = value
-    return {**out, "adapters": adapters} if case.operation == "backward" else out
+    return {**out, "adapters": adapters} if case.operation in ("backward", "prompt_backward") else out
 
 
 def _array(name: str, value: Any) -> np.ndarray[Any, Any]:

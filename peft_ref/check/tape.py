@@ -64,6 +64,13 @@ class Node:
         root = math.sqrt(self.value)
         return Node(root, ((self, 0.5 / root),))
 
+    def tanh(self) -> Node:
+        out = math.tanh(self.value)
+        return Node(out, ((self, 1.0 - out * out),))
+
+    def __gt__(self, other: Any) -> bool:
+        return self.value > float(other)
+
 
 def tape_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """An object array of nodes with the values of `array`; integers stay as they are."""

@@ -91,6 +91,8 @@ CLAUSES = {
 
 def text_cases(method: str) -> tuple[Case, ...]:
     """The questions about text and about fresh adapters of a method."""
+    if method not in CLAUSES:
+        return ()
     fresh, configs, keys = CLAUSES[method]
     targets = _targets("LORA-C30") if method == "lora" else ()
     return (*init_cases(method, fresh), *targets, *_configs(method, configs), *_state_dicts(method, keys))

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from peft_ref.check.case import LAYER_OPERATIONS, Case, CaseAdapter, NDArray, config_of
-from peft_ref.contracts import Method
+from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 
 Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], NDArray]
@@ -96,7 +96,7 @@ def generator(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
 
 
-def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, methods: list[Method[Any]], operation: str) -> Case:
+def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, methods: list[WeightMethod[Any]], operation: str) -> Case:
     """The case of one variant on one layer. All operations of it share their numbers; only what they are asked differs."""
     where = f"{name}.{layer_name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
@@ -107,7 +107,7 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     adapters = []
     for method in methods:
         tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer)}
-        dropout = (_mask(rng, x.shape), variant.dropout) if variant.dropout else None
+        dropout = (mask_of(rng, x.shape), variant.dropout) if variant.dropout else None
         adapters.append(CaseAdapter(config=config_of(method), tensors=tensors, dropout=dropout))
     if variant.weight is not None:
         weight = layer.unfold(variant.weight(rng, layer.shape, adapters[0].tensors))
@@ -140,7 +140,7 @@ def _input(rng: np.random.Generator, draw: Draw, layer: Layer, shape: tuple[int,
     return draw(rng, (*shape, layer.channels))
 
 
-def _mask(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
+def mask_of(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     """Zeros and ones, about half each, and never all alike."""
     mask = rng.integers(0, 2, shape)
     mask.reshape(-1)[:2] = (0, 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array
-from peft_ref.contracts import Method
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import FileFormatError, KeyMismatchError, UnsupportedLayerError
 from peft_ref.files.atomic import committed, replace_files
 from peft_ref.files.config import AdapterConfig, parse, render
@@ -27,6 +27,7 @@ from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, check_adapter_name, sort_tensors
 from peft_ref.files.safetensors import RawTensor, Tensor, open_file, serialize
 from peft_ref.layers import Layer
+from peft_ref.prompts import Prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # in the order they are put in place
@@ -35,7 +36,7 @@ DEFAULT = "default"
 
 
 class AdapterModule(NamedTuple):
-    method: Method[Any]
+    method: WeightMethod[Any]
     layer: Layer  # as far as the tensors tell, where no model said it
     params: Any
 
@@ -43,7 +44,8 @@ class AdapterModule(NamedTuple):
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AdapterFile:
     config: AdapterConfig
-    modules: Mapping[str, AdapterModule]
+    modules: Mapping[str, AdapterModule] = field(default_factory=dict)
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)  # a prompt's own tensors, for its method in inference mode
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
@@ -62,6 +64,9 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
 def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> AdapterFile:
     """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
     found = sort_tensors(config, tensors)
+    if isinstance(config.method, Prompt):
+        prompt = config.method.loaded(_checked_dtypes(found.prompt, ""))
+        return AdapterFile(config=config, prompt=prompt, modules_to_save=found.modules_to_save)
     if layers is not None:
         _check_modules(config, found.modules, layers)
     modules = {}
@@ -71,11 +76,7 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
                 f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to several"
                 " target_parameters of one module,\n  which are not built yet."
             )
-        for key, tensor in own.items():
-            if isinstance(tensor, RawTensor):
-                raise FileFormatError(
-                    f"{PREFIX}{name}.{key} is {tensor.dtype}, which is no NumPy dtype here.\n  Convert the adapter to F32."
-                )
+        _checked_dtypes(own, f"{PREFIX}{name}.")
         method = config.method_for(name)
         layer = infer_layer(method, own, name) if layers is None else layers[name]
         method.check_layer(layer, name)
@@ -87,7 +88,9 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
 
 def all_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     """Everything that the adapter's file holds, by key."""
-    return {**state_dict(adapter.modules), **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
+    method = adapter.config.method
+    prompt = method.in_inference().saved(adapter.prompt) if isinstance(method, Prompt) else {}
+    return {**state_dict(adapter.modules), **prompt, **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
 
 
 def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterConfig:
@@ -130,6 +133,14 @@ def adapter_names(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     here = (DEFAULT,) if (folder / CONFIG).is_file() else ()
     below = sorted(p.name for p in folder.iterdir() if (p / CONFIG).is_file()) if folder.is_dir() else []
     return here + tuple(name for name in below if not name.startswith("."))
+
+
+def _checked_dtypes(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """`tensors`, if NumPy has the dtype of each."""
+    for key, tensor in tensors.items():
+        if isinstance(tensor, RawTensor):
+            raise FileFormatError(f"{prefix}{key} is {tensor.dtype}, which is no NumPy dtype here.\n  Convert the adapter to F32.")
+    return tensors
 
 
 def _place(folder: Path, name: str) -> Path:

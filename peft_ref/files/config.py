@@ -20,13 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from peft_ref.contracts import Method
+from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
+from peft_ref.prompts import Prompt
 
 DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
@@ -45,14 +46,16 @@ class Patterns:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    method: Method[Any]
+    method: Method
     targets: Targets = field(default_factory=Targets)
     patterns: Patterns = field(default_factory=Patterns)
     housekeeping: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = field(default=None, repr=False, compare=False)  # as it was read, for what has not changed since
 
-    def method_for(self, module_name: str) -> Method[Any]:
+    def method_for(self, module_name: str) -> WeightMethod[Any]:
         """The method of one module, with the rank, scale and place in the block that the patterns give it."""
+        if not isinstance(self.method, WeightMethod):
+            raise ConfigError(f"{type(self.method).__name__} adapts no module of a model: it goes before its inputs.")
         p, names = self.patterns, field_names(type(self.method))
         changes: dict[str, Any] = {}
         if "live_r" in names:
@@ -108,7 +111,7 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
     """The flat configuration, keys in the order of the file it came from, else sorted as PEFT sorts them."""
     now = _flat(config)
     if config.text is None:
-        absent = {key for key in (*field_names(Targets), *field_names(Patterns)) if now[key] in (None, {})} - {"target_modules"}
+        absent = {key for key in (*field_names(Targets), *field_names(Patterns)) if now.get(key) in (None, {})} - {"target_modules"}
         return {key: now[key] for key in sorted(now.keys() - absent)}
     read = json.loads(config.text)
     before = _flat(_split(read, "adapter_config.json"))
@@ -141,7 +144,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
     )
 
 
-def _as_saved(cls: type[Method[Any]], name: str, value: Any, where: str) -> Any:
+def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
     if name == "init_lora_weights" and cls.peft_type == "LORA":
         return init_as_saved(value, where)
     return switch_as_saved(value) if get_type_hints(cls)[name] is bool else value
@@ -152,10 +155,12 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
     fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
+    if isinstance(method, Prompt):  # it has no targets
+        places = {"modules_to_save": places["modules_to_save"]}
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
 
 
-def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patterns:
+def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
     names = field_names(type(method))
     found: dict[str, Mapping[str, Any]] = {}
     for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
@@ -177,7 +182,7 @@ def _patterns(data: Mapping[str, Any], method: Method[Any], where: str) -> Patte
     return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
 
 
-def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method[Any]) -> str:
+def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method) -> str:
     for name in fields:
         if name in names:
             return name

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft_ref.arrays import Array
-from peft_ref.contracts import Method
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 
@@ -24,7 +24,7 @@ PROBES: tuple[Layer, ...] = (
 )
 
 
-def infer_layer(method: Method[Any], tensors: Mapping[str, Array], where: str) -> Layer:
+def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: str) -> Layer:
     """The layer on which `method` has parameters like `tensors`, or the nearest to it, whose `unpack` then says what is wrong."""
     best: tuple[int, Layer] | None = None
     for probe in PROBES:

@@ -2,6 +2,8 @@
 
     base_model.model.<module path>.lora_A.weight                in a file
     base_model.model.<module path>.lora_A.<adapter>.weight      in PEFT's memory: the adapter's name follows the parameter's own
+    prompt_embeddings                                           a prompt's, which belongs to no module
+    base_model.<module path>.weight                             beside a prompt, a module that was trained whole
 
 HF      drops other adapters' keys where ".<name>." occurs anywhere, so beside an adapter called "0" every `layers.0.*` is lost from the
         saved file. Here a name is one only where a name can be.
@@ -10,14 +12,16 @@ HF      drops other adapters' keys where ".<name>." occurs anywhere, so beside a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import NamedTuple, get_args, get_type_hints
 
-from peft_ref.contracts import Key, Method
+from peft_ref.contracts import Key, Method, WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.safetensors import Tensor
+from peft_ref.prompts import Prompt
 
 PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."
 # Tables that PEFT saves as a whole when they are adapted or were resized (save_embedding_layers), under their usual names.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings", "embeddings")
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, a module in PEFT's memory and a bare parameter in its files
@@ -30,11 +34,14 @@ class Sorted(NamedTuple):
     modules_to_save: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     embeddings: Mapping[str, Tensor]
+    prompt: Mapping[str, Tensor]
 
 
 def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted:
     """Which tensor is what. One that is nothing the configuration asks for is an error."""
-    found = Sorted({}, {}, {}, {})
+    if isinstance(config.method, Prompt):
+        return _sorted_prompt(config, config.method, tensors)
+    found = Sorted({}, {}, {}, {}, {})
     known = parameter_keys(type(config.method))
     modules: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, str] = {}
@@ -60,8 +67,21 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
     return found._replace(modules=modules)
 
 
-def parameter_keys(cls: type[Method[Any]], only_embedding: bool = False) -> frozenset[str]:
+def _sorted_prompt(config: AdapterConfig, method: Prompt, tensors: Mapping[str, Tensor]) -> Sorted:
+    saved = {key for key in tensors if key.startswith(PROMPT_PREFIX) and _is_saved(key.removeprefix(PROMPT_PREFIX), config)}
+    own = tensors.keys() - saved
+    if extra := sorted(own - method.file_keys):
+        raise KeyMismatchError(
+            f"{extra[0]!r} is no tensor of {type(method).__name__}, which saves {', '.join(sorted(method.file_keys))},\n"
+            f"  and in no module of modules_to_save={list(config.targets.modules_to_save or ())}. Remove it, or name its module there."
+        )
+    return Sorted({}, {key: tensors[key] for key in sorted(saved)}, {}, {}, {key: tensors[key] for key in sorted(own)})
+
+
+def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset[str]:
     """Every key a parameter of this method can have, or those that only an embedding has."""
+    if not issubclass(cls, WeightMethod):
+        return frozenset()
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     keys = [extra for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key)]
     return frozenset(key.key for key in keys if not only_embedding or key.kinds == {"embedding"})

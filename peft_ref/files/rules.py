@@ -146,14 +146,23 @@ def check_kept(pattern: Mapping[str, Any], method: Any, ending: str, where: str)
             raise ConfigError(f"{where} of {key!r}: {sum(kept)} triplets stay of init_r={method.init_r}.")
 
 
-def check_types(cls: type[Method[Any]], values: Mapping[str, Any], where: str) -> None:
+_ALLOWED: Mapping[Any, tuple[type, ...]] = {
+    float: (int, float),
+    int: (int,),
+    bool: (bool,),
+    str: (str,),
+    bool | str: (bool, str),
+    int | None: (int, type(None)),
+    str | None: (str, type(None)),
+}
+
+
+def check_types(cls: type[Method], values: Mapping[str, Any], where: str) -> None:
     """Raise `ConfigError` for a hyper-parameter that is of another type than its field."""
     hints = get_type_hints(cls)
     for name, value in values.items():
         hint = hints[name]
-        wanted = {float: (int, float), int: (int,), bool: (bool,), str: (str,), bool | str: (bool, str), int | None: (int, type(None))}.get(
-            hint
-        )
+        wanted = _ALLOWED.get(hint)
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
             raise ConfigError(
                 f"{where}: {name}={value!r:.60} is of type {type(value).__name__}, expected {' or '.join(t.__name__ for t in wanted)}."

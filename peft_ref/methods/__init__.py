@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
 from peft_ref.methods.lora import LoRA
+from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
+from peft_ref.methods.p_tuning import PTuning
+from peft_ref.methods.prefix_tuning import PrefixTuning
+from peft_ref.methods.prompt_tuning import PromptTuning
 from peft_ref.registry import Registry
 
-_BUILT: dict[str, type[Method[Any]]] = {
+_BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
     "dora": DoRA,
     "ia3": IA3,
     "loha": LoHa,
     "lora": LoRA,
+    "multitask_prompt_tuning": MultitaskPromptTuning,
+    "p_tuning": PTuning,
+    "prefix_tuning": PrefixTuning,
+    "prompt_tuning": PromptTuning,
 }
 
 METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
 register_method, method_class = METHODS.register, METHODS.method_class
 
-__all__ = ["IA3", "METHODS", "AdaLoRA", "DoRA", "LoHa", "LoRA"]
+__all__ = [
+    "IA3",
+    "METHODS",
+    "AdaLoRA",
+    "DoRA",
+    "LoHa",
+    "LoRA",
+    "MultitaskPromptTuning",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+]

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight
+from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
+from peft_ref.prompts import PLACES, Prompt
 
 # Words of adapter_config.json that are not hyper-parameters of a method: where it goes, patterns, and what PEFT keeps beside.
 RESERVED = frozenset(
@@ -16,6 +17,7 @@ RESERVED = frozenset(
     | {"layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "alpha_pattern", "rank_pattern"}
     | {"revision", "target_modules", "target_parameters", "task_type"}
 )
+CONTRACTS = "LowRank, Additive or Reweight (peft_ref.contracts), or Prompt (peft_ref.prompts)"
 _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
@@ -32,16 +34,18 @@ def check_complete(name: str, cls: type[Any]) -> None:
         raise ConfigError(f"{getattr(cls, '__name__', repr(cls))} is no complete method:\n  " + "\n  ".join(missing))
 
 
-def keys_of(cls: type[Method[Any]]) -> frozenset[str]:
-    """Every key that a parameter of the method can have in a checkpoint."""
+def keys_of(cls: type[Method]) -> frozenset[str]:
+    """Every key that a parameter of the method can have in a checkpoint, after its module's name; a prompt has no module."""
+    if not issubclass(cls, WeightMethod):
+        return frozenset()
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     return frozenset(extra.key for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key))
 
 
 def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        return ["it is no subclass of LowRank, Additive or Reweight (peft_ref.contracts)"]
-    found = [] if issubclass(cls, LowRank | Additive | Reweight) else ["it is of no contract: choose LowRank, Additive or Reweight"]
+        return [f"it is no subclass of {CONTRACTS}"]
+    found = [] if issubclass(cls, LowRank | Additive | Reweight | Prompt) else [f"it is of no contract: choose {CONTRACTS}"]
     if abstract := sorted(cls.__abstractmethods__):
         found.append(f"not written: {', '.join(abstract)}")
     found += _class_variables(cls)
@@ -55,14 +59,16 @@ def _missing(cls: Any) -> list[str]:
     bare = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if bare:
         found.append(f"no default: {', '.join(bare)}. A config that lacks the key must mean something")
-    if taken := sorted({f.name for f in fields} & RESERVED):
+    inherited = {f.name for f in dataclasses.fields(Prompt)} if issubclass(cls, Prompt) else set()
+    if taken := sorted({f.name for f in fields} & RESERVED - inherited):
         found.append(f"{', '.join(taken)}: a word of adapter_config.json that means something else. Rename the hyper-parameter")
-    return found or _shapes(cls)
+    return _shapes(cls) if not found and issubclass(cls, WeightMethod) else found
 
 
-def _class_variables(cls: type[Method[Any]]) -> list[str]:
+def _class_variables(cls: type[Any]) -> list[str]:
     found = []
-    absent = [name for name in ("peft_type", "tuner_prefix", "params_type") if not hasattr(cls, name)]
+    needed = ("peft_type", "tuner_prefix") if issubclass(cls, Prompt) else ("peft_type", "tuner_prefix", "params_type")
+    absent = [name for name in needed if not hasattr(cls, name)]
     if absent:
         found.append(f"no class variable {', '.join(absent)}")
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", getattr(cls, "peft_type", "OK")):
@@ -71,6 +77,8 @@ def _class_variables(cls: type[Method[Any]]) -> list[str]:
         found.append(f"tuner_prefix={cls.tuner_prefix!r}: lower-case letters, ending with an underscore, like 'mine_'")
     if not (cls.flag is None or (isinstance(cls.flag, str) and cls.flag.isidentifier())):
         found.append(f"flag={cls.flag!r}: None, or the name of a switch in the config")
+    if issubclass(cls, Prompt):
+        return found if cls.place in PLACES else [*found, f"place={cls.place!r}: one of {', '.join(PLACES)}"]
     if not cls.kinds or not cls.kinds <= KINDS:
         found.append(f"kinds={sorted(cls.kinds)}: some of {', '.join(sorted(KINDS))}")
     if "params_type" not in absent:
@@ -78,7 +86,7 @@ def _class_variables(cls: type[Method[Any]]) -> list[str]:
     return found
 
 
-def _params(cls: type[Method[Any]]) -> list[str]:
+def _params(cls: type[WeightMethod[Any]]) -> list[str]:
     params = cls.params_type
     if not (isinstance(params, type) and issubclass(params, tuple) and hasattr(params, "_fields")):
         return [f"params_type={params!r}: a NamedTuple of its parameters"]
@@ -94,7 +102,7 @@ def _params(cls: type[Method[Any]]) -> list[str]:
     return found
 
 
-def _shapes(cls: type[Method[Any]]) -> list[str]:
+def _shapes(cls: type[WeightMethod[Any]]) -> list[str]:
     """Whether on every kind of layer it works on it has parameters, each under a key of its own, in shapes whose letters are known."""
     found = []
     try:

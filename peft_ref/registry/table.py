@@ -12,26 +12,27 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, final
 
-from peft_ref.contracts import Method
+from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
+from peft_ref.prompts import Prompt
 from peft_ref.registry.complete import check_complete, keys_of
 from peft_ref.registry.names import REMOVED, TUNER_PREFIXES
 
 GROUP = "peft_ref.methods"
 
-M = TypeVar("M", bound=Method[Any])
+M = TypeVar("M", bound=Method)
 
 
 @final
-class Registry(Mapping[str, type[Method[Any]]]):
+class Registry(Mapping[str, type[Method]]):
     """Methods by name, in alphabetical order."""
 
-    def __init__(self, built: Mapping[str, type[Method[Any]]]) -> None:
+    def __init__(self, built: Mapping[str, type[Method]]) -> None:
         self._built = dict(built)
-        self._registered: dict[str, type[Method[Any]]] = {}
+        self._registered: dict[str, type[Method]] = {}
         self._discovered: tuple[str, ...] | None = None
 
-    def __getitem__(self, name: str) -> type[Method[Any]]:
+    def __getitem__(self, name: str) -> type[Method]:
         return self._registered[name] if name in self._registered else self._built[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -48,6 +49,16 @@ class Registry(Mapping[str, type[Method[Any]]]):
         """The names that did not come with the package."""
         return frozenset(self._registered)
 
+    @property
+    def weights(self) -> dict[str, type[WeightMethod[Any]]]:
+        """The methods that map a layer's weight."""
+        return {name: cls for name, cls in self.items() if issubclass(cls, WeightMethod)}
+
+    @property
+    def prompts(self) -> dict[str, type[Prompt]]:
+        """The methods that put vectors before a model's own."""
+        return {name: cls for name, cls in self.items() if issubclass(cls, Prompt)}
+
     def register(self, name: str, cls: type[M]) -> type[M]:
         """Let `cls` be a method like those built in; returns it. Raises `ConfigError` where it is incomplete or something is taken."""
         check_complete(name, cls)
@@ -61,7 +72,7 @@ class Registry(Mapping[str, type[Method[Any]]]):
             raise ConfigError(f"there is no registered method {name!r}.\n  Registered: {', '.join(sorted(self._registered)) or 'none'}.")
         del self._registered[name]
 
-    def method_class(self, peft_type: str, flags: Collection[str] = (), where: str = "") -> type[Method[Any]]:
+    def method_class(self, peft_type: str, flags: Collection[str] = (), where: str = "") -> type[Method]:
         """The class for a peft_type and the switches that are on, such as ("LORA", {"use_dora"}).
 
         Raises `ConfigError` where it is not built here, which lists what is.
@@ -79,7 +90,7 @@ class Registry(Mapping[str, type[Method[Any]]]):
             raise ConfigError(f"{at}plain {peft_type} is not built here.\n  Built: {self.names()}.")
         return found
 
-    def siblings(self, peft_type: str) -> tuple[type[Method[Any]], ...]:
+    def siblings(self, peft_type: str) -> tuple[type[Method], ...]:
         """Every class of one peft_type, those of installed packages too: a flag of theirs must not be read as a plain method."""
         self.discover()
         return tuple(cls for cls in self.values() if cls.peft_type == peft_type)
@@ -109,7 +120,7 @@ class Registry(Mapping[str, type[Method[Any]]]):
         lines = [f"peft_type={str(peft_type)!r:.60} is not built here.", *(self._discovered or ()), f"{what}. Built: {self.names()}."]
         return "\n  ".join(lines)
 
-    def _refuse_taken(self, name: str, cls: type[Method[Any]]) -> None:
+    def _refuse_taken(self, name: str, cls: type[Method]) -> None:
         def refuse(what: str, remedy: str) -> None:
             raise ConfigError(f"method {name!r}: {what}.\n  {remedy}")
 

@@ -201,7 +201,7 @@ def test_a_configuration_in_a_case_is_complete() -> None:
 def test_every_method_is_asked_every_operation_on_every_kind_of_layer() -> None:
     asked = {(c.method, c.layer.kind, c.operation) for c in ARRAYS if c.layer is not None}
     wanted = set()
-    for name, cls in METHODS.items():
+    for name, cls in METHODS.weights.items():
         operations = {*LAYER_OPERATIONS} - (set() if issubclass(cls, LowRank | Additive) else {"delta"})
         wanted |= {(name, kind, operation) for kind in cls.kinds for operation in operations}
     assert asked == wanted

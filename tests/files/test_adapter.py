@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from peft_ref.contracts import Method
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError
 from peft_ref.files.adapter import (
     CONFIG,
@@ -36,7 +36,7 @@ LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q"]}
 LINEAR = {f"{P}q.lora_A.weight": np.ones((4, 6)), f"{P}q.lora_B.weight": np.ones((5, 4))}
 
 
-def random_module(method: Method[Any], layer: Layer, rng: np.random.Generator, dtype: Any = np.float64) -> AdapterModule:
+def random_module(method: WeightMethod[Any], layer: Layer, rng: np.random.Generator, dtype: Any = np.float64) -> AdapterModule:
     arrays = {s.field: rng.normal(size=s.shape).astype(dtype) for s in method.spec(layer)}
     return AdapterModule(method, layer, method.to_params(**arrays))
 

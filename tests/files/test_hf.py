@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
-from peft_ref.contracts import Method  # noqa: E402
+from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import PeftRefError  # noqa: E402
 from peft_ref.files.adapter import (  # noqa: E402
     CONFIG,
@@ -89,7 +89,7 @@ def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any
 
 
 def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
-    def fill(method: Method[Any], layer: Layer) -> AdapterModule:
+    def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
         return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
 
     return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}

@@ -114,7 +114,7 @@ def inside_an_adapter(end: str) -> bool:
 def ask_us(name: str, method: str, options: dict[str, Any]) -> Matched:
     task = options.get("task_type")
     targets = Targets(**{key: value for key, value in options.items() if key not in ("task_type", "feedforward_modules")})
-    return match(targets, TorchGraph(models.model(name)), peft_type=method, task_type=task, kinds=METHODS[method.lower()].kinds)
+    return match(targets, TorchGraph(models.model(name)), peft_type=method, task_type=task, kinds=METHODS.weights[method.lower()].kinds)
 
 
 def answers(name: str, method: str, options: dict[str, Any]) -> tuple[models.Answer | None, models.Answer | None, str]:

@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from peft_ref.contracts import Method
+from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.stack import Adapter
 
@@ -62,7 +62,7 @@ def torch_layer(layer: Layer, bias: bool) -> torch.nn.Module:
 
 def pair(
     layer: Layer,
-    method: Method[Any],
+    method: WeightMethod[Any],
     configs: Sequence[peft.PeftConfig],
     rng: np.random.Generator,
     bias: bool = True,

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
-from peft_ref.contracts import Method  # noqa: E402
+from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
 from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
@@ -21,7 +21,7 @@ from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-12  # relative to the largest number of the array
 
-SETTINGS: dict[str, Method[Any]] = {
+SETTINGS: dict[str, WeightMethod[Any]] = {
     "lora": LoRA(r=4, lora_alpha=6, init_lora_weights=False),
     "lora-rslora": LoRA(r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False),
     "lora-bias": LoRA(r=4, lora_alpha=6, lora_bias=True, init_lora_weights=False),
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Method[Any]] = {
 CRASHES = {(name, "conv2d-dilation") for name in SETTINGS if name.startswith(("lora", "dora"))}
 
 
-def config(method: Method[Any], dropout: float = 0.0) -> Any:
+def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     """PEFT's configuration of the same hyper-parameters."""
     values = dataclasses.asdict(method)  # type: ignore[call-overload]
     if isinstance(method, IA3):
@@ -164,7 +164,7 @@ def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() ->
 
 
 def test_every_method_is_compared_here() -> None:
-    assert {type(m) for m in SETTINGS.values()} == set(METHODS.values())
+    assert {type(m) for m in SETTINGS.values()} == set(METHODS.weights.values())
 
 
 @pytest.mark.parametrize("name", sorted({n for n, _ in CRASHES}))

@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import HealthCheck, reject, settings
 from hypothesis import strategies as st
 
-from peft_ref.contracts import KINDS, Method
+from peft_ref.contracts import KINDS, WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
@@ -23,8 +23,8 @@ from peft_ref.stack import Adapter
 
 Host = np.ndarray[Any, Any]
 
-PAIRS = [(name, kind) for name, cls in METHODS.items() for kind in sorted(cls.kinds)]
-STRANGERS = [(name, kind) for name, cls in METHODS.items() for kind in sorted(KINDS - cls.kinds)]
+PAIRS = [(name, kind) for name, cls in METHODS.weights.items() for kind in sorted(cls.kinds)]
+STRANGERS = [(name, kind) for name, cls in METHODS.weights.items() for kind in sorted(KINDS - cls.kinds)]
 
 BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "r": st.sampled_from((2, 1, 3, 4)),
@@ -53,7 +53,7 @@ LAW_ON_BACKEND = settings(deadline=None, max_examples=2, suppress_health_check=_
 class Case:
     """A method on a layer, and the numbers that `seed` stands for. Every array has a stream of its own."""
 
-    method: Method[Any]
+    method: WeightMethod[Any]
     layer: Layer
     bias: bool
     shape: tuple[int, ...]  # of x
@@ -119,8 +119,8 @@ def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool 
 
 
 @st.composite
-def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) -> Method[Any]:
-    cls = METHODS[name]
+def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) -> WeightMethod[Any]:
+    cls = METHODS.weights[name]
     hints = get_type_hints(cls)
     options = {}
     for f in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass; the table's type cannot say so

@@ -68,7 +68,7 @@ def test_a_kind_of_layer_that_is_not_supported_is_refused_by_name(name: str, kin
 
 
 def test_every_method_supports_a_kind_of_layer_and_no_unknown_one() -> None:
-    for name, cls in METHODS.items():
+    for name, cls in METHODS.weights.items():
         assert cls.kinds, name
         assert cls.kinds <= KINDS, name
 

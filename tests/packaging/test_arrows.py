@@ -21,8 +21,9 @@ FLOORS = (
     {"arrays"},
     {"layers"},
     {"contracts"},
+    {"prompts"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
-    {"methods", "stack", "backend"},
+    {"methods", "stack", "splice", "backend"},
     {"graph"},
     {"files"},
     {"model"},
@@ -32,7 +33,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "layers", "contracts", "registry", "methods", "stack"}
+MATHEMATICS = {"errors", "arrays", "layers", "contracts", "prompts", "registry", "methods", "stack", "splice"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

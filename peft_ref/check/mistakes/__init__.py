@@ -7,6 +7,10 @@ import peft_ref.check.mistakes.dora as dora
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
 import peft_ref.check.mistakes.lora as lora
+import peft_ref.check.mistakes.multitask_prompt_tuning as multitask_prompt_tuning
+import peft_ref.check.mistakes.p_tuning as p_tuning
+import peft_ref.check.mistakes.prefix_tuning as prefix_tuning
+import peft_ref.check.mistakes.prompt_tuning as prompt_tuning
 from peft_ref.check.mistake import Suite
 from peft_ref.check.suites import Suites
 
@@ -16,6 +20,10 @@ _BUILT: dict[str, Suite] = {
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,
     "lora": lora.SUITE,
+    "multitask_prompt_tuning": multitask_prompt_tuning.SUITE,
+    "p_tuning": p_tuning.SUITE,
+    "prefix_tuning": prefix_tuning.SUITE,
+    "prompt_tuning": prompt_tuning.SUITE,
 }
 
 SUITES = Suites(_BUILT)  # an ordinary mapping to whoever reads it

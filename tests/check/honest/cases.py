@@ -28,13 +28,13 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
-    mergeable = layer.groups == 1 or not issubclass(METHODS[name], LowRank)
+    mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
     mergeable &= variant.bias or not any(c.get("lora_bias") for c in variant.configs)
     cases = []
     for operation in LAYER_OPERATIONS:
         if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):
             continue
-        if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS[name], LowRank | Additive)):
+        if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS.weights[name], LowRank | Additive)):
             continue
         other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
         cases.append(make_case(name, other, layer_name, layer, methods, operation))

@@ -1,0 +1,205 @@
+"""What a method of prompts promises: learned vectors that go before a model's own. No weight of the model changes.
+
+    tensors  --encode-->  table  --for every example-->  prompt  --splice (peft_ref/splice.py)-->  what the model receives
+
+    tensors   what is trained, by its name inside PEFT's encoder: "embedding.weight", "mlp_head.0.weight"
+    table     (rows, columns), what a file holds as `prompt_embeddings`. What only training needed, an encoder's weights, is not saved
+    prompt    (batch, rows, columns)
+
+    place          rows                                               columns                       the prompt becomes
+    "embeddings"   num_virtual_tokens num_transformer_submodules      token_dim                     the first tokens of the input
+    "cache"        num_virtual_tokens                                 num_layers 2 token_dim        past keys and values of every layer
+
+An encoder-decoder has two submodules: the first half of the rows is the encoder's, the second the decoder's.
+
+HF      peft.PromptLearningConfig. Sizes that a configuration leaves out come from the model's config: `sized`. A saved adapter is in
+        inference mode: its encoder is gone, and the table is all there is.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, final
+
+import numpy as np
+
+from peft_ref.arrays import Array, namespace
+from peft_ref.contracts import Method
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+
+Tensors: TypeAlias = Mapping[str, Array]
+
+PLACES = ("embeddings", "cache")
+SAVED = "prompt_embeddings"
+EMBEDDING = "embedding.weight"
+# What a model's config.json calls its sizes, the first that is there.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+
+
+class Context(NamedTuple):
+    """What a prompt depends on beside its tensors."""
+
+    batch: int
+    task_ids: Array | None = None  # (batch,) integers, for a prompt of the example's own task
+    dropout: tuple[Array, ...] = ()  # an encoder's masks, 1 keeps: one for every layer of an LSTM but the last, (rows, 2 hidden)
+
+
+class Sources(NamedTuple):
+    """What a start can be made of."""
+
+    words: Array | None = None  # the model's word embeddings (vocabulary, token_dim)
+    tokenize: Callable[[str], Sequence[int]] | None = None  # the token ids of a text, as the model's tokenizer gives them
+    tensors: Tensors | None = None  # another adapter's file, by its keys
+
+
+NO_SOURCES = Sources()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Method):
+    """A method that puts vectors before a model's own."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    inference_mode: bool = False  # the table is given, and no encoder makes it
+
+    place: ClassVar[str] = "embeddings"
+    file_keys: ClassVar[frozenset[str]] = frozenset({SAVED})
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value}: a positive number is needed.")
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every trained tensor, by its name."""
+
+    @abstractmethod
+    def init(self, like: Array, rng: np.random.Generator, sources: Sources = NO_SOURCES) -> Tensors:
+        """Fresh tensors as HF PEFT makes them, in `like`'s library and dtype."""
+
+    @abstractmethod
+    def prompt(self, p: Tensors, ctx: Context) -> Array:
+        """(batch, rows, columns)"""
+
+    @abstractmethod
+    def prompt_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
+        """The gradient of every tensor, given that of the prompt."""
+
+    @abstractmethod
+    def saved(self, p: Tensors) -> Tensors:
+        """What a file holds, by its keys there."""
+
+    @abstractmethod
+    def loaded(self, file: Tensors) -> Tensors:
+        """The tensors that a file holds, for this method in inference mode."""
+
+    @final
+    def size(self, name: str) -> int:
+        """A size that has to be known by now."""
+        value = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"{name} is not given.\n  Give it, or take it from the model: `method.sized(model_config, task_type)`.")
+        return int(value)
+
+    @final
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """(rows, columns)"""
+        tokens, width = self.size("num_virtual_tokens"), self.size("token_dim")
+        if self.place == "cache":
+            return tokens, 2 * self.size("num_layers") * width
+        return tokens * self.size("num_transformer_submodules"), width
+
+    @final
+    def sized(self, model: Mapping[str, Any], task_type: str | None = None) -> Self:
+        """With the sizes that are left out taken from a model's config.json. `task_type` tells how many submodules it has."""
+        model = model.get("text_config") or model
+        width = self.token_dim or _first(model, WIDTHS, "token_dim")
+        heads = self.num_attention_heads or _first(model, HEADS, "num_attention_heads")
+        if self.place == "cache" and "num_key_value_heads" in model:  # keys and values have fewer heads than queries
+            heads, width = _key_value_heads(model, width // heads)
+        known: dict[str, Any] = {
+            "num_layers": self.num_layers or _first(model, LAYERS, "num_layers"),
+            "token_dim": width,
+            "num_attention_heads": heads,
+            "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
+        }
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            known["encoder_hidden_size"] = width
+        return replace(self, **known)
+
+    @final
+    def in_inference(self) -> Self:
+        """The method of a saved adapter: the table is given."""
+        return replace(self, inference_mode=True)
+
+    @final
+    def check(self, p: Tensors, where: str = "") -> Tensors:
+        """`p`, if it has every tensor in its shape and no other. Raises `KeyMismatchError` or `ShapeError`."""
+        at, expected = f"{type(self).__name__}{where and f' at {where!r}'}", self.shapes()
+        if missing := sorted(expected.keys() - p.keys()):
+            raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(p)) or 'nothing'}.")
+        if extra := sorted(p.keys() - expected.keys()):
+            raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
+        for name, shape in expected.items():
+            if tuple(p[name].shape) != shape:
+                raise ShapeError(f"{at}: {name} is {tuple(p[name].shape)}, expected {shape}.\n  {self}.")
+        return p
+
+
+class TablePrompt(Prompt):
+    """A prompt that is one table for every example."""
+
+    @abstractmethod
+    def table(self, p: Tensors, ctx: Context) -> Array:
+        """(rows, columns)"""
+
+    @abstractmethod
+    def table_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors: ...
+
+    @final
+    def prompt(self, p: Tensors, ctx: Context) -> Array:
+        xp, table = namespace(p[EMBEDDING]), self.table(p, ctx)
+        return xp.broadcast_to(xp.expand_dims(table, axis=0), (ctx.batch, *table.shape))
+
+    @final
+    def prompt_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
+        return self.table_vjp(p, ctx, namespace(d).sum(d, axis=0))
+
+    @final
+    def saved(self, p: Tensors) -> Tensors:
+        return {SAVED: self.table(p, Context(batch=1))}
+
+    @final
+    def loaded(self, file: Tensors) -> Tensors:
+        return self.in_inference().check({EMBEDDING if name == SAVED else name: value for name, value in file.items()})
+
+
+def _first(model: Mapping[str, Any], names: Sequence[str], wanted: str) -> int:
+    for name in names:
+        if model.get(name) is not None:
+            return int(model[name])
+    raise ConfigError(f"{wanted} is not given, and the model's config has none of {', '.join(names)}.\n  Give {wanted}.")
+
+
+def _key_value_heads(model: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
+    """Heads of keys and values, and their width together. Where layers differ, those of the largest head."""
+    heads = model["num_key_value_heads"]
+    if model.get("global_head_dim") is not None:
+        head_dim, heads = model["global_head_dim"], model.get("num_global_key_value_heads") or heads
+    else:
+        head_dim = model.get("head_dim") or head_dim
+        for layer in (model.get("per_layer_config") or {}).values():
+            if layer.get("head_dim", head_dim) > head_dim:
+                head_dim, heads = layer["head_dim"], layer.get("num_key_value_heads", heads)
+    return int(heads), int(heads * head_dim)
