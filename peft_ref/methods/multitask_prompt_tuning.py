@@ -71,10 +71,10 @@ class MultitaskPromptTuning(Prompt):
     def _from_source(self, sources: Sources, like: Array) -> Tensors:
         init, source = self.prompt_tuning_init, sources.tensors
         needed = (SAVED,) if init == "ONLY_SOURCE_SHARED" else (SAVED, COLUMNS, ROWS)
-        if source is None or (missing := sorted(set(needed) - source.keys())):
-            what = "nothing" if source is None else f"no {', '.join(missing)}"
+        if source is None or not set(needed) <= source.keys():
+            came = "nothing" if source is None else ", ".join(sorted(source))
             raise KeyMismatchError(
-                f"prompt_tuning_init={init!r} starts from another adapter's file, which has {what}.\n"
+                f"prompt_tuning_init={init!r} starts from another adapter's file, which has {came}.\n"
                 f"  Pass Sources(tensors=...) with {', '.join(needed)}."
             )
         xp = namespace(like)

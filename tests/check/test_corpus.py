@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ref.check.case import ARRAY_OPERATIONS, LAYER_OPERATIONS, OPERATIONS, Case, build_method, from_json, to_json
+from peft_ref.check.case import ARRAY_OPERATIONS, LAYER_OPERATIONS, OPERATIONS, PROMPT_OPERATIONS, Case, build_method, from_json, to_json
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import answer, pose
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Conv, Embedding, Layer
 from peft_ref.methods import METHODS
+from peft_ref.splice import TASKS
 from tests.check.frozen_corpus import FILE, fingerprints
+from tests.spec.pages import prefix
 
 ARRAYS = tuple(c for c in corpus() if c.operation in ARRAY_OPERATIONS)
 ADAPTERS = [(c, a) for c in ARRAYS for a in c.adapters]
@@ -207,6 +209,22 @@ def test_every_method_is_asked_every_operation_on_every_kind_of_layer() -> None:
     assert asked == wanted
 
 
+def test_every_prompt_is_asked_every_operation_and_spliced_into_every_task() -> None:
+    for name in METHODS.prompts:
+        own = [c for c in ARRAYS if c.method == name]
+        assert {c.operation for c in own} == set(PROMPT_OPERATIONS), name
+        assert {c.question["task_type"] for c in own if c.operation == "splice"} == set(TASKS), name
+        sides = {c.adapters[0].config["num_transformer_submodules"] for c in own}
+        assert sides == {1, 2}, name
+
+
+def test_the_sizes_of_a_prompt_differ_and_none_is_one() -> None:
+    for case in ARRAYS:
+        for name, v in case.adapters[0].tensors.items() if case.operation in PROMPT_OPERATIONS else ():
+            assert 1 not in v.shape, (case.id, name)
+            assert v.ndim < 2 or len(set(v.shape)) == v.ndim or "lstm" in name or "mlp_head" in name, (case.id, name)
+
+
 def test_every_method_is_asked_about_everything_else() -> None:
     asked = {(c.method, c.operation) for c in corpus()}
     assert {o for _, o in asked} == set(OPERATIONS)
@@ -215,7 +233,7 @@ def test_every_method_is_asked_about_everything_else() -> None:
 
 
 def test_several_adapters_biases_and_dropout_are_asked() -> None:
-    for name in METHODS:
+    for name in METHODS.weights:
         own = [c for c in ARRAYS if c.method == name]
         assert any(len(c.adapters) > 1 for c in own), name
         assert any(c.bias is None and c.layer is not None and c.layer.kind != "embedding" for c in own), name
@@ -271,6 +289,6 @@ def test_every_clause_that_is_cited_is_in_the_specification() -> None:
 
 
 def test_a_case_cites_its_own_method_or_the_family_it_belongs_to() -> None:
-    family = {"dora": {"DORA", "LORA"}}
+    family = {"dora": {"DORA", "LORA"}, **{name: {prefix(name), "PROMPTTUNING"} for name in METHODS.prompts}}
     for case in corpus():
-        assert case.clause.split("-")[0] in family.get(case.method, {case.method.upper()}), case.id
+        assert case.clause.split("-")[0] in family.get(case.method, {prefix(case.method)}), case.id

@@ -98,15 +98,17 @@ def test_a_mistake_explains_itself(method: str, mistake: Mistake) -> None:
 
 
 STEP = 1e-4
+FORWARD_OF = {"backward": "forward", "prompt_backward": "prompt"}
 
 
 @pytest.mark.parametrize(("method", "mistake"), NAMED)
 def test_the_gradients_of_a_mistake_are_those_of_its_own_forward_pass(method: str, mistake: Mistake) -> None:
     """A port that makes it differentiates what it computes: along a random direction of every tensor, gradient and difference agree."""
-    if not any(case.id in replays(method)[mistake.name] for case in array_cases(method) if case.operation == "forward"):
+    asked = {case.operation for case in array_cases(method) if case.id in replays(method)[mistake.name]}
+    if not asked & {"forward", "prompt"}:
         return  # its forward pass is right: only a hand-written backward pass, or merging, makes this mistake
     for case in array_cases(method):
-        if case.operation == "backward":
+        if case.operation in FORWARD_OF:
             _assert_own_gradient(mistake, case)
 
 
@@ -127,8 +129,9 @@ def _assert_own_gradient(mistake: Mistake, case: Case) -> None:
 
 
 def _output(mistake: Mistake, case: Case) -> NDArray:
-    forward = replace(case, operation="forward")
-    return (mistake.replay(forward) or answer(forward))["y"]
+    forward = replace(case, operation=FORWARD_OF[case.operation])
+    (output,) = (mistake.replay(forward) or answer(forward)).values()
+    return output
 
 
 def _moved(case: Case, name: str, by: NDArray) -> Case:

@@ -42,7 +42,7 @@ def test_a_method_is_four_files(name: str) -> None:
 
 
 def test_every_method_file_has_its_row() -> None:
-    defining = {p.stem for p in (ROOT / "peft_ref" / "methods").glob("*.py") if "params_type:" in p.read_text("utf-8")}
+    defining = {p.stem for p in (ROOT / "peft_ref" / "methods").glob("*.py") if "peft_type:" in p.read_text("utf-8")}
     assert defining == set(METHODS), "give each file a row in peft_ref/methods/__init__.py"
 
 

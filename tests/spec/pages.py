@@ -19,6 +19,11 @@ CITED = re.compile(r"\b[A-Z][A-Z0-9]*-(?:[CQ]\d+|[a-z]+)\b")
 TOPIC = re.compile(r"^### ([A-Z0-9]+-[a-z]+)$")
 
 
+def prefix(method: str) -> str:
+    """What the ids of a method's clauses begin with: LORA, PROMPTTUNING."""
+    return method.replace("_", "").upper()
+
+
 class Entry(NamedTuple):
     id: str  # LORA-C3
     prefix: str

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistakes import SUITES
+from peft_ref.contracts import WeightMethod
 from peft_ref.methods import METHODS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -16,6 +17,12 @@ SHORT = {"transposed_linear": "Conv1D", "embedding": "embedding", "linear": "lin
 def table() -> str:
     rows = ["| method | contract | layers | cases | known mistakes |", "|---|---|---|---|---|"]
     for name, cls in METHODS.items():
+        if not issubclass(cls, WeightMethod):
+            layers = "before the inputs" if cls.place == "embeddings" else "before the keys and values"
+            rows.append(
+                f"| [{cls.__name__}](spec/methods/{name}.md) | Prompt | {layers} | {len(corpus(name))} | {len(SUITES[name].mistakes)} |"
+            )
+            continue
         spatial = [k[4] for k in sorted(cls.kinds) if k.startswith("conv")]
         layers = [SHORT[k] for k in ("linear", "transposed_linear", "embedding") if k in cls.kinds]
         layers += [f"convolution {', '.join(spatial)}d"] if spatial else []
