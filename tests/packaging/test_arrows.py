@@ -25,7 +25,7 @@ FLOORS = (
     {"methods", "stack", "backend"},
     {"graph"},
     {"files"},
-    {"model"},
+    {"model", "nn"},  # nn: transformers to put adapters in; it knows HF's names, graphs and files
     {"hf"},
     {"check"},
     {"report"},
