@@ -177,18 +177,19 @@ FunctionVjp: TypeAlias = Callable[[Array, Array], Array]
 class Activation(NamedTuple):
     f: Function
     vjp: FunctionVjp
+    class_name: str  # of HF's module
 
 
 # By HF's names (transformers.activations.ACT2FN).
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
-        "gelu": Activation(gelu, gelu_vjp),
-        "gelu_new": Activation(gelu_tanh, gelu_tanh_vjp),
-        "gelu_pytorch_tanh": Activation(gelu_tanh, gelu_tanh_vjp),
-        "relu": Activation(relu, relu_vjp),
-        "silu": Activation(silu, silu_vjp),
-        "swish": Activation(silu, silu_vjp),
-        "tanh": Activation(tanh, tanh_vjp),
+        "gelu": Activation(gelu, gelu_vjp, "GELUActivation"),
+        "gelu_new": Activation(gelu_tanh, gelu_tanh_vjp, "NewGELUActivation"),
+        "gelu_pytorch_tanh": Activation(gelu_tanh, gelu_tanh_vjp, "GELUTanh"),
+        "relu": Activation(relu, relu_vjp, "ReLU"),
+        "silu": Activation(silu, silu_vjp, "SiLUActivation"),
+        "swish": Activation(silu, silu_vjp, "SiLU"),
+        "tanh": Activation(tanh, tanh_vjp, "Tanh"),
     }
 )
 

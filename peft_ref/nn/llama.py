@@ -103,7 +103,7 @@ class Llama(Decoder):
             ".mlp.gate_proj": linear(hidden, inner, self.mlp_bias),
             ".mlp.up_proj": linear(hidden, inner, self.mlp_bias),
             ".mlp.down_proj": linear(inner, hidden, self.mlp_bias),
-            ".mlp.act_fn": Part("SiLUActivation"),
+            ".mlp.act_fn": Part(activation(self.hidden_act).class_name),
             ".input_layernorm": self._norm,
             ".post_attention_layernorm": self._norm,
         }
