@@ -10,13 +10,18 @@ import pytest
 
 from peft_ref.backend import Backend
 from peft_ref.errors import ConfigError, KeyMismatchError
-from peft_ref.nn import Gradients, Inputs, KeyValue, OutputGradient
+from peft_ref.nn import Gradients, Inputs, KeyValue, Net, OutputGradient
 from tests.nn.tiny import LLAMA, MODELS, arrays, mapped, random_net, with_every_method
 
 RNG = np.random.default_rng(4)
 IDS = RNG.integers(0, 11, (2, 5))
 MASK = np.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
 LABELS = np.where(MASK == 0, -100, RNG.integers(0, 11, (2, 5)))
+
+
+def adapted_weights(net: Net) -> set[str]:
+    """They cannot be trained beside their adapters."""
+    return {net.ties.get(f"{name}.weight", f"{name}.weight") for name in net.adapters}
 
 
 def prefix(length: int = 2) -> tuple[KeyValue, ...]:
@@ -55,7 +60,7 @@ def test_every_gradient_is_the_derivative_of_the_loss(name: str) -> None:
     net = with_every_method(random_net(model))
     held = {n: a for n, a in net.adapters.items() if type(a[0].method).__name__ != "DoRA"}
     net = replace(net, adapters=held)
-    free = frozenset(n for n in net.weights if n.removesuffix(".weight") not in held)
+    free = frozenset(net.weights) - adapted_weights(net)
     net = replace(net, trainable=free)
     inputs = Inputs(inputs_embeds=RNG.normal(size=(2, 5, 8)), labels=LABELS, attention_mask=np.ones((2, 7)), past=prefix())
     got = model.vjp(net, inputs, OutputGradient(loss=1.0))
@@ -107,11 +112,11 @@ def test_a_zero_gradient_gives_zeros_and_an_argument_is_never_written_into(name:
 def test_a_backend_agrees_with_numpy(backend: Backend, name: str) -> None:
     model = MODELS[name]
     net = with_every_method(random_net(model))
-    net = replace(net, trainable=frozenset(n for n in net.weights if n.removesuffix(".weight") not in net.adapters))
+    net = replace(net, trainable=frozenset(net.weights) - adapted_weights(net))
     given = {"input_ids": IDS, "attention_mask": np.concat([np.ones((2, 2), dtype=int), MASK], axis=1), "labels": LABELS}
     front = prefix()
-    for dtype in backend.held:
-        unit = np.finfo(dtype).eps
+    for dtype in backend.held[:1] if backend.name == "jax" else backend.held:  # JAX compiles every operation for every shape and dtype
+        unit = np.finfo("float32" if backend.name == "mlx" else dtype).eps  # MLX's exp, sin and cos are right to float32 only
 
         def send(a: Any, dtype: str = dtype) -> Any:
             return backend.from_numpy(np.asarray(a), dtype)
@@ -165,7 +170,7 @@ def test_refusals() -> None:
         replace(with_every_method(net), trainable=frozenset({"model.layers.0.mlp.up_proj.weight"}))
     with pytest.raises(ConfigError, match="and not both"):
         LLAMA.forward(net, Inputs())
-    with pytest.raises(ConfigError, match="2 layers|for 1 layers"):
+    with pytest.raises(ConfigError, match="values for 1 layers, the model has 2"):
         LLAMA.forward(net, Inputs(input_ids=IDS, past=prefix()[:1]))
     with pytest.raises(ConfigError, match="no labels"):
         LLAMA.vjp(net, Inputs(input_ids=IDS), OutputGradient(loss=1.0))
