@@ -49,6 +49,12 @@ def test_modules_parameters_ties_and_head_are_the_live_models_in_its_order(name:
     assert (ours.output_head, ours.pretrained, ours.model_type) == (expected.output_head, expected.pretrained, expected.model_type)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_config_leaves_out_has_transformers_default(name: str) -> None:
+    said = getattr(transformers, name).config_class().to_dict()
+    assert model_of({"architectures": [name]}) == model_of({**said, "architectures": [name]})
+
+
 TARGETS: dict[str, dict[str, Any]] = {
     "PEFT's own for the architecture": {},
     "all linear": {"target_modules": "all-linear"},

@@ -30,7 +30,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 20,
+    "original_max_position_embeddings": 40,  # so that the six waves fit 6.4 to 0.2 times
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "grouped": HEADS,

@@ -74,7 +74,8 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.hf
 @pytest.mark.parametrize("shard", ["1MB", "1KB"])
 def test_as_transformers_saves_it(tmp_path: Path, shard: str) -> None:
-    pytest.importorskip("transformers")
+    for module in ("torch", "peft", "transformers"):
+        pytest.importorskip(module)
     import transformers
 
     from tests.nn.beside_hf import close, pair
