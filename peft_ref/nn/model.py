@@ -180,7 +180,7 @@ class Decoder(Model):
         run = self._run(net, inputs)
         dx, gradients = self.leave_vjp(net, run.xs[-1], _dlogits(run.output, inputs, d))
         dpasts: list[KeyValue | None] = []
-        for name, x, past in reversed(list(zip(self.block_names(), run.xs, run.pasts, strict=False))):
+        for name, x, past in reversed(list(zip(self.block_names(), run.xs[:-1], run.pasts, strict=True))):
             dx, dpast, more = self.block_vjp(net, name, x, run.context, past, dx)
             gradients, dpasts = gradients + more, [dpast, *dpasts]
         dx, more = self.enter_vjp(net, run.embedded, run.context, dx)
