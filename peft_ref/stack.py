@@ -33,6 +33,7 @@ class Adapter(NamedTuple):
 class StackGradients(NamedTuple):
     x: Array | None
     params: tuple[Any, ...]  # one Params per adapter
+    b: Array | None = None  # the frozen bias's, which HF trains with bias="all" and "lora_only"; None where there is none
 
 
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
@@ -47,22 +48,24 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
 
 
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
-    """The gradients of `forward` for x and for every adapter's parameters, given dy in the shape of y."""
+    """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
     sides = _sides(layer, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
     dx = layer.input_vjp(x, Ws[-1], dy)
     db = layer.bias_vjp(dy) if bs[-1] is not None else None
     dW = None if all(sides) else layer.weight_vjp(x, dy)
+    beside: list[Array] = []
     grads: list[Any] = [None] * len(adapters)
     for k in reversed(range(len(adapters))):
         a = adapters[k]
         if sides[k]:
-            side_dx, grads[k] = _side_vjp(layer, W, b, a, x, dy)
+            side_dx, grads[k], side_db = _side_vjp(layer, W, b, a, x, dy)
             dx = None if dx is None or side_dx is None else dx + side_dx
+            beside = beside if side_db is None else [*beside, side_db]
         else:
             g = a.method.weight_vjp(layer, a.params, Ws[k], bs[k], W, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
-    return StackGradients(dx, tuple(grads))
+    return StackGradients(dx, tuple(grads), None if b is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
@@ -130,8 +133,8 @@ def _side(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array) -> Arr
     return layer.apply(x, effective - W, None if b is None or b0 is None else b - b0)
 
 
-def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any]:
-    x = _drop(a, x)
+def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any, Array | None]:
+    x, db0 = _drop(a, x), None
     if isinstance(a.method, LowRank):
         B, A, b = a.method.factors(a.params)
         down = layer.down(A.shape[0])
@@ -142,6 +145,7 @@ def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy
     else:
         effective, b = a.method.weight(layer, a.params, W, b0, W)
         db = None if b is None else layer.bias_vjp(dy)
-        grads = a.method.weight_vjp(layer, a.params, W, b0, W, layer.weight_vjp(x, dy), db).params
-        dx = layer.input_vjp(x, effective - W, dy)
-    return None if dx is None else _drop(a, dx), grads
+        d = a.method.weight_vjp(layer, a.params, W, b0, W, layer.weight_vjp(x, dy), db)
+        grads, dx = d.params, layer.input_vjp(x, effective - W, dy)
+        db0 = None if d.b is None or db is None or b0 is None else d.b - db  # it reads b' - b0
+    return None if dx is None else _drop(a, dx), grads, db0

@@ -185,3 +185,27 @@ def test_with_dropout_the_gradient_is_still_the_adjoint(name: str, kind: str, da
     total = sum(float(np.sum(getattr(got.params[0], f) * getattr(v, f))) for f in fields_of(p)) + float(np.sum(got.x * vx))
     moved = slope(lambda t: float(np.sum(dy * y(map_params(lambda a, d: a + t * d, p, v), x + t * vx))))
     assert abs(total - moved) <= 1e-6 * (1 + abs(moved) + float(np.sum(np.abs(dy)))), f"the gradient says {total}, differences say {moved}"
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] != "embedding"])
+@given(data=st.data())
+@LAW
+def test_the_gradient_for_the_frozen_bias_is_the_adjoint(name: str, kind: str, data: st.DataObject) -> None:
+    """Under one or two adapters, the last of which may have dropout."""
+    case = data.draw(cases(name, kind))
+    mask = (np.random.default_rng([case.seed, 15]).random(case.shape) >= 0.25).astype(case.x.dtype)
+    adapters = [companion(data, case, 21)] if data.draw(st.booleans()) else []
+    adapters += [Adapter(case.method, case.params(), Dropout(mask, 0.25) if data.draw(st.booleans()) else None)]
+
+    def y(b: Host | None) -> Host:
+        return np.asarray(stack.forward(case.layer, case.W, b, adapters, case.x))
+
+    try:
+        y(case.b)
+    except NotMergeableError:
+        return
+    got = stack.vjp(case.layer, case.W, case.b, adapters, case.x, case.dy).b
+    assert (got is None) == (case.b is None)
+    if case.b is not None and got is not None:
+        v = case.numbers(19, case.b.shape)
+        assert_slope(lambda t: float(np.sum(case.dy * y(case.b + t * v))), got, v, "b")

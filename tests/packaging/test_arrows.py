@@ -26,7 +26,7 @@ FLOORS = (
     {"methods", "stack", "splice", "backend"},
     {"graph"},
     {"files"},
-    {"model"},
+    {"model", "nn"},  # nn: transformers to put adapters in; it knows HF's names, graphs and files
     {"hf"},
     {"check"},
     {"report"},

@@ -1,0 +1,159 @@
+"""Attention with grouped queries, rotary positions, a cache of keys and values, and the masks that HF builds.
+
+    P = softmax(s Q K^T + M)      Y = P V                 for every head;  s = 1 / sqrt(d) mostly
+    dV = P^T dY      dZ = P (dP - sum(P dP)),  dP = dY V^T      dQ = s dZ K      dK = s dZ^T Q      dM = dZ
+
+    Q (batch, heads, T, d)    K, V (batch, groups, S, d)    M, P (batch, heads, T, S)    heads / groups neighbours share one K and V
+
+M is added: the mask, a relative position bias (T5), or their sum. A masked place gets the dtype's lowest finite number, as in HF. Where a
+whole row is masked, the query of a padding token, it so becomes a uniform average over all places, and not NaN.
+HF computes the softmax in float32, whatever the model's dtype.
+
+Keys and values put in front (`KeyValue`) are a cache of earlier tokens or a prefix that is trained: it is all one to the mathematics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from peft_ref.arrays import Array, device, namespace, to
+from peft_ref.errors import ShapeError
+from peft_ref.nn.functions import softmax, softmax_vjp, sum_to
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """(batch, T, heads * d) as (batch, heads, T, d). Its transpose is `join_heads`."""
+    xp = namespace(x)
+    batch, T, width = x.shape
+    return xp.permute_dims(xp.reshape(x, (batch, T, heads, width // heads)), (0, 2, 1, 3))
+
+
+def join_heads(x: Array) -> Array:
+    """Undoes `split_heads`, and is its transpose."""
+    xp = namespace(x)
+    batch, heads, T, d = x.shape
+    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch, T, heads * d))
+
+
+class AttentionGradients(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    bias: Array | None
+
+
+def attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
+    """Y (batch, heads, T, d); `bias` is M above, or anything that broadcasts to it."""
+    y = softmax(_scores(q, k, bias, scale)) @ _shared(v)
+    return namespace(q).reshape(y, (*q.shape[:3], v.shape[-1]))
+
+
+def attention_vjp(q: Array, k: Array, v: Array, bias: Array | None, scale: float, dy: Array) -> AttentionGradients:
+    xp = namespace(q, k, v, dy)
+    mT = xp.matrix_transpose
+    scores = _scores(q, k, bias, scale)
+    dy = _grouped(dy, k.shape[1])
+    dv = mT(softmax(scores)) @ dy
+    dz = softmax_vjp(scores, dy @ mT(_shared(v)))
+    dq = scale * dz @ _shared(k)
+    dk = scale * mT(dz) @ _grouped(q, k.shape[1])
+    dbias = None if bias is None else sum_to(xp.reshape(dz, (*q.shape[:3], k.shape[2])), bias.shape)
+    return AttentionGradients(xp.reshape(dq, q.shape), xp.sum(dk, axis=2), xp.sum(dv, axis=2), dbias)
+
+
+def _grouped(q: Array, groups: int) -> Array:
+    """(batch, heads, T, d) as (batch, groups, heads / groups, T, d)."""
+    batch, heads, T, d = q.shape
+    return namespace(q).reshape(q, (batch, groups, heads // groups, T, d))
+
+
+def _shared(k: Array) -> Array:
+    """(batch, groups, S, d) with an axis of length 1 for the heads that share it."""
+    return namespace(k).expand_dims(k, axis=2)
+
+
+def _scores(q: Array, k: Array, bias: Array | None, scale: float) -> Array:
+    """s Q K^T + M, shape (batch, groups, heads / groups, T, S)."""
+    xp = namespace(q, k)
+    scores = scale * (_grouped(q, k.shape[1]) @ xp.matrix_transpose(_shared(k)))
+    if bias is None:
+        return scores
+    full = xp.broadcast_to(bias, (*q.shape[:3], k.shape[2]))
+    return scores + _grouped(full, k.shape[1])
+
+
+def rotate(x: Array, positions: Array, frequencies: tuple[float, ...]) -> Array:
+    """Rotary positions: the pair (x_i, x_{i + d/2}) turned by the angle position * frequency_i.   Su et al. 2021, arXiv:2104.09864
+
+    x (batch, heads, T, d), positions (batch or 1, T), d / 2 frequencies. The paper pairs neighbours; HF pairs the two halves.
+    """
+    xp = namespace(x)
+    angles = xp.expand_dims(xp.astype(positions, x.dtype), axis=-1) * to(np.asarray(frequencies), x)
+    angles = xp.expand_dims(angles, axis=1)
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    half = len(frequencies)
+    first, second = x[..., :half], x[..., half:]
+    return xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotate_vjp(x: Array, positions: Array, frequencies: tuple[float, ...], dy: Array) -> Array:
+    """A rotation's transpose turns back."""
+    return rotate(dy, -positions, frequencies)
+
+
+class KeyValue(NamedTuple):
+    """The keys and values of one layer, each (batch, groups, S, d). A cache is a tuple of them, one per layer."""
+
+    k: Array
+    v: Array
+
+    @property
+    def length(self) -> int:
+        return int(self.k.shape[2])
+
+
+def append(past: KeyValue | None, new: KeyValue) -> KeyValue:
+    """`past` and behind it `new`."""
+    if past is None:
+        return new
+    xp = namespace(past.k, new.k)
+    return KeyValue(xp.concat([past.k, new.k], axis=2), xp.concat([past.v, new.v], axis=2))
+
+
+def append_vjp(past: KeyValue | None, new: KeyValue, d: KeyValue) -> tuple[KeyValue | None, KeyValue]:
+    if past is None:
+        return None, d
+    n = past.length
+    return KeyValue(d.k[:, :, :n, :], d.v[:, :, :n, :]), KeyValue(d.k[:, :, n:, :], d.v[:, :, n:, :])
+
+
+def positions_from(start: int, length: int, like: Array) -> Array:
+    """start, start + 1, ...: shape (1, length)."""
+    xp = namespace(like)
+    return xp.expand_dims(xp.arange(start, start + length, device=None if xp is np else device(like)), axis=0)
+
+
+def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: bool) -> Array:
+    """What is added to the scores of the tokens x (batch, T, ...) behind `past` earlier places: 0, or the lowest number where not to look.
+
+    attention_mask (batch, past + T) is 0 at padding; one of four axes is taken as it is. With `causal` nobody looks ahead. The tokens'
+    positions play no part. (HF, given position_ids that jump, no mask and use_cache=False, takes them for packed sequences; not here.)
+    """
+    xp = namespace(x)
+    batch, T = x.shape[:2]
+    S = past + T
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
+    place = positions_from(0, S, x)
+    reach = xp.matrix_transpose(positions_from(past, T, x)) if causal else xp.full_like(place, S)
+    seen = xp.reshape(place <= reach, (1, 1, -1, S))
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != (batch, S):
+            raise ShapeError(
+                f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, earlier + new tokens) = {(batch, S)}.\n"
+                f"  {past} places are in front of the {T} tokens given (a cache or a prefix); they need a mask too."
+            )
+        seen = seen & xp.reshape(xp.astype(attention_mask, xp.bool), (batch, 1, 1, S))
+    return xp.finfo(x.dtype).min * (1 - xp.astype(seen, x.dtype))

@@ -1,0 +1,73 @@
+"""A model from the folder that HF's `save_pretrained` writes: config.json and its safetensors files, one or several with an index.
+
+Tensors are read one by one. What the file has beside the model's own parameters is not read, as in HF (old files hold inv_freq); what it
+lacks is an error. A file of the bare base model lacks the prefix ("layers.0..." for "model.layers.0..."), and a file may hold a tied
+parameter under its second name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from peft_ref.arrays import Array
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.graph.checkpoint import CheckpointGraph
+from peft_ref.nn.graph import ModelGraph
+from peft_ref.nn.llama import Llama
+from peft_ref.nn.model import Model
+from peft_ref.nn.net import Net
+
+Host = np.ndarray[Any, Any]
+
+
+class Architecture(Protocol):
+    def from_config(self, config: Mapping[str, Any]) -> Model: ...
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Llama}
+
+
+class Loaded(NamedTuple):
+    model: Model
+    net: Net
+    graph: ModelGraph
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes."""
+    named = [str(a) for a in config.get("architectures") or ()]
+    found = next((name for name in named if name in ARCHITECTURES), None)
+    if found is None:
+        raise ConfigError(f"config.json names the architectures {named}.\n  There are {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[found].from_config(config)
+
+
+def in_working_precision(array: Host) -> Host:
+    """16-bit floats in float32, in which they are computed; the others as they are."""
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+
+
+def load(folder: str | os.PathLike[str], hold: Callable[[Host], Array] = in_working_precision) -> Loaded:
+    """The model in `folder`; `hold` makes the array to compute with of what the file has (`lambda a: backend.from_numpy(a, "float32")`)."""
+    file = CheckpointGraph(folder)
+    model = model_of(file.config)
+    weights = {name: hold(_read(file, model, name, shape)) for name, shape in model.shapes().items()}
+    return Loaded(model, model.net(weights), ModelGraph(model=model, weights=weights, model_config=file.config))
+
+
+def _read(file: CheckpointGraph, model: Model, name: str, shape: tuple[int, ...]) -> Host:
+    names = [name, *(second for second, first in model.ties().items() if first == name)]
+    stored = [n for full in names for n in (full, full.removeprefix(f"{model.base_model_prefix}."))]
+    found = next((n for n in stored if n in file.parameters()), None)
+    if found is None:
+        raise KeyMismatchError(
+            f"{file.folder}: no tensor {name!r}, which {type(model).__name__} needs.\n  Is it a whole model of that class?"
+        )
+    if (got := file.parameters()[found].shape) != shape:
+        raise ShapeError(f"{file.folder}: {found} is {got}, expected {shape}.\n  config.json and the weights do not belong together.")
+    array: Host = file.weight(found)
+    return array

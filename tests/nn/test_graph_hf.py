@@ -1,0 +1,76 @@
+"""Our models as graphs are transformers' live models: the same modules, and PEFT's adapters go to the same places."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.hf
+
+import peft  # noqa: E402
+import transformers  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+
+from peft_ref.graph import Targets, TorchGraph, match  # noqa: E402
+from peft_ref.nn import ARCHITECTURES, ModelGraph, model_of  # noqa: E402
+
+SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", SIZES),
+    "llama tied, gelu": ("LlamaForCausalLM", {**SIZES, "tie_word_embeddings": True, "hidden_act": "gelu"}),
+    "llama with biases": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+}
+
+
+def live_and_ours(name: str) -> tuple[Any, ModelGraph]:
+    cls = getattr(transformers, SMALL[name][0])
+    live = cls(cls.config_class(**SMALL[name][1]))
+    said = {**live.config.to_dict(), "architectures": [cls.__name__]}
+    return live, ModelGraph(model=model_of(said), weights=dict(live.named_parameters()), model_config=said)
+
+
+def test_every_architecture_is_looked_at() -> None:
+    assert {cls for cls, _ in SMALL.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_modules_parameters_ties_and_head_are_the_live_models_in_its_order(name: str) -> None:
+    live, ours = live_and_ours(name)
+    expected = TorchGraph(live)
+    assert list(ours.modules().values()) == list(expected.modules().values())
+    assert ours.tied() == expected.tied()
+    assert dict(ours.parameters()) == dict(expected.parameters())
+    assert (ours.output_head, ours.pretrained, ours.model_type) == (expected.output_head, expected.pretrained, expected.model_type)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_config_leaves_out_has_transformers_default(name: str) -> None:
+    said = getattr(transformers, name).config_class().to_dict()
+    assert model_of({"architectures": [name]}) == model_of({**said, "architectures": [name]})
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "PEFT's own for the architecture": {},
+    "all linear": {"target_modules": "all-linear"},
+    "one layer": {"target_modules": ["q_proj", "c_attn", "query", "q"], "layers_to_transform": [1]},
+    "head and embedding": {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
+    "regex": {"target_modules": r".*\.(0|1)\..*(up_proj|k_proj)", "exclude_modules": [r"layers.0.mlp.up_proj"]},
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", SMALL)
+def test_an_adapter_goes_where_peft_puts_it(name: str, targets: str) -> None:
+    live, ours = live_and_ours(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(live), peft.LoraConfig(**TARGETS[targets]))
+    expected = {n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert set(match(Targets(**TARGETS[targets]), ours).modules) == expected
+    assert expected

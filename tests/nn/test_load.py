@@ -1,0 +1,94 @@
+"""A folder that transformers wrote is read as the model it was: whole or in shards, with or without its prefix, in 16 bits or more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.files.safetensors import serialize
+from peft_ref.nn import Inputs, load
+from tests.nn.tiny import LLAMA, random_net
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": True,
+    **{k: getattr(LLAMA, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    **{k: getattr(LLAMA, k) for k in ("num_key_value_heads", "head_dim", "attention_bias")},
+}
+IDS = np.asarray([[3, 1, 4, 1]])
+
+
+def write(folder: Path, tensors: dict[str, Any], **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    (folder / "model.safetensors").write_bytes(serialize(tensors, {"format": "pt"}))
+    return folder
+
+
+def weights() -> dict[str, Any]:
+    return dict(random_net(LLAMA).weights)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    model, net, graph = load(write(tmp_path, weights()))
+    assert model == LLAMA
+    np.testing.assert_array_equal(
+        model.forward(net, Inputs(input_ids=IDS)).logits, LLAMA.forward(random_net(LLAMA), Inputs(input_ids=IDS)).logits
+    )
+    assert graph.tied() == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert graph.parameters()["model.norm.weight"].dtype == "F64"
+
+
+def test_sixteen_bits_are_computed_in_thirty_two(tmp_path: Path) -> None:
+    net = load(write(tmp_path, {n: w.astype(np.float16) for n, w in weights().items()})).net
+    assert {w.dtype for w in net.weights.values()} == {np.dtype("float32")}
+
+
+def test_old_names_and_what_belongs_to_nobody(tmp_path: Path) -> None:
+    """A bare base model lacks the prefix; old files hold inv_freq; a tied tensor may be stored under its second name."""
+    tensors = {n.removeprefix("model."): w for n, w in weights().items()}
+    tensors["lm_head.weight"] = tensors.pop("embed_tokens.weight")
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(1)
+    net = load(write(tmp_path, tensors)).net
+    assert net.weights.keys() == weights().keys()
+    np.testing.assert_array_equal(net.weights["model.embed_tokens.weight"], weights()["model.embed_tokens.weight"])
+
+
+def test_refusals(tmp_path: Path) -> None:
+    tensors = weights()
+    with pytest.raises(ConfigError, match=r"architectures \['Nothing'\]"):
+        load(write(tmp_path, tensors, architectures=["Nothing"]))
+    with pytest.raises(ConfigError, match="activation 'mish'"):
+        load(write(tmp_path, tensors, hidden_act="mish"))
+    with pytest.raises(ShapeError, match=r"embed_tokens.weight is \(11, 8\), expected \(12, 8\)"):
+        load(write(tmp_path, tensors, vocab_size=12))
+    with pytest.raises(KeyMismatchError, match=r"no tensor 'lm_head\.weight'"):
+        load(write(tmp_path, tensors, tie_word_embeddings=False))
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("shard", ["1MB", "1KB"])
+def test_as_transformers_saves_it(tmp_path: Path, shard: str) -> None:
+    for module in ("torch", "peft", "transformers"):
+        pytest.importorskip(module)
+    import transformers
+
+    from tests.nn.beside_hf import close, pair
+
+    sizes = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 6}
+    for tied in (True, False):
+        both = pair(transformers.LlamaForCausalLM, **sizes, num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=50.0)
+        both.live.save_pretrained(tmp_path, max_shard_size=shard)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shard == "1MB" else len(list(tmp_path.glob("*.safetensors"))) > 2
+        model, net, graph = load(tmp_path)
+        assert model == both.model
+        assert graph.config["rope_parameters"]["rope_theta"] == 50.0
+        for name, w in both.net.weights.items():
+            np.testing.assert_array_equal(net.weights[name], w)
+        given = Inputs(input_ids=IDS)
+        close(model.forward(net, given).logits, both.model.forward(both.net, given).logits, "logits", 0.0)
