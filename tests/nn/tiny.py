@@ -38,7 +38,7 @@ def with_every_method(net: Net, seed: int = 2) -> Net:
     rng = np.random.default_rng(seed)
     adapters = {}
     for n, (name, layer) in enumerate(net.layers.items()):
-        able = [made(m) for m in METHODS.weights if layer.kind in METHODS[m].kinds]
+        able = [made(m) for m in METHODS.weights if layer.kind in METHODS.weights[m].kinds]
         method = able[n % len(able)]
         tensors = {spec.key: 1 + 0.3 * rng.normal(size=spec.stored_shape) for spec in method.spec(layer)}
         adapters[name] = (Adapter(method, method.unpack(layer, tensors)),)
