@@ -25,7 +25,7 @@ FLOORS = (
     {"methods", "stack", "backend"},
     {"graph"},
     {"files"},
-    {"model"},
+    {"model", "nn"},
     {"hf"},
     {"check"},
     {"report"},

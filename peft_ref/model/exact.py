@@ -1,0 +1,131 @@
+"""The combination that is the sum of the deltas, and how far another one is from it.
+
+    Delta = sum_i w_i Delta_i       as a LoRA of rank sum_i r_i, exact, or of a given rank by the SVD, the nearest there is
+    error = |Delta_c - Delta|       Frobenius, of a combination c at one module; relative to |Delta|
+
+HF's linear type has  Delta_c - Delta = sum_{i != j} sign_j sqrt|w_i s_i w_j s_j| B_i A_j,  the cross terms.
+
+Any method whose effect is a delta can be a part: LoRA, AdaLoRA, LoHa. What is not low-rank by its own needs a rank. A bias adds up too, as
+lora_bias. Ranks of a grouped convolution are kept group by group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from peft_ref.arrays import Array, namespace, regroup, zeros_like
+from peft_ref.contracts import Additive, Delta, Factors, LowRank
+from peft_ref.errors import ConfigError, NotMergeableError
+from peft_ref.files.adapter import AdapterModule
+from peft_ref.files.config import AdapterConfig, Patterns
+from peft_ref.layers import Layer
+from peft_ref.methods.lora import LoRA, Params
+from peft_ref.model.adapted import Adapted, Attached
+from peft_ref.model.attaching import joined
+from peft_ref.model.combine import all_targets, check_sources, factorised, with_ranks
+from peft_ref.model.placing import check_new, place
+from peft_ref.model.pruning import weighted_sum
+
+
+class Deviation(NamedTuple):
+    """How far a combination is from the sum of the deltas at one module."""
+
+    error: float
+    relative: float  # infinite where the sum is zero and the combination is not
+
+
+def add_exact(model: Adapted, adapters: Sequence[str], weights: Sequence[float], name: str, *, rank: int | None = None) -> Adapted:
+    """`model` with a LoRA `name` whose delta is the weighted sum of those of `adapters`; its best part of `rank` where one is given."""
+    sources = check_sources(model, adapters, weights)
+    for other, source in zip(adapters, sources, strict=True):
+        _check_additive(other, source)
+    parts: dict[str, list[tuple[Attached, float]]] = {}
+    for source, w in zip(sources, weights, strict=True):
+        for module in source.modules:
+            parts.setdefault(module, []).append((source, w))
+    biased = any(_bias_in(source, module) for module, here in parts.items() for source, _ in here)
+    config = AdapterConfig(
+        method=LoRA(r=1, lora_alpha=1, lora_bias=biased),
+        targets=replace(sources[0].config.targets, target_modules=all_targets(sources), modules_to_save=None),
+        housekeeping={k: v for k, v in sources[0].config.housekeeping.items() if k in ("base_model_name_or_path", "task_type")},
+    )
+    placed = place(model, config)
+    modules = {module: _summed(module, layer, parts.get(module, []), rank, biased) for module, layer in placed.layers.items()}
+    top = max((m.method.r for m in modules.values()), default=1)  # type: ignore[attr-defined]
+    whole = replace(placed.config, method=LoRA(r=top, lora_alpha=top, lora_bias=biased), patterns=Patterns())
+    written = with_ranks(whole, modules)
+    check_new(model, name, written)
+    return joined(model, name, placed._replace(config=written), modules, trainable=False)
+
+
+def deviations(model: Adapted, combination: str, adapters: Sequence[str], weights: Sequence[float]) -> Mapping[str, Deviation]:
+    """At every module how far the adapter `combination` is from the weighted sum of the deltas of `adapters`."""
+    sources = [model.attached(name) for name in adapters]
+    combined = model.attached(combination)
+    _check_additive(combination, combined)
+    for other, source in zip(adapters, sources, strict=True):
+        _check_additive(other, source)
+    found: dict[str, Deviation] = {}
+    for module, made in combined.modules.items():
+        here = [(_delta(a, module).W, w) for a, w in zip(sources, weights, strict=True) if module in a.modules]
+        got = _delta(combined, module).W
+        wanted = weighted_sum([W for W, _ in here], [w for _, w in here]) if here else zeros_like(made.layer.shape, got)
+        error, size = _norm(got - wanted), _norm(wanted)
+        found[module] = Deviation(error, error / size if size else math.inf if error else 0.0)
+    return found
+
+
+def _summed(module: str, layer: Layer, parts: Sequence[tuple[Attached, float]], rank: int | None, biased: bool) -> AdapterModule:
+    if not parts:
+        raise ConfigError(f"none of the adapters is on {module!r}.\n  Narrow their target_modules.")
+    biases = [(c, w) for a, w in parts if (c := _bias_in(a, module)) is not None]
+    low_rank = all(isinstance(a.modules[module].method, LowRank) for a, _ in parts)
+    if rank is None and not low_rank:
+        raise ConfigError(f"a part of the sum at {module!r} has no rank of its own.\n  Give `rank`, at most {min(layer.shape)}.")
+    if rank is None:
+        A, B = _stacked(layer, [(_factors(a, module), w) for a, w in parts])
+    else:
+        A, B = factorised(weighted_sum([_delta(a, module).W for a, _ in parts], [w for _, w in parts]), rank)
+    r = A.shape[0]
+    method = LoRA(r=r, lora_alpha=r, lora_bias=biased)
+    c = None
+    if biased:
+        c = weighted_sum([c for c, _ in biases], [w for _, w in biases]) if biases else zeros_like((layer.shape[0],), A)
+    return AdapterModule(method, layer, Params(A, B, c))
+
+
+def _stacked(layer: Layer, parts: Sequence[tuple[Factors, float]]) -> tuple[Array, Array]:
+    """All ranks one after the other, in every group of the layer."""
+    xp, g = namespace(parts[0][0].A), layer.groups
+    rows = [regroup(f.A, (g, f.A.shape[0] // g, f.A.shape[1])) if g > 1 else xp.expand_dims(f.A, axis=0) for f, _ in parts]
+    A = xp.concat(rows, axis=1)
+    return xp.reshape(A, (A.shape[0] * A.shape[1], A.shape[2])), xp.concat([w * f.B for f, w in parts], axis=1)
+
+
+def _factors(adapter: Attached, module: str) -> Factors:
+    method, params, _ = adapter.adapter(module)
+    return method.factors(params)  # type: ignore[attr-defined, no-any-return]  # a LowRank
+
+
+def _bias_in(adapter: Attached, module: str) -> Array | None:
+    return _factors(adapter, module).b if isinstance(adapter.modules[module].method, LowRank) else _delta(adapter, module).b
+
+
+def _delta(adapter: Attached, module: str) -> Delta:
+    method: Any
+    method, params, _ = adapter.adapter(module)
+    return method.delta(adapter.modules[module].layer, params)  # type: ignore[no-any-return]
+
+
+def _check_additive(name: str, adapter: Attached) -> None:
+    if not isinstance(adapter.config.method, LowRank | Additive):
+        kind = type(adapter.config.method).__name__
+        raise NotMergeableError(f"adapter {name!r} is {kind}, whose effect is no delta that adds up.\n  LoRA, AdaLoRA and LoHa have one.")
+
+
+def _norm(x: Array) -> float:
+    xp = namespace(x)
+    return float(xp.sqrt(xp.sum(x * x)))

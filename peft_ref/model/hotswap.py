@@ -1,0 +1,106 @@
+"""One LoRA for another under the same name: what an adapter computes changes, what it is called and where it may go does not.
+
+    the new one on fewer modules    nothing is left of the old one on the others
+    on more modules                 refused
+    of another rank or alpha        it brings its own: HF sets the new scale, and pads a smaller rank with zeros, which changes no output
+
+`padded` is that padding, to be asked for: every module at one rank R, its scale kept by alpha' = alpha R / r (rsLoRA: alpha sqrt(R / r)).
+
+HF      peft.utils.hotswap. It asks that use_rslora, lora_dropout, alpha_pattern and use_dora are equal, and that the old adapter is not
+        merged. The model's configuration stays that of the old adapter, so what HF saves after a swap has the new numbers under the old
+        rank and alpha; here the configuration is swapped too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft_ref.arrays import Array, namespace, zeros_like
+from peft_ref.errors import ConfigError, KeyMismatchError, UnsupportedLayerError
+from peft_ref.files.adapter import AdapterFile, AdapterModule
+from peft_ref.files.config import AdapterConfig, Patterns
+from peft_ref.layers import Layer
+from peft_ref.methods.dora import DoRA
+from peft_ref.methods.lora import LoRA
+from peft_ref.model.adapted import Adapted, Attached
+from peft_ref.model.attaching import weight_name
+from peft_ref.model.combine import with_ranks
+from peft_ref.model.numbers import brought
+
+EQUAL = ("use_rslora", "lora_dropout")
+
+
+def hotswap(model: Adapted, name: str, new: AdapterFile) -> Adapted:
+    """`model` whose adapter `name` computes what `new` does."""
+    old = model.attached(name)
+    if name in model.merged.names:
+        raise ConfigError(f"adapter {name!r} is merged (HF PEFT refuses it too).\n  Unmerge it first.")
+    _check_alike(old.config, new.config)
+    if extra := sorted(new.modules.keys() - old.modules.keys()):
+        raise KeyMismatchError(
+            f"the new adapter is on {extra[0]!r}, and {len(extra) - 1} more modules, where {name!r} is not (HF PEFT refuses it too).\n"
+            "  Load it as an adapter of its own."
+        )
+    modules: dict[str, AdapterModule] = {}
+    for module, old_module in old.modules.items():
+        if module not in new.modules:
+            continue
+        method, _, params = new.modules[module]
+        like = model.frozen(weight_name(model, module))
+        tensors = {key: brought(t, like) for key, t in method.pack(new.modules[module].layer, params).items()}
+        modules[module] = AdapterModule(method, old_module.layer, method.unpack(old_module.layer, tensors, where=module))
+    return replace(model, adapters={**model.adapters, name: replace(old, config=new.config, modules=modules, multiplier=1.0)})
+
+
+def padded(model: Adapted, name: str, rank: int) -> Adapted:
+    """`model` whose LoRA `name` has `rank` everywhere and computes what it did."""
+    adapter = model.attached(name)
+    if not isinstance(adapter.config.method, LoRA | DoRA):
+        raise ConfigError(f"adapter {name!r} is {type(adapter.config.method).__name__}: only a LoRA is padded (HF PEFT refuses it too).")
+    modules: dict[str, AdapterModule] = {}
+    for module, (_, layer, params) in adapter.modules.items():
+        method: Any = adapter.config.method_for(module)
+        modules[module] = _padded(name, module, method, layer, params, rank)
+    alpha = next((m.method.lora_alpha for m in modules.values()), float(rank))  # type: ignore[attr-defined]
+    whole = replace(adapter.config, method=replace(adapter.config.method, r=rank, lora_alpha=alpha), patterns=Patterns())  # type: ignore[type-var, call-arg]
+    changed: Attached = replace(adapter, config=with_ranks(whole, modules), modules=modules)
+    return replace(model, adapters={**model.adapters, name: changed})
+
+
+def _padded(name: str, module: str, method: Any, layer: Layer, params: Any, rank: int) -> AdapterModule:
+    r, g = method.r, layer.groups
+    if r > rank:
+        raise ConfigError(f"adapter {name!r} has rank {r} at {module!r} and cannot be padded to {rank} (HF PEFT refuses it too).")
+    if rank % g:
+        raise UnsupportedLayerError(f"rank {rank} at {module!r}, whose groups={g} must divide it (HF PEFT refuses it too).")
+    more = math.sqrt(rank / r) if method.use_rslora else rank / r
+    wide_method = replace(method, r=rank, lora_alpha=method.lora_alpha * more)
+    A, B = _more_rows(params.A, g, (rank - r) // g), _more_columns(params.B, (rank - r) // g)
+    return AdapterModule(wide_method, layer, params._replace(A=A, B=B))
+
+
+def _more_rows(A: Array, groups: int, n: int) -> Array:
+    """`n` zero rows after each group's."""
+    xp, (r, n_in) = namespace(A), A.shape
+    grid = xp.reshape(A, (groups, r // groups, n_in))
+    return xp.reshape(xp.concat([grid, zeros_like((groups, n, n_in), A)], axis=1), (r + groups * n, n_in))
+
+
+def _more_columns(B: Array, n: int) -> Array:
+    return namespace(B).concat([B, zeros_like((B.shape[0], n), B)], axis=1)
+
+
+def _check_alike(old: AdapterConfig, new: AdapterConfig) -> None:
+    for config in (old, new):
+        if not isinstance(config.method, LoRA | DoRA):
+            raise ConfigError(f"{type(config.method).__name__} is not swapped, only LoRA is (HF PEFT refuses it too).")
+    if type(old.method) is not type(new.method):
+        raise ConfigError("one adapter is a DoRA, the other is not (HF PEFT refuses it too).\n  Load it as an adapter of its own.")
+    values: list[tuple[str, Any, Any]] = [(key, getattr(old.method, key), getattr(new.method, key)) for key in EQUAL]
+    patterns: tuple[Mapping[str, float], ...] = (old.patterns.alpha_pattern, new.patterns.alpha_pattern)
+    for key, before, after in [*values, ("alpha_pattern", dict(patterns[0]), dict(patterns[1]))]:
+        if before != after:
+            raise ConfigError(f"{key} is {before!r:.60} and {after!r:.60} in the new adapter (HF PEFT refuses it too).")
