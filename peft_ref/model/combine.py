@@ -146,8 +146,16 @@ def factorised(delta: Array, rank: int, clamp: float | None = None) -> tuple[Arr
     B, A = U[:, :rank] * S[:rank], Vh[:rank, :]
     if clamp is not None:
         high = pruning.quantile(xp.concat([xp.reshape(B, (-1,)), xp.reshape(A, (-1,))]), clamp)
-        A, B = (xp.where(x > high, high, xp.where(x < -high, -high, x)) for x in (A, B))
+        A, B = (_below(_above(x, -high), high) for x in (A, B))  # a quantile below zero makes all entries equal to it, as in HF
     return A, B
+
+
+def _above(x: Array, low: Array) -> Array:
+    return namespace(x).where(x < low, low, x)
+
+
+def _below(x: Array, high: Array) -> Array:
+    return namespace(x).where(x > high, high, x)
 
 
 def union(sources: Sequence[Attached], rank: int) -> AdapterConfig:

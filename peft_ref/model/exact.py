@@ -20,7 +20,7 @@ from peft_ref.arrays import Array, namespace, regroup, zeros_like
 from peft_ref.contracts import Additive, Delta, Factors, LowRank
 from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.files.adapter import AdapterModule
-from peft_ref.files.config import AdapterConfig, Patterns
+from peft_ref.files.config import AdapterConfig
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.model.adapted import Adapted, Attached
@@ -46,19 +46,24 @@ def add_exact(model: Adapted, adapters: Sequence[str], weights: Sequence[float],
     for source, w in zip(sources, weights, strict=True):
         for module in source.modules:
             parts.setdefault(module, []).append((source, w))
-    biased = any(_bias_in(source, module) for module, here in parts.items() for source, _ in here)
+    biased = any(_bias_in(source, module) is not None for module, here in parts.items() for source, _ in here)
+    modules = {module: _summed(module, here[0][0].modules[module].layer, here, rank, biased) for module, here in parts.items()}
+    top = max((m.method.r for m in modules.values()), default=1)  # type: ignore[attr-defined]
     config = AdapterConfig(
-        method=LoRA(r=1, lora_alpha=1, lora_bias=biased),
+        method=LoRA(r=top, lora_alpha=top, lora_bias=biased),
         targets=replace(sources[0].config.targets, target_modules=all_targets(sources), modules_to_save=None),
         housekeeping={k: v for k, v in sources[0].config.housekeeping.items() if k in ("base_model_name_or_path", "task_type")},
     )
+    config = with_ranks(config, modules)
+    check_new(model, name, config)
     placed = place(model, config)
-    modules = {module: _summed(module, layer, parts.get(module, []), rank, biased) for module, layer in placed.layers.items()}
-    top = max((m.method.r for m in modules.values()), default=1)  # type: ignore[attr-defined]
-    whole = replace(placed.config, method=LoRA(r=top, lora_alpha=top, lora_bias=biased), patterns=Patterns())
-    written = with_ranks(whole, modules)
-    check_new(model, name, written)
-    return joined(model, name, placed._replace(config=written), modules, trainable=False)
+    if placed.layers.keys() != modules.keys():
+        raise ConfigError(
+            f"the targets of {', '.join(adapters)} together are not the modules that they are on:"
+            f" {', '.join(sorted(placed.layers.keys() ^ modules.keys()))}."
+            "\n  layers_to_transform or exclude_modules of the first one differ from another's."
+        )
+    return joined(model, name, placed, {module: modules[module] for module in placed.layers}, trainable=False)
 
 
 def deviations(model: Adapted, combination: str, adapters: Sequence[str], weights: Sequence[float]) -> Mapping[str, Deviation]:
@@ -79,8 +84,6 @@ def deviations(model: Adapted, combination: str, adapters: Sequence[str], weight
 
 
 def _summed(module: str, layer: Layer, parts: Sequence[tuple[Attached, float]], rank: int | None, biased: bool) -> AdapterModule:
-    if not parts:
-        raise ConfigError(f"none of the adapters is on {module!r}.\n  Narrow their target_modules.")
     biases = [(c, w) for a, w in parts if (c := _bias_in(a, module)) is not None]
     low_rank = all(isinstance(a.modules[module].method, LowRank) for a, _ in parts)
     if rank is None and not low_rank:

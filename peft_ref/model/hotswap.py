@@ -7,7 +7,8 @@
 `padded` is that padding, to be asked for: every module at one rank R, its scale kept by alpha' = alpha R / r (rsLoRA: alpha sqrt(R / r)).
 
 HF      peft.utils.hotswap. It asks that use_rslora, lora_dropout, alpha_pattern and use_dora are equal, and that the old adapter is not
-        merged. The model's configuration stays that of the old adapter, so what HF saves after a swap has the new numbers under the old
+        merged. It looks rank_pattern and alpha_pattern up under a tensor's key, which they never match, so that a module of another rank
+        gets the scale of the others: not followed. The model's configuration stays that of the old adapter, so what HF saves after a swap has the new numbers under the old
         rank and alpha; here the configuration is swapped too.
 """
 
@@ -65,7 +66,7 @@ def padded(model: Adapted, name: str, rank: int) -> Adapted:
         method: Any = adapter.config.method_for(module)
         modules[module] = _padded(name, module, method, layer, params, rank)
     alpha = next((m.method.lora_alpha for m in modules.values()), float(rank))  # type: ignore[attr-defined]
-    whole = replace(adapter.config, method=replace(adapter.config.method, r=rank, lora_alpha=alpha), patterns=Patterns())  # type: ignore[type-var, call-arg]
+    whole = replace(adapter.config, method=replace(adapter.config.method, r=rank, lora_alpha=alpha), patterns=Patterns())
     changed: Attached = replace(adapter, config=with_ranks(whole, modules), modules=modules)
     return replace(model, adapters={**model.adapters, name: changed})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from peft_ref.model.placing import place  # noqa: E402
 from peft_ref.model.storing import attach  # noqa: E402
 
 nn = torch.nn
-PREFIX = "base_model.model."
+OWN = ("lora_", "ia3_", "hada_", "modules_to_save")  # the names after which an adapter's stands
 
 
 class Net(nn.Module):  # type: ignore[misc]  # torch has no types here
@@ -78,7 +79,9 @@ def randomise(model: Any, name: str, seed: int, deviation: float = 0.3) -> None:
     """Other numbers for the PEFT adapter `name` and its copies; what starts at one stays near it."""
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
-        if f".{name}." in f"{key}." and "ranknum" not in key and ".base_layer." not in key:
+        parts = key.split(".")
+        owners = [after for part, after in pairwise(parts) if part.startswith(OWN)]
+        if owners == [name]:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * deviation
             parameter.data = parameter.data + noise
 
