@@ -10,6 +10,8 @@
     an adapter is merged at the module  nothing: HF's layer then runs its weight alone, even where another adapter is active
     else                                the active adapters that the module has, in their order
 
+With adapters of several types HF puts several layers around a module, and all this holds for each of them; what is inside acts first.
+
 A merge changes no number of the frozen weight, so that unmerging is forgetting, exact to the bit.
 
 HF      peft.PeftModel and the tuner layers, which hold the same state module by module and let it diverge ("irregular"); here it is one.
@@ -17,7 +19,7 @@ HF      peft.PeftModel and the tuner layers, which hold the same state module by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -129,19 +131,26 @@ class Adapted(Graph):
 
     def acting(self, module: str) -> tuple[str, ...]:
         """The names of the active adapters that are on the module and are not stopped there by a merged one."""
-        merged = {self._type(name) for name in self.merged.names if module in self.adapters[name].modules}
-        return tuple(name for name in self.order(module, self.active_names) if self._type(name) not in merged)
+        free = [run for run in self._runs(module) if not set(run) & set(self.merged.names)]
+        return tuple(name for run in free for name in self.active_names if name in run)
 
-    def order(self, module: str, names: Iterable[str]) -> tuple[str, ...]:
-        """Those of `names` that are on the module, in the order in which they act.
+    def order(self, module: str, names: Collection[str]) -> tuple[str, ...]:
+        """Those of `names` that are on the module, in the order in which they act."""
+        return tuple(name for run in self._runs(module) for name in names if name in run)
 
-        In a mixed model HF wraps the layer once for each type, in the order in which the types came; what is inside acts first.
+    def _runs(self, module: str) -> list[list[str]]:
+        """The adapters on the module, one run for each of HF's layers around it, the inmost first.
+
+        A mixed model gets a new layer where an adapter comes that is of another type than the outmost one takes.
         """
-        here = [name for name in names if module in self.adapters[name].modules]
-        if not self.mixed:
-            return tuple(here)
-        types = list(dict.fromkeys(self._type(name) for name, adapter in self.adapters.items() if module in adapter.modules))
-        return tuple(sorted(here, key=lambda name: types.index(self._type(name))))
+        runs: list[list[str]] = []
+        for name, adapter in self.adapters.items():
+            if module in adapter.modules:
+                if runs and self._type(runs[-1][0]) == self._type(name):
+                    runs[-1].append(name)
+                else:
+                    runs.append([name])
+        return runs
 
     def layer(self, module: str) -> Layer:
         """The layer that the module is."""

@@ -3,7 +3,7 @@
 add       fresh parameters. The first adapter becomes active; a later one waits for `activate`. What is merged is unmerged first, as in HF
 attach    parameters from a file; the init runs once more where it changes the frozen weight (pissa, olora), as when HF loads
 update    other numbers: what a training made of parameters, of modules_to_save, of biases
-delete    of the active adapter: what remains active stays so, else the first by name on the first module that was adapted
+delete    of an active adapter: what remains active stays so, else the first by name on the first module that was adapted; it is trainable
 
 HF      initialises a new adapter before it unmerges, so that DoRA's magnitudes, pissa and olora start from the merged weight; here from the
         frozen one. After a deletion HF chooses the next adapter module by module, here once.
@@ -27,7 +27,7 @@ from peft_ref.layers import Layer
 from peft_ref.model.adapted import Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
-from peft_ref.model.switching import activate
+from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
 
 
@@ -127,11 +127,13 @@ def delete(model: Adapted, name: str) -> Adapted:
         raise ConfigError(f"adapter {name!r} is merged (HF PEFT refuses it too).\n  Unmerge it first.")
     left = {other: adapter for other, adapter in model.adapters.items() if other != name}
     rest = replace(model, adapters=left, active_names=tuple(other for other in model.active_names if other != name))
-    if rest.active_names or name not in model.active_names:
+    if name not in model.active_names:
         return rest
+    if rest.active_names:
+        return trained(rest, rest.active_names)
     first = next((m for m in model.modules() if m in gone.modules or any(m in a.modules for a in left.values())), None)
     heirs = sorted(other for other, adapter in left.items() if first in adapter.modules)
-    return activate(rest, heirs[:1])
+    return trained(replace(rest, active_names=tuple(heirs[:1])), heirs[:1])
 
 
 def overlaid(model: Adapted, weights: Mapping[str, Array], apart: frozenset[str]) -> Adapted:

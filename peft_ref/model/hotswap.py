@@ -7,9 +7,9 @@
 `padded` is that padding, to be asked for: every module at one rank R, its scale kept by alpha' = alpha R / r (rsLoRA: alpha sqrt(R / r)).
 
 HF      peft.utils.hotswap. It asks that use_rslora, lora_dropout, alpha_pattern and use_dora are equal, and that the old adapter is not
-        merged. It looks rank_pattern and alpha_pattern up under a tensor's key, which they never match, so that a module of another rank
-        gets the scale of the others: not followed. The model's configuration stays that of the old adapter, so what HF saves after a swap has the new numbers under the old
-        rank and alpha; here the configuration is swapped too.
+        merged. Not followed: it looks rank_pattern up under a tensor's key, which no pattern matches, so that a module of another rank gets
+        the scale of the others; and the model's configuration stays that of the old adapter, so that a save puts the new numbers under the
+        old rank and alpha. Here the configuration is swapped too.
 """
 
 from __future__ import annotations

@@ -92,11 +92,17 @@ def check_new(model: Adapted, name: str, config: AdapterConfig) -> None:
 
 
 def check_apart(model: Adapted, name: str, placed: Placed) -> None:
-    """Raise `ConfigError` where one adapter would adapt what another trains in full."""
-    for other, adapter in model.adapters.items():
-        for module in placed.layers:
-            if module in adapter.whole:
-                raise ConfigError(f"adapter {name!r} goes to {module!r}, which {other!r} trains in full (HF PEFT refuses it too).")
-        for module in placed.saved:
-            if module in adapter.modules:
-                raise ConfigError(f"adapter {name!r} trains {module!r} in full, and {other!r} adapts it (HF PEFT refuses it too).")
+    """Raise `ConfigError` where one adapter would adapt what another, or it itself, trains in full.
+
+    HF refuses the same module; inside of one it puts adapters into the copy, each of its own.
+    """
+    adapted = {name: tuple(placed.layers)} | {other: tuple(adapter.modules) for other, adapter in model.adapters.items()}
+    whole = {name: placed.saved} | {other: adapter.whole for other, adapter in model.adapters.items()}
+    for owner, saved in whole.items():
+        for other, modules in adapted.items():
+            for module in modules:
+                if above := next((s for s in saved if f"{module}.".startswith(f"{s}.")), None):
+                    raise ConfigError(
+                        f"adapter {owner!r} trains {above!r} in full, and {other!r} goes to {module!r}.\n"
+                        "  Take one of them out: modules_to_save takes every module whose name ends so."
+                    )

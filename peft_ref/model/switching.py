@@ -31,15 +31,15 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
                 raise ConfigError(
                     f"adapters {other!r} and {name!r} both have a copy of {key} (HF PEFT refuses it too).\n  Activate one of them."
                 )
-    return _trained(replace(model, active_names=names, merged=Merged()), () if inference else names)
+    return trained(replace(model, active_names=names, merged=Merged()), () if inference else names)
 
 
 def enable(model: Adapted) -> Adapted:
-    return _trained(replace(model, enabled=True), model.active_names)
+    return trained(replace(model, enabled=True), model.active_names)
 
 
 def disable(model: Adapted) -> Adapted:
-    return _trained(replace(model, enabled=False, merged=Merged()), ())
+    return trained(replace(model, enabled=False, merged=Merged()), ())
 
 
 def set_trainable(model: Adapted, names: str | Iterable[str], trainable: bool = True) -> Adapted:
@@ -60,6 +60,7 @@ def rescaled(model: Adapted, factor: float) -> Adapted:
     return replace(model, adapters={**model.adapters, **changed})
 
 
-def _trained(model: Adapted, names: Iterable[str]) -> Adapted:
+def trained(model: Adapted, names: Iterable[str]) -> Adapted:
+    """`model` with these adapters trainable and no others."""
     names = set(names)
     return replace(model, adapters={n: replace(a, trainable=n in names) for n, a in model.adapters.items()})
