@@ -31,6 +31,7 @@ from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph, Module, Parameter
 from peft_ref.layers import Layer
+from peft_ref.model.ties import Ties
 from peft_ref.stack import Adapter
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -64,6 +65,7 @@ class Merged(NamedTuple):
     names: tuple[str, ...] = ()
     weights: Mapping[str, Array] = NOTHING
     untied: frozenset[str] = frozenset()
+    ties: Ties = "refuse"
 
 
 @final

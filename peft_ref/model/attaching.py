@@ -108,8 +108,9 @@ def update(
         if type(values) is not old.method.params_type:
             raise ConfigError(f"parameters at {module!r} are a {type(values).__name__}, expected those of {type(old.method).__name__}.")
         for spec in old.method.spec(old.layer):
-            if tuple(getattr(values, spec.field).shape) != spec.shape:
-                came = tuple(getattr(values, spec.field).shape)
+            value = getattr(values, spec.field)
+            came = None if value is None else tuple(value.shape)
+            if came != spec.shape:
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
     if unknown := sorted((saved or {}).keys() - adapter.saved.keys()):

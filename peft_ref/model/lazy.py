@@ -20,7 +20,8 @@ class LazyModules(Mapping[str, AdapterModule]):
     """The modules of an adapter in `file`. Its header is checked now, its numbers come later, like `like`."""
 
     def __init__(self, file: SafetensorsFile, config: AdapterConfig, layers: Mapping[str, Layer], like: Array) -> None:
-        self._file, self._config, self._layers, self._like = file, config, dict(layers), like
+        self.like = like
+        self._file, self._config, self._layers = file, config, dict(layers)
         for name, layer in self._layers.items():
             for spec in config.method_for(name).spec(layer):
                 if (came := file.entries[f"{PREFIX}{name}.{spec.key}"].shape) != spec.stored_shape:
@@ -29,7 +30,7 @@ class LazyModules(Mapping[str, AdapterModule]):
     def __getitem__(self, name: str) -> AdapterModule:
         layer = self._layers[name]
         method = self._config.method_for(name)
-        tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self._like) for s in method.spec(layer)}
+        tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in method.spec(layer)}
         return AdapterModule(method, layer, method.unpack(layer, tensors, where=PREFIX + name))
 
     def __iter__(self) -> Iterator[str]:

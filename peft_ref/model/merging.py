@@ -2,7 +2,8 @@
 
     W_0 frozen,   (W_k, b_k) = T_k(W_{k-1}, b_{k-1}) for the k-th merged adapter,   the module then runs W_n, b_n alone
 
-merge              the active adapters, or those named, after what is merged already. Nothing happens where one cannot be merged
+merge              the active adapters, or those named, after what is merged already: all from the frozen weight on, in the order in which
+                   they act. Nothing happens where one cannot be merged
 unmerge            the frozen weights again: the very same ones
 unload             the weights as they are now, without adapters; a copy of an active adapter stays in its module's place, as in HF
 merge_and_unload   both
@@ -37,11 +38,14 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
     if len(set(wanted)) < len(wanted):
         raise ConfigError(f"adapters {', '.join(wanted)}: one is there twice, and would be merged twice.\n  Name each once.")
     fresh = tuple(name for name in wanted if name not in model.merged.names)
-    weights, untied = dict(model.merged.weights), model.merged.untied
+    every = (*model.merged.names, *fresh)
+    ties = model.merged.ties if ties == "refuse" else ties
+    weights: dict[str, Array] = {}
+    untied = frozenset[str]()
     for module in model.modules():
-        for name in model.order(module, fresh):
+        for name in model.order(module, every):
             untied |= _merge_at(model, module, name, weights, safe, ties)
-    return replace(model, merged=Merged((*model.merged.names, *fresh), weights, untied))
+    return replace(model, merged=Merged(every, weights, untied, ties))
 
 
 def unmerge(model: Adapted) -> Adapted:

@@ -1,7 +1,7 @@
 """Arrays on their way in and out: what is computed in, what is kept, and in whose library.
 
 16-bit floats are computed with in float32 and rounded once on the way back. HF keeps an adapter's parameters in the weight's dtype, but
-never in 16 bits (autocast_adapter_dtype).
+never in 16 bits (autocast_adapter_dtype). A safe merge, and one into an embedding, rounds the delta first in HF, and then the sum.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from peft_ref.contracts import Method, ParamSpec
 from peft_ref.errors import ConfigError
 from peft_ref.files.rules import field_names
 from peft_ref.model.adapted import Adapted
+from peft_ref.model.lazy import LazyModules
 
 # HF's names, where they are not the type's own: of the model class, and of a layer class by the kind of layer.
 MODEL_CLASSES = {"LORA": "LoraModel", "ADALORA": "AdaLoraModel", "IA3": "IA3Model", "LOHA": "LoHaModel", "LOKR": "LoKrModel"}
@@ -133,7 +134,11 @@ def _status(model: Adapted, module: str, names: Iterable[str], kind: str, active
 
 def _device(model: Adapted, name: str, module: str) -> str:
     adapter = model.adapters[name]
-    values: Iterable[Array | None] = adapter.modules[module].params if module in adapter.modules else adapter.saved.values()
+    values: Iterable[Array | None] = adapter.saved.values()
+    if isinstance(adapter.modules, LazyModules):  # nothing is read for this
+        values = (adapter.modules.like,)
+    elif module in adapter.modules:
+        values = adapter.modules[module].params
     return str(device_of(next(v for v in values if v is not None))).partition(":")[0]
 
 

@@ -233,8 +233,8 @@ class Model(RuleBasedStateMachine):
         self.copies[name] = {key: rng.normal(size=copy.shape) for key, copy in self.copies[name].items()}
         self.model = update(self.model, name, params, saved=self.copies[name])
 
-    def _acting(self, module: str, merged: list[str]) -> list[Adapter]:
-        """The raw adapters of the layers that HF puts around a module: merged ones stop the active ones of their layer."""
+    def _acting(self, module: str, merged: list[str]) -> tuple[list[Adapter], list[Adapter]]:
+        """The raw adapters in the weight and beside it. HF puts a layer around a module for each type; a merged one stops that layer."""
         runs: list[list[str]] = []
         for name, raw in self.raw.items():
             if module in raw:
@@ -245,21 +245,23 @@ class Model(RuleBasedStateMachine):
         merged_here = [[name for name in merged if name in run] for run in runs]
         in_weight = [name for run in merged_here for name in run]
         beside = [name for run, stopped in zip(runs, merged_here, strict=True) if not stopped for name in self.active if name in run]
-        if not self.mixed:
-            assert not (in_weight and beside)
-        return [self.raw[name][module] for name in (*in_weight, *beside)]
+        return [self.raw[name][module] for name in in_weight], [self.raw[name][module] for name in beside]
 
     def _check(self, model: Adapted, merged: list[str]) -> None:
         for module, layer in LAYERS.items():
             weight, bias = BASE[f"{module}.weight"], BASE.get(f"{module}.bias")
             adapters: list[Adapter] = []
+            W = layer.fold(weight)
             if self.enabled and module == SAVED:
                 for name in self.active:
-                    weight = self.copies[name].get(f"{SAVED}.weight", weight)
+                    W = self.copies[name].get(f"{SAVED}.weight", W)
                     bias = self.copies[name].get(f"{SAVED}.bias", bias)
             elif self.enabled:
-                adapters = self._acting(module, merged)
-            expected = stack.forward(layer, layer.fold(weight), bias, adapters, X[module])
+                in_weight, beside = self._acting(module, merged)
+                adapters = in_weight + beside
+                if in_weight and beside:  # of several types: what lies beside, a DoRA's norm too, sees the merged weight
+                    (W, bias), adapters = stack.merge(layer, W, bias, in_weight), beside
+            expected = stack.forward(layer, W, bias, adapters, X[module])
             np.testing.assert_allclose(forward(model, module, X[module]), expected, rtol=1e-9, atol=1e-9, err_msg=module)
 
 
