@@ -131,6 +131,11 @@ class Adapted(Graph):
             return ()
         return tuple(self.adapters[name].adapter(module) for name in self.acting(module))
 
+    def injection(self) -> Mapping[str, tuple[Adapter, ...]]:
+        """`active` of every module that has an adapter: HF's inject_adapter_in_model as a plain mapping, with nothing wrapped."""
+        on = {module for adapter in self.adapters.values() for module in adapter.modules}
+        return {module: self.active(module) for module in self.modules() if module in on}
+
     def acting(self, module: str) -> tuple[str, ...]:
         """The names of the active adapters that are on the module and are not stopped there by a merged one."""
         free = [run for run in self._runs(module) if not set(run) & set(self.merged.names)]

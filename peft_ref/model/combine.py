@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, row_norm, to, zeros_like
+from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig, Patterns
@@ -105,9 +106,8 @@ def add_weighted(
         if not here:
             raise ConfigError(f"none of the adapters is on {module!r} (HF PEFT refuses it too).\n  Narrow their target_modules.")
         A, B = combined(kind, layer, here, options)
-        method = placed.config.method_for(module)
-        scale = method.scale  # type: ignore[attr-defined]  # LoRA's and DoRA's
-        modules[module] = _module(method, layer, A, B, scale, model, module)
+        method = as_lora(placed.config.method_for(module))
+        modules[module] = _module(method, layer, A, B, model, module)
     return joined(model, name, placed._replace(config=with_ranks(placed.config, modules)), modules, trainable=False)
 
 
@@ -161,7 +161,7 @@ def _below(x: Array, high: Array) -> Array:
 def union(sources: Sequence[Attached], rank: int) -> AdapterConfig:
     """The first adapter's configuration, for the targets of all, with rank and alpha `rank` and no patterns."""
     first = sources[0].config
-    method = replace(first.method, r=rank, lora_alpha=rank)  # type: ignore[type-var]  # LoRA or DoRA
+    method = replace(as_lora(first.method), r=rank, lora_alpha=rank)
     return replace(
         first, method=method, targets=replace(first.targets, target_modules=all_targets(sources)), patterns=Patterns(), text=None
     )
@@ -180,11 +180,18 @@ def all_targets(sources: Sequence[Attached]) -> str | tuple[str, ...]:
 
 def with_ranks(config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> AdapterConfig:
     """`config` with the patterns that give every module the rank and alpha that it has."""
-    whole: Any = config.method
-    other = {re.escape(name): m.method for name, m in modules.items() if m.method != whole}
-    ranks = {name: method.r for name, method in other.items() if method.r != whole.r}  # type: ignore[attr-defined]
-    alphas = {n: m.lora_alpha for n, m in other.items() if m.lora_alpha != whole.lora_alpha}  # type: ignore[attr-defined]
+    whole = as_lora(config.method)
+    other = {re.escape(name): as_lora(m.method) for name, m in modules.items() if m.method != whole}
+    ranks = {name: method.r for name, method in other.items() if method.r != whole.r}
+    alphas = {name: method.lora_alpha for name, method in other.items() if method.lora_alpha != whole.lora_alpha}
     return replace(config, patterns=replace(config.patterns, rank_pattern=ranks, alpha_pattern=alphas)) if other else config
+
+
+def as_lora(method: Method[Any]) -> LoRA | DoRA:
+    """`method` as what has A, B and a scale; raises where it is neither of the two."""
+    if not isinstance(method, LoRA | DoRA):
+        raise ConfigError(f"{type(method).__name__} is no LoRA, which alone is combined, swapped and padded (HF PEFT refuses it too).")
+    return method
 
 
 def check_sources(model: Adapted, adapters: Sequence[str], weights: Sequence[float]) -> list[Attached]:
@@ -203,11 +210,9 @@ def _checked(model: Adapted, adapters: Sequence[str], weights: Sequence[float]) 
     sources = check_sources(model, adapters, weights)
     if model.mixed:
         raise ConfigError("adapters of a mixed model are not combined so (HF PEFT refuses it too).\n  Use the exact combination.")
-    for name, source in zip(adapters, sources, strict=True):
-        if not isinstance(source.config.method, LoRA | DoRA):
-            kind = type(source.config.method).__name__
-            raise ConfigError(f"adapter {name!r} is {kind}: only LoRA adapters are combined so (HF PEFT refuses it too).\n  See `exact`.")
-    if isinstance(init := sources[0].config.method.init_lora_weights, str) and init in ("pissa", "olora"):  # type: ignore[attr-defined]
+    for source in sources:
+        as_lora(source.config.method)
+    if (init := as_lora(sources[0].config.method).init_lora_weights) in ("pissa", "olora"):
         raise ConfigError(
             f"adapter {adapters[0]!r} has init_lora_weights={init!r}: HF PEFT would take its part off the frozen weight once more.\n"
             "  Combine exactly, or give the first adapter another init."
@@ -216,7 +221,7 @@ def _checked(model: Adapted, adapters: Sequence[str], weights: Sequence[float]) 
 
 
 def _rank(kind: str, sources: Sequence[Attached], svd_rank: int | None) -> int:
-    ranks = [max([a.config.method.r, *a.config.patterns.rank_pattern.values()]) for a in sources]  # type: ignore[attr-defined]
+    ranks = [max([as_lora(a.config.method).r, *a.config.patterns.rank_pattern.values()]) for a in sources]
     if kind == "cat":
         return sum(ranks)
     if kind in SAME_RANK:
@@ -227,8 +232,9 @@ def _rank(kind: str, sources: Sequence[Attached], svd_rank: int | None) -> int:
 
 
 def _source(adapter: Attached, module: str, weight: float) -> Source:
-    method, params, _ = adapter.adapter(module)
-    return Source(method, wide(params.A), wide(params.B), method.scale, weight)  # type: ignore[arg-type, attr-defined]
+    acting = adapter.adapter(module)
+    method = as_lora(acting.method)
+    return Source(method, wide(acting.params.A), wide(acting.params.B), method.scale, weight)
 
 
 def _params(s: Source) -> Any:
@@ -250,9 +256,9 @@ def _thinned(kind: str, tensors: Sequence[Array], weights: Sequence[float], o: O
     return pruning.dare_ties(tensors, weights, density, masks, o.majority_sign_method)
 
 
-def _module(method: Any, layer: Layer, A: Array, B: Array, scale: float, model: Adapted, module: str) -> AdapterModule:
-    """The factors as parameters under a method of their rank whose scale is `scale`."""
-    r = A.shape[0]
+def _module(method: LoRA | DoRA, layer: Layer, A: Array, B: Array, model: Adapted, module: str) -> AdapterModule:
+    """The factors as parameters under a method of their rank and the same scale."""
+    r, scale = A.shape[0], method.scale
     if r != method.r:
         method = replace(method, r=r, lora_alpha=scale * (math.sqrt(r) if method.use_rslora else r))
     if isinstance(method, DoRA):

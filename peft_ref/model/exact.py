@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft_ref.arrays import Array, namespace, regroup, zeros_like
 from peft_ref.contracts import Additive, Delta, Factors, LowRank
@@ -25,7 +25,7 @@ from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.model.adapted import Adapted, Attached
 from peft_ref.model.attaching import joined
-from peft_ref.model.combine import all_targets, check_sources, factorised, with_ranks
+from peft_ref.model.combine import all_targets, as_lora, check_sources, factorised, with_ranks
 from peft_ref.model.placing import check_new, place
 from peft_ref.model.pruning import weighted_sum
 
@@ -40,15 +40,13 @@ class Deviation(NamedTuple):
 def add_exact(model: Adapted, adapters: Sequence[str], weights: Sequence[float], name: str, *, rank: int | None = None) -> Adapted:
     """`model` with a LoRA `name` whose delta is the weighted sum of those of `adapters`; its best part of `rank` where one is given."""
     sources = check_sources(model, adapters, weights)
-    for other, source in zip(adapters, sources, strict=True):
-        _check_additive(other, source)
     parts: dict[str, list[tuple[Attached, float]]] = {}
     for source, w in zip(sources, weights, strict=True):
         for module in source.modules:
             parts.setdefault(module, []).append((source, w))
     biased = any(_bias_in(source, module) is not None for module, here in parts.items() for source, _ in here)
     modules = {module: _summed(module, here[0][0].modules[module].layer, here, rank, biased) for module, here in parts.items()}
-    top = max((m.method.r for m in modules.values()), default=1)  # type: ignore[attr-defined]
+    top = max((as_lora(m.method).r for m in modules.values()), default=1)
     config = AdapterConfig(
         method=LoRA(r=top, lora_alpha=top, lora_bias=biased),
         targets=replace(sources[0].config.targets, target_modules=all_targets(sources), modules_to_save=None),
@@ -70,9 +68,6 @@ def deviations(model: Adapted, combination: str, adapters: Sequence[str], weight
     """At every module how far the adapter `combination` is from the weighted sum of the deltas of `adapters`."""
     sources = [model.attached(name) for name in adapters]
     combined = model.attached(combination)
-    _check_additive(combination, combined)
-    for other, source in zip(adapters, sources, strict=True):
-        _check_additive(other, source)
     found: dict[str, Deviation] = {}
     for module, made in combined.modules.items():
         here = [(_delta(a, module).W, w) for a, w in zip(sources, weights, strict=True) if module in a.modules]
@@ -85,11 +80,12 @@ def deviations(model: Adapted, combination: str, adapters: Sequence[str], weight
 
 def _summed(module: str, layer: Layer, parts: Sequence[tuple[Attached, float]], rank: int | None, biased: bool) -> AdapterModule:
     biases = [(c, w) for a, w in parts if (c := _bias_in(a, module)) is not None]
-    low_rank = all(isinstance(a.modules[module].method, LowRank) for a, _ in parts)
-    if rank is None and not low_rank:
-        raise ConfigError(f"a part of the sum at {module!r} has no rank of its own.\n  Give `rank`, at most {min(layer.shape)}.")
+    factors = [_factors(a, module) for a, _ in parts]
     if rank is None:
-        A, B = _stacked(layer, [(_factors(a, module), w) for a, w in parts])
+        stacked = [(f, w) for f, (_, w) in zip(factors, parts, strict=True) if f is not None]
+        if len(stacked) < len(parts):
+            raise ConfigError(f"a part of the sum at {module!r} has no rank of its own.\n  Give `rank`, at most {min(layer.shape)}.")
+        A, B = _stacked(layer, stacked)
     else:
         A, B = factorised(weighted_sum([_delta(a, module).W for a, _ in parts], [w for _, w in parts]), rank)
     r = A.shape[0]
@@ -108,25 +104,24 @@ def _stacked(layer: Layer, parts: Sequence[tuple[Factors, float]]) -> tuple[Arra
     return xp.reshape(A, (A.shape[0] * A.shape[1], A.shape[2])), xp.concat([w * f.B for f, w in parts], axis=1)
 
 
-def _factors(adapter: Attached, module: str) -> Factors:
+def _factors(adapter: Attached, module: str) -> Factors | None:
+    """The factors of what is low-rank by its own."""
     method, params, _ = adapter.adapter(module)
-    return method.factors(params)  # type: ignore[attr-defined, no-any-return]  # a LowRank
+    return method.factors(params) if isinstance(method, LowRank) else None
 
 
 def _bias_in(adapter: Attached, module: str) -> Array | None:
-    return _factors(adapter, module).b if isinstance(adapter.modules[module].method, LowRank) else _delta(adapter, module).b
+    factors = _factors(adapter, module)  # a grouped convolution has these and no delta
+    return _delta(adapter, module).b if factors is None else factors.b
 
 
 def _delta(adapter: Attached, module: str) -> Delta:
-    method: Any
     method, params, _ = adapter.adapter(module)
-    return method.delta(adapter.modules[module].layer, params)  # type: ignore[no-any-return]
-
-
-def _check_additive(name: str, adapter: Attached) -> None:
-    if not isinstance(adapter.config.method, LowRank | Additive):
-        kind = type(adapter.config.method).__name__
-        raise NotMergeableError(f"adapter {name!r} is {kind}, whose effect is no delta that adds up.\n  LoRA, AdaLoRA and LoHa have one.")
+    if not isinstance(method, LowRank | Additive):
+        raise NotMergeableError(
+            f"{type(method).__name__} at {module!r}: its effect is no delta.\n  LoRA's, AdaLoRA's and LoHa's are, and add up."
+        )
+    return method.delta(adapter.modules[module].layer, params)
 
 
 def _norm(x: Array) -> float:

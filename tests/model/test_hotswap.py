@@ -15,10 +15,10 @@ from peft_ref.graph import MappingGraph
 from peft_ref.layers import Conv
 from peft_ref.model.adapted import Adapted, adapt
 from peft_ref.model.attaching import add, update
-from peft_ref.model.hotswap import hotswap, padded
 from peft_ref.model.merging import merge
 from peft_ref.model.running import forward
 from peft_ref.model.storing import load, save
+from peft_ref.model.swapping import hotswap, padded
 from peft_ref.model.switching import activate
 from tests.model.live import INPUTS, config_of, frozen_graph, inputs, layer_output, net, peft, randomise
 

@@ -18,11 +18,11 @@ from peft_ref.model.attaching import add, update
 from peft_ref.model.combine import TYPES, add_weighted, bernoulli
 from peft_ref.model.combine_ia3 import add_weighted_ia3
 from peft_ref.model.exact import add_exact, deviations
-from peft_ref.model.hotswap import padded
 from peft_ref.model.merging import merge, merge_and_unload
 from peft_ref.model.running import forward, forward_rows
 from peft_ref.model.status import layer_status
 from peft_ref.model.storing import load, save
+from peft_ref.model.swapping import padded
 from peft_ref.model.switching import activate, rescaled
 from tests.model.test_states import BASE, LAYERS, X
 from tests.required import made

@@ -15,7 +15,6 @@ HF      peft.utils.hotswap. It asks that use_rslora, lora_dropout, alpha_pattern
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +25,10 @@ from peft_ref.files.config import AdapterConfig, Patterns
 from peft_ref.layers import Layer
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.lora import LoRA
-from peft_ref.model.adapted import Adapted, Attached
+from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import weight_name
-from peft_ref.model.combine import with_ranks
+from peft_ref.model.combine import as_lora, with_ranks
 from peft_ref.model.numbers import brought
-
-EQUAL = ("use_rslora", "lora_dropout")
 
 
 def hotswap(model: Adapted, name: str, new: AdapterFile) -> Adapted:
@@ -59,24 +56,22 @@ def hotswap(model: Adapted, name: str, new: AdapterFile) -> Adapted:
 def padded(model: Adapted, name: str, rank: int) -> Adapted:
     """`model` whose LoRA `name` has `rank` everywhere and computes what it did."""
     adapter = model.attached(name)
-    if not isinstance(adapter.config.method, LoRA | DoRA):
-        raise ConfigError(f"adapter {name!r} is {type(adapter.config.method).__name__}: only a LoRA is padded (HF PEFT refuses it too).")
-    modules: dict[str, AdapterModule] = {}
-    for module, (_, layer, params) in adapter.modules.items():
-        method: Any = adapter.config.method_for(module)
-        modules[module] = _padded(name, module, method, layer, params, rank)
-    alpha = next((m.method.lora_alpha for m in modules.values()), float(rank))  # type: ignore[attr-defined]
-    whole = replace(adapter.config, method=replace(adapter.config.method, r=rank, lora_alpha=alpha), patterns=Patterns())
-    changed: Attached = replace(adapter, config=with_ranks(whole, modules), modules=modules)
-    return replace(model, adapters={**model.adapters, name: changed})
+    method = as_lora(adapter.config.method)
+    modules = {
+        module: _padded(f"{name!r} at {module!r}", as_lora(found.method), found.layer, found.params, rank)
+        for module, found in adapter.modules.items()
+    }
+    alpha = next((as_lora(m.method).lora_alpha for m in modules.values()), float(rank))
+    whole = replace(adapter.config, method=replace(method, r=rank, lora_alpha=alpha), patterns=Patterns())
+    return replace(model, adapters={**model.adapters, name: replace(adapter, config=with_ranks(whole, modules), modules=modules)})
 
 
-def _padded(name: str, module: str, method: Any, layer: Layer, params: Any, rank: int) -> AdapterModule:
+def _padded(where: str, method: LoRA | DoRA, layer: Layer, params: Any, rank: int) -> AdapterModule:
     r, g = method.r, layer.groups
     if r > rank:
-        raise ConfigError(f"adapter {name!r} has rank {r} at {module!r} and cannot be padded to {rank} (HF PEFT refuses it too).")
+        raise ConfigError(f"adapter {where} has rank {r} and cannot be padded to {rank} (HF PEFT refuses it too).")
     if rank % g:
-        raise UnsupportedLayerError(f"rank {rank} at {module!r}, whose groups={g} must divide it (HF PEFT refuses it too).")
+        raise UnsupportedLayerError(f"rank {rank} of adapter {where}, whose groups={g} must divide it (HF PEFT refuses it too).")
     more = math.sqrt(rank / r) if method.use_rslora else rank / r
     wide_method = replace(method, r=rank, lora_alpha=method.lora_alpha * more)
     A, B = _more_rows(params.A, g, (rank - r) // g), _more_columns(params.B, (rank - r) // g)
@@ -95,13 +90,14 @@ def _more_columns(B: Array, n: int) -> Array:
 
 
 def _check_alike(old: AdapterConfig, new: AdapterConfig) -> None:
-    for config in (old, new):
-        if not isinstance(config.method, LoRA | DoRA):
-            raise ConfigError(f"{type(config.method).__name__} is not swapped, only LoRA is (HF PEFT refuses it too).")
-    if type(old.method) is not type(new.method):
+    before, after = as_lora(old.method), as_lora(new.method)
+    if type(before) is not type(after):
         raise ConfigError("one adapter is a DoRA, the other is not (HF PEFT refuses it too).\n  Load it as an adapter of its own.")
-    values: list[tuple[str, Any, Any]] = [(key, getattr(old.method, key), getattr(new.method, key)) for key in EQUAL]
-    patterns: tuple[Mapping[str, float], ...] = (old.patterns.alpha_pattern, new.patterns.alpha_pattern)
-    for key, before, after in [*values, ("alpha_pattern", dict(patterns[0]), dict(patterns[1]))]:
-        if before != after:
-            raise ConfigError(f"{key} is {before!r:.60} and {after!r:.60} in the new adapter (HF PEFT refuses it too).")
+    pairs = {
+        "use_rslora": (before.use_rslora, after.use_rslora),
+        "lora_dropout": (before.lora_dropout, after.lora_dropout),
+        "alpha_pattern": (dict(old.patterns.alpha_pattern), dict(new.patterns.alpha_pattern)),
+    }
+    for key, (was, comes) in pairs.items():
+        if was != comes:
+            raise ConfigError(f"{key} is {was!r:.60}, and {comes!r:.60} in the new adapter (HF PEFT refuses it too).")
