@@ -4,7 +4,7 @@ load    the adapter in a folder comes onto the model, under any name; with `lazy
 save    the folder that HF's PeftModel.save_pretrained writes: the adapter "default" into it, any other into a folder below, by its name
 
 A file holds, beside the adapter's parameters:
-    copies of modules_to_save               under the modules' own names
+    copies of modules_to_save               under the modules' own names; their buffers (a running mean) only where a file brought them
     biases, for bias="all" or "lora_only"   those of adapted layers as base_layer.bias; loading puts them into the frozen weights
     embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts; the same
 
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.errors import KeyMismatchError
+from peft_ref.errors import FileFormatError, KeyMismatchError
 from peft_ref.files.adapter import (
     DEFAULT,
     AdapterFile,
@@ -37,7 +37,7 @@ from peft_ref.files.adapter import (
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, sort_tensors
 from peft_ref.files.rules import field_names
-from peft_ref.files.safetensors import Tensor
+from peft_ref.files.safetensors import RawTensor, Tensor
 from peft_ref.graph.patterns import Matcher
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import joined, started, weight_name
@@ -157,6 +157,8 @@ def _read(placed: Placed, tensors: Mapping[str, Tensor]) -> AdapterFile:
 
 def _like(model: Adapted, name: str, tensor: Any) -> Array:
     """A tensor that stands for the parameter `name`, or for a buffer that the model does not show."""
+    if isinstance(tensor, RawTensor):
+        raise FileFormatError(f"{name} is {tensor.dtype}, which is no NumPy dtype here.\n  Convert the adapter to F32.")
     if name not in model.base.parameters() and name not in model.base.tied():
         return tensor
     frozen = model.frozen(name)

@@ -96,6 +96,7 @@ SCRIPTS = (
     ("activate both", "merge a", "merge b", "unmerge", "merge safely", "activate b for inference", "delete b"),
     ("merge b", "merge", "activate b", "merge", "disable", "enable", "delete a"),
     ("disable", "activate b", "enable", "delete b", "merge", "unmerge"),
+    ("activate both", "freeze a", "disable", "delete b", "enable"),
 )
 
 

@@ -286,6 +286,17 @@ def test_what_the_exact_sum_adds_is_the_sum_of_what_each_adds(kind: str, rank: i
         np.testing.assert_allclose(forward(activate(model, "sum"), module, x) - base, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["patterns", "elsewhere", "rslora"])
+def test_peft_loads_an_exact_sum(kind: str, tmp_path: Any) -> None:
+    _, ours = both(kind)
+    ours = add_exact(ours, NAMES, WEIGHTS, "default")
+    save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
+    for module in INPUTS:
+        expected = forward(activate(ours, "default"), module, X[module])
+        np.testing.assert_allclose(layer_output(theirs, module, X[module]), expected, rtol=1e-10, atol=1e-10, err_msg=module)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_an_exact_sum_of_lower_rank_is_as_near_as_the_singular_values_let_it(rank: int) -> None:
     model = lone("loha")

@@ -186,6 +186,7 @@ def test_what_the_model_decides_is_written_into_the_configuration_as_peft_does(t
     assert set(saved.targets.target_modules or ()) == set(expected.targets.target_modules or ()) == {"q_proj", "v_proj"}
     assert set(saved.targets.modules_to_save or ()) == set(expected.targets.modules_to_save or ()) == {"classifier", "score"}
     assert state_dict(ours, "default").keys() == peft.get_peft_model_state_dict(theirs).keys()
+    peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours")
     again = load(adapt(graph), tmp_path / "theirs")
     name = "model.layers.1.self_attn.q_proj"
     x = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
