@@ -25,7 +25,7 @@ from peft_ref.files.atomic import committed, replace_files
 from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, check_adapter_name, sort_tensors
-from peft_ref.files.safetensors import RawTensor, Tensor, open_file, serialize
+from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
 from peft_ref.layers import Layer
 from peft_ref.prompts import Prompt
 
@@ -106,15 +106,20 @@ def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterC
     return parse(text, str(path))
 
 
-def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Mapping[str, Layer] | None = None) -> AdapterFile:
-    """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
-    config = load_config(folder, name)
+def open_adapter(folder: str | os.PathLike[str], name: str = DEFAULT) -> SafetensorsFile:
+    """Open the tensors of the adapter called `name`: only their header is read."""
     place = _place(Path(folder), name)
     weights_path = committed(place, WEIGHTS, FILES)
     if not weights_path.is_file():
         pickles = sorted(p.name for p in place.iterdir() if p.suffix in PICKLES) if place.is_dir() else []
         raise FileFormatError(f"{place} has no {WEIGHTS}." + (_pickle_remedy(pickles[0]) if pickles else "\n  Save the adapter again."))
-    file = open_file(weights_path)
+    return open_file(weights_path)
+
+
+def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Mapping[str, Layer] | None = None) -> AdapterFile:
+    """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
+    config = load_config(folder, name)
+    file = open_adapter(folder, name)
     adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
     return AdapterFile(**{**vars(adapter), "metadata": file.metadata})
 

@@ -1,0 +1,43 @@
+"""An adapter's modules read from their file when they are asked for, one at a time, each time anew: nothing of it stays in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import final
+
+from peft_ref.arrays import Array
+from peft_ref.errors import ShapeError
+from peft_ref.files.adapter import AdapterModule
+from peft_ref.files.config import AdapterConfig
+from peft_ref.files.keys import PREFIX
+from peft_ref.files.safetensors import SafetensorsFile
+from peft_ref.layers import Layer
+from peft_ref.model.numbers import brought
+
+
+@final
+class LazyModules(Mapping[str, AdapterModule]):
+    """The modules of an adapter in `file`. Its header is checked now, its numbers come later, like `like`."""
+
+    def __init__(self, file: SafetensorsFile, config: AdapterConfig, layers: Mapping[str, Layer], like: Array) -> None:
+        self.like = like
+        self._file, self._config, self._layers = file, config, dict(layers)
+        for name, layer in self._layers.items():
+            for spec in config.method_for(name).spec(layer):
+                if (came := file.entries[f"{PREFIX}{name}.{spec.key}"].shape) != spec.stored_shape:
+                    raise ShapeError(f"{PREFIX}{name}.{spec.key} is {came}, expected {spec.stored_shape}.\n  {config.method} on {layer}.")
+
+    def __getitem__(self, name: str) -> AdapterModule:
+        layer = self._layers[name]
+        method = self._config.method_for(name)
+        tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in method.spec(layer)}
+        return AdapterModule(method, layer, method.unpack(layer, tensors, where=PREFIX + name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensors
+        return name in self._layers

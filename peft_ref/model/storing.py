@@ -1,0 +1,206 @@
+"""Adapters of a model from and to HF's files.
+
+load    the adapter in a folder comes onto the model, under any name; with `lazy` its tensors stay in the file until they are asked for
+save    the folder that HF's PeftModel.save_pretrained writes: the adapter "default" into it, any other into a folder below, by its name
+
+A file holds, beside the adapter's parameters:
+    copies of modules_to_save               under the modules' own names; their buffers (a running mean) only where a file brought them
+    biases, for bias="all" or "lora_only"   those of adapted layers as base_layer.bias; loading puts them into the frozen weights
+    embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts; the same
+
+HF      loads what it finds, warns of what is missing and forgets the rest; here a tensor too few or too many is an error. With bias="all"
+        HF saves the biases of modules_to_save twice more ("original_module.bias", "modules_to_save.bias"); they are read over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from peft_ref.arrays import Array
+from peft_ref.errors import FileFormatError, KeyMismatchError
+from peft_ref.files.adapter import (
+    DEFAULT,
+    AdapterFile,
+    AdapterModule,
+    all_tensors,
+    from_state_dict,
+    load_config,
+    open_adapter,
+    save_adapter,
+)
+from peft_ref.files.config import AdapterConfig
+from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, sort_tensors
+from peft_ref.files.rules import field_names
+from peft_ref.files.safetensors import RawTensor, Tensor
+from peft_ref.graph.patterns import Matcher
+from peft_ref.model.adapted import Adapted
+from peft_ref.model.attaching import joined, started, weight_name
+from peft_ref.model.lazy import LazyModules
+from peft_ref.model.numbers import as_stored, brought
+from peft_ref.model.placing import Placed, bias_of, check_new, place
+from peft_ref.model.ties import Ties
+
+REPEATED = frozenset({"original_module", "modules_to_save"})  # inside HF's wrapper; of bias="all" its biases are saved under these too
+
+
+def load(
+    model: Adapted,
+    folder: str | os.PathLike[str],
+    name: str = DEFAULT,
+    *,
+    subfolder: str = DEFAULT,
+    trainable: bool = False,
+    lazy: bool = False,
+    ties: Ties = "refuse",
+) -> Adapted:
+    """`model` with the adapter that lies in `folder`, or in its `subfolder`, under `name`."""
+    config = _trained(load_config(folder, subfolder), trainable)
+    check_new(model, name, config)
+    placed = place(model, config)
+    file = open_adapter(folder, subfolder)
+    if not lazy:
+        return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
+    keys = {f"{PREFIX}{m}.{s.key}" for m, layer in placed.layers.items() for s in placed.config.method_for(m).spec(layer)}
+    if missing := sorted(keys - file.entries.keys()):
+        raise KeyMismatchError(f"{file.path}: {missing[0]} missing, and {len(missing) - 1} more.\n  It was made for other target modules.")
+    beside = _read(placed._replace(layers={}), {key: file.tensor(key) for key in file.entries.keys() - keys})
+    like = model.frozen(weight_name(model, next(iter(placed.layers)))) if placed.layers else np.zeros(0)
+    return _attached(model, name, placed, beside, LazyModules(file, placed.config, placed.layers, like), trainable, ties)
+
+
+def attach(model: Adapted, name: str, file: AdapterFile, *, trainable: bool = False, ties: Ties = "refuse") -> Adapted:
+    """`model` with an adapter that was read, or made, without a model."""
+    config = _trained(file.config, trainable)
+    check_new(model, name, config)
+    placed = place(model, config)
+    return _attached(model, name, placed, _read(placed, all_tensors(file)), None, trainable, ties)
+
+
+def save(model: Adapted, folder: str | os.PathLike[str], name: str = DEFAULT, *, embeddings: bool | Literal["auto"] = "auto") -> Path:
+    """Write the adapter `name`, and say where it lies."""
+    return save_adapter(folder, adapter_file(model, name, embeddings=embeddings), name)
+
+
+def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"] = "auto") -> AdapterFile:
+    """The adapter `name` as its file holds it."""
+    adapter = model.attached(name)
+    config = replace(adapter.config, housekeeping={**adapter.config.housekeeping, "inference_mode": True})
+    return AdapterFile(
+        config=config,
+        modules=adapter.modules,
+        modules_to_save={f"{PREFIX}{key}": np.asarray(copy) for key, copy in adapter.saved.items()},
+        biases={_stored_key(model, key): np.asarray(model.frozen(key)) for key in _biases(model, config, adapter.saved)},
+        embeddings={_stored_key(model, key): np.asarray(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
+    )
+
+
+def state_dict(model: Adapted, name: str) -> dict[str, Tensor]:
+    """What the adapter's file holds, by key: HF's get_peft_model_state_dict."""
+    return all_tensors(adapter_file(model, name))
+
+
+def _attached(
+    model: Adapted,
+    name: str,
+    placed: Placed,
+    file: AdapterFile,
+    lazy: Mapping[str, AdapterModule] | None,
+    trainable: bool,
+    ties: Ties,
+) -> Adapted:
+    modules: dict[str, AdapterModule] = {}
+    for module, layer in placed.layers.items():
+        key = weight_name(model, module)
+        if lazy is None:
+            like, (method, _, params) = model.frozen(key), file.modules[module]
+            modules[module] = AdapterModule(method, layer, type(params)(*(None if p is None else brought(p, like) for p in params)))
+        if _may_change_weight(placed.config):
+            model, _ = started(model, module, layer, placed.config, np.random.default_rng(0), ties)
+    saved = {parameter_name(key): _like(model, parameter_name(key), tensor) for key, tensor in file.modules_to_save.items()}
+    frozen = {parameter_name(key): tensor for key, tensor in {**file.biases, **file.embeddings}.items()}
+    loaded = joined(
+        model,
+        name,
+        placed,
+        modules if lazy is None else lazy,
+        saved={key: value for key, value in saved.items() if not REPEATED & set(key.split("."))},
+        biases={model.base.resolve(key): _like(model, key, tensor) for key, tensor in frozen.items()},
+        trainable=trainable,
+    )
+    if not trainable:
+        return loaded
+    return replace(loaded, adapters={**loaded.adapters, name: replace(loaded.adapters[name], trainable=True)})
+
+
+def _trained(config: AdapterConfig, trainable: bool) -> AdapterConfig:
+    return replace(config, housekeeping={**config.housekeeping, "inference_mode": not trainable})
+
+
+def _read(placed: Placed, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    """The tensors as what they are. With no layers, those that are no adapter's."""
+    if placed.layers:
+        return from_state_dict(placed.config, tensors, placed.layers)
+    found = sort_tensors(placed.config, tensors)
+    if found.modules:
+        module, own = next(iter(found.modules.items()))
+        raise KeyMismatchError(
+            f"{PREFIX}{module}.{min(own)}: the model adapts no such module.\n  The file was made for other target modules."
+        )
+    return AdapterFile(**{**found._asdict(), "config": placed.config})
+
+
+def _like(model: Adapted, name: str, tensor: Any) -> Array:
+    """A tensor that stands for the parameter `name`, or for a buffer that the model does not show."""
+    if isinstance(tensor, RawTensor):
+        raise FileFormatError(f"{name} is {tensor.dtype}, which is no NumPy dtype here.\n  Convert the adapter to F32.")
+    if name not in model.base.parameters() and name not in model.base.tied():
+        return tensor
+    frozen = model.frozen(name)
+    return as_stored(brought(tensor, frozen), frozen)
+
+
+def _may_change_weight(config: AdapterConfig) -> bool:
+    """Whether the init has a name: one that is only on or off draws parameters and nothing else."""
+    inits = [getattr(config.method, f) for f in field_names(type(config.method)) if f.startswith("init_") and f.endswith("weights")]
+    return not inits or any(isinstance(init, str) for init in inits)
+
+
+def _adapted(model: Adapted) -> set[str]:
+    return {module for adapter in model.adapters.values() for module in adapter.modules}
+
+
+def _stored_key(model: Adapted, name: str) -> str:
+    module, _, last = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{last}" if module in _adapted(model) else f"{PREFIX}{name}"
+
+
+def _biases(model: Adapted, config: AdapterConfig, saved: Mapping[str, Array]) -> list[str]:
+    mode = bias_of(config)
+    if mode == "none":
+        return []
+    if mode != "all":
+        return [key for key in (model.modules()[module].bias for module in model.modules() if module in _adapted(model)) if key]
+    return [key for key in (*model.base.parameters(), *model.base.tied()) if f".{key}".endswith(".bias") and key not in saved]
+
+
+def _embeddings(model: Adapted, config: AdapterConfig, wanted: bool | Literal["auto"]) -> list[str]:
+    if wanted is False or not model.pretrained:
+        return []
+    tables = {m for m, found in model.modules().items() if found.kind == "embedding" and m.rpartition(".")[2] in EMBEDDINGS}
+    tables |= {model.output_head} if model.output_head else set()
+    if wanted == "auto":
+        targets = config.targets.target_modules
+        named = _matches(targets) if isinstance(targets, str) else bool({"embed_tokens", "lm_head"} & set(targets or ()))
+        tables = tables & _adapted(model) if named else set()
+    return [key for module in sorted(tables) if (key := model.modules()[module].weight)]
+
+
+def _matches(pattern: str) -> bool:
+    matcher = Matcher()
+    return any(matcher.full(pattern, name) for name in ("embed_tokens", "lm_head"))
