@@ -34,9 +34,11 @@ Tensors: TypeAlias = Mapping[str, Array]
 PLACES = ("embeddings", "cache")
 SAVED = "prompt_embeddings"
 EMBEDDING = "embedding.weight"
-# What a model's config.json calls its sizes, the first that is there.
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+# What a model's config.json calls its sizes, the first that is there. PEFT asks a model for num_hidden_layers, which every model answers;
+# in its config.json there may be only the model's own name for it, as in BART's since transformers 5.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
+LAYERS_COMPUTED = ("dory", "longcat_flash", "mask2former", "oneformer")  # whose class says another number than the file
 HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 
 
@@ -123,13 +125,13 @@ class Prompt(Method):
     @final
     def sized(self, model: Mapping[str, Any], task_type: str | None = None) -> Self:
         """With the sizes that are left out taken from a model's config.json. `task_type` tells how many submodules it has."""
-        model = model.get("text_config") or model
-        width = self.token_dim or _first(model, WIDTHS, "token_dim")
-        heads = self.num_attention_heads or _first(model, HEADS, "num_attention_heads")
-        if self.place == "cache" and "num_key_value_heads" in model:  # keys and values have fewer heads than queries
-            heads, width = _key_value_heads(model, width // heads)
+        text = model.get("text_config") or model
+        width = self.token_dim or _first(text, WIDTHS, "token_dim")
+        heads = self.num_attention_heads or _first(text, HEADS, "num_attention_heads")
+        if self.place == "cache" and "num_key_value_heads" in text:  # keys and values have fewer heads than queries
+            heads, width = _key_value_heads(text, width // heads)
         known: dict[str, Any] = {
-            "num_layers": self.num_layers or _first(model, LAYERS, "num_layers"),
+            "num_layers": self.num_layers or _layers(model, text),
             "token_dim": width,
             "num_attention_heads": heads,
             "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
@@ -188,17 +190,30 @@ class TablePrompt(Prompt):
 def _first(model: Mapping[str, Any], names: Sequence[str], wanted: str) -> int:
     for name in names:
         if model.get(name) is not None:
-            return int(model[name])
+            return _number(model, name, wanted)
     raise ConfigError(f"{wanted} is not given, and the model's config has none of {', '.join(names)}.\n  Give {wanted}.")
+
+
+def _number(model: Mapping[str, Any], name: str, wanted: str) -> int:
+    value = model[name]
+    if not isinstance(value, int):
+        raise ConfigError(f"{wanted} is not given, and {name} of the model's config is no number: {value!r:.60}.\n  Give {wanted}.")
+    return value
+
+
+def _layers(model: Mapping[str, Any], text: Mapping[str, Any]) -> int:
+    if (kind := model.get("model_type")) in LAYERS_COMPUTED:
+        raise ConfigError(f"num_layers is not given, and the layers of a {kind} are not those of its config.json.\n  Give num_layers.")
+    return _first(text if model.get("num_hidden_layers") is None else model, LAYERS, "num_layers")
 
 
 def _key_value_heads(model: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
     """Heads of keys and values, and their width together. Where layers differ, those of the largest head."""
-    heads = model["num_key_value_heads"]
+    heads = _number(model, "num_key_value_heads", "token_dim")
     if model.get("global_head_dim") is not None:
         head_dim, heads = model["global_head_dim"], model.get("num_global_key_value_heads") or heads
     else:
-        head_dim = model.get("head_dim") or head_dim
+        head_dim = head_dim if model.get("head_dim") is None else model["head_dim"]
         for layer in (model.get("per_layer_config") or {}).values():
             if layer.get("head_dim", head_dim) > head_dim:
                 head_dim, heads = layer["head_dim"], layer.get("num_key_value_heads", heads)
