@@ -19,8 +19,9 @@ HF      peft.PromptLearningConfig. Sizes that a configuration leaves out come fr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, final
 
 import numpy as np
@@ -146,17 +147,43 @@ class Prompt(Method):
         return replace(self, inference_mode=True)
 
     @final
-    def check(self, p: Tensors, where: str = "") -> Tensors:
-        """`p`, if it has every tensor in its shape and no other. Raises `KeyMismatchError` or `ShapeError`."""
+    def fitted(self, table: tuple[int, ...]) -> Self:
+        """With the sizes that are left out taken from a saved table (rows, columns), as far as it tells them."""
+        known: dict[str, Any] = {}
+        tokens, layers, width = self.num_virtual_tokens, self.num_layers, self.token_dim
+        if len(table) == 2 and self.place == "cache":
+            known = {"token_dim": layers and table[1] // (2 * layers), "num_layers": width and table[1] // (2 * width)}
+        elif len(table) == 2:
+            known = {"token_dim": table[1], "num_transformer_submodules": tokens and table[0] // tokens}
+        return replace(self, **{name: value for name, value in known.items() if value and getattr(self, name) is None})
+
+    @final
+    def check(self, p: Tensors, where: str = "", called: Mapping[str, str] = MappingProxyType({})) -> Tensors:
+        """`p`, if it has every tensor in its shape and no other. Raises `KeyMismatchError` or `ShapeError`.
+
+        An error says `called[name]` of a tensor that is known by another name where it comes from.
+        """
         at, expected = f"{type(self).__name__}{where and f' at {where!r}'}", self.shapes()
-        if missing := sorted(expected.keys() - p.keys()):
-            raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(p)) or 'nothing'}.")
-        if extra := sorted(p.keys() - expected.keys()):
-            raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
+
+        def words(names: Collection[str]) -> str:
+            return ", ".join(sorted(called.get(name, name) for name in names)) or "nothing"
+
+        if missing := expected.keys() - p.keys():
+            raise KeyMismatchError(f"{at}: {words(missing)} missing.\n  Came: {words(p.keys())}.")
+        if extra := p.keys() - expected.keys():
+            raise KeyMismatchError(f"{at}: unexpected {words(extra)}.\n  Expected: {words(expected.keys())}.")
         for name, shape in expected.items():
             if tuple(p[name].shape) != shape:
-                raise ShapeError(f"{at}: {name} is {tuple(p[name].shape)}, expected {shape}.\n  {self}.")
+                raise ShapeError(
+                    f"{at}: {words([name])} is {tuple(p[name].shape)}, expected {shape}.\n"
+                    f"  {self}: take the configuration that belongs to these tensors."
+                )
         return p
+
+    @final
+    def renamed(self, file: Tensors) -> Tensors:
+        """The tensors of a file under their names here, checked."""
+        return self.check({EMBEDDING if name == SAVED else name: value for name, value in file.items()}, called={EMBEDDING: SAVED})
 
 
 class TablePrompt(Prompt):
@@ -184,7 +211,7 @@ class TablePrompt(Prompt):
 
     @final
     def loaded(self, file: Tensors) -> Tensors:
-        return self.in_inference().check({EMBEDDING if name == SAVED else name: value for name, value in file.items()})
+        return self.in_inference().renamed(file)
 
 
 def _first(model: Mapping[str, Any], names: Sequence[str], wanted: str) -> int:

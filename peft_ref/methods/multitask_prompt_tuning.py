@@ -114,7 +114,7 @@ class MultitaskPromptTuning(Prompt):
         return {SAVED: p[EMBEDDING], COLUMNS: p[COLUMNS], ROWS: p[ROWS]}
 
     def loaded(self, file: Tensors) -> Tensors:
-        return self.check({EMBEDDING if name == SAVED else name: value for name, value in file.items()})
+        return self.renamed(file)
 
     def _of_tasks(self, p: Tensors, ctx: Context) -> tuple[Array, Array]:
         """U (batch, rows, ranks) and V (batch, ranks, token_dim) of every example's task."""
