@@ -23,6 +23,7 @@ from peft_ref.files.adapter import (  # noqa: E402
 from peft_ref.files.config import DERIVED, from_dict, parse, render  # noqa: E402
 from peft_ref.files.rules import TASK_TYPES, field_names  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from tests.files.peft_models import Net, random_peft_config  # noqa: E402
 from tests.required import REQUIRED  # noqa: E402
 
@@ -33,9 +34,7 @@ nn = torch.nn
 @pytest.mark.parametrize("name", METHODS)
 def test_an_absent_key_has_peft_s_default(name: str) -> None:
     method = METHODS[name]
-    theirs = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}.get(method.peft_type)
-    if theirs is None:
-        pytest.skip(f"{method.peft_type} has no row here yet")
+    theirs = getattr(peft, CONFIG_NAMES[method.peft_type])
     ours = from_dict({"peft_type": method.peft_type, **REQUIRED.get(name, {}), **({method.flag: True} if method.flag else {})})
     default = theirs(**REQUIRED.get(name, {}))
     for field in field_names(method):
