@@ -13,10 +13,13 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from peft_ref.files.adapter import AdapterFile, all_tensors, load_adapter, save_adapter  # noqa: E402
+from peft_ref.errors import KeyMismatchError  # noqa: E402
+from peft_ref.files.adapter import WEIGHTS, AdapterFile, adapter_names, all_tensors, load_adapter, save_adapter  # noqa: E402
 from peft_ref.files.config import from_dict  # noqa: E402
+from peft_ref.files.keys import PROMPT_PREFIX, parameter_name  # noqa: E402
+from peft_ref.files.safetensors import serialize  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
-from peft_ref.prompts import EMBEDDING, Prompt  # noqa: E402
+from peft_ref.prompts import EMBEDDING, SAVED, Prompt  # noqa: E402
 from tests.files.peft_models import (  # noqa: E402
     Net,
     assert_same_files,
@@ -30,9 +33,9 @@ from tests.files.peft_models import (  # noqa: E402
 from tests.files.prompt_models import MODELS, PROMPTS, base, our_prompt, peft_s_prompt, prompted, random_prompt  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
-PER_TASK, WEIGHTS = 5, 90
+PER_TASK, ON_WEIGHTS = 5, 90
 assert PER_TASK * len(PROMPTS) * len(MODELS) >= 120
-assert PER_TASK * len(PROMPTS) * len(MODELS) + WEIGHTS >= 200
+assert PER_TASK * len(PROMPTS) * len(MODELS) + ON_WEIGHTS >= 200
 
 
 def assert_same_state(adapter: AdapterFile, model: Any) -> None:
@@ -132,7 +135,7 @@ def random_weights_config(rng: np.random.Generator) -> Any:
 def test_methods_on_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(40)
     kinds = set()
-    for i in range(WEIGHTS):
+    for i in range(ON_WEIGHTS):
         torch.manual_seed(i)
         hf, ours, fresh = (tmp_path / f"{i}{name}" for name in ("hf", "ours", "fresh"))
         trained = adapted(random_weights_config(rng), Net().to(torch.float64))
@@ -166,3 +169,66 @@ def test_a_loaded_prefix_with_projection_is_used_as_it_is_saved(tmp_path: Path) 
     assert load_adapter(tmp_path).prompt.keys() == {EMBEDDING}
     with pytest.raises(AttributeError, match="transform"):
         loaded.get_prompt_embedding_to_save("default")
+
+
+def assert_written_back(folder: Path, again: Path, name: str = "default") -> AdapterFile:
+    adapter = load_adapter(folder, name)
+    save_adapter(again, adapter, name)
+    inner = () if name == "default" else (name,)
+    assert_same_files(folder.joinpath(*inner), again.joinpath(*inner))
+    return adapter
+
+
+@pytest.mark.parametrize(("task", "which"), [(task, which) for task in MODELS for which in range(len(MODELS[task]))])
+def test_embeddings_that_are_saved_beside_a_prompt(task: str, which: int, tmp_path: Path) -> None:
+    """As PEFT does by itself where the vocabulary was resized."""
+    model = prompted({"peft_type": "PROMPT_TUNING", "task_type": task, "num_virtual_tokens": 2}, base(task, which), seed=0)
+    model.save_pretrained(tmp_path / "hf", save_embedding_layers=True)
+    adapter = assert_written_back(tmp_path / "hf", tmp_path / "ours")
+    own = model.get_base_model().state_dict()
+    for key, tensor in adapter.embeddings.items():
+        np.testing.assert_array_equal(tensor, own[parameter_name(key, PROMPT_PREFIX)].numpy())  # type: ignore[arg-type]
+    assert any(np.array_equal(t, model.get_input_embeddings().weight.detach().numpy()) for t in adapter.embeddings.values())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_half_or_double_prompt_is_written_back_to_the_byte(dtype: str, tmp_path: Path) -> None:
+    data = random_prompt(np.random.default_rng(0), "PREFIX_TUNING", "SEQ_CLS")
+    prompted({**data, "modules_to_save": None}, base("SEQ_CLS"), seed=0).to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf")
+    adapter = assert_written_back(tmp_path / "hf", tmp_path / "ours")
+    assert str(adapter.prompt[EMBEDDING].dtype) == dtype
+    assert adapter.modules_to_save
+
+
+def test_several_prompts_are_saved_where_peft_saves_them(tmp_path: Path) -> None:
+    data = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "modules_to_save": ["lm_head"]}
+    model = prompted(data, base("CAUSAL_LM"), seed=0)
+    model.add_adapter("other", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "hf")
+    assert adapter_names(tmp_path / "hf") == ("default", "other")
+    rows = [assert_written_back(tmp_path / "hf", tmp_path / "ours", name).prompt[EMBEDDING].shape[0] for name in ("default", "other")]
+    assert rows == [2, 3]
+
+
+def test_a_start_from_another_adapter_is_read_without_it(tmp_path: Path) -> None:
+    """PEFT makes the start again when it loads, and cannot where the other adapter's file is gone."""
+    data = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    prompted({**data, "num_tasks": 3}, base("CAUSAL_LM"), seed=0).save_pretrained(tmp_path / "source")
+    source = str(tmp_path / "source" / "adapter_model.safetensors")
+    start = {"prompt_tuning_init": "AVERAGE_SOURCE_TASKS", "prompt_tuning_init_state_dict_path": source}
+    prompted({**data, **start}, base("CAUSAL_LM"), seed=1).save_pretrained(tmp_path / "hf")
+    Path(source).unlink()
+    assert_written_back(tmp_path / "hf", tmp_path / "ours")
+    with pytest.raises(FileNotFoundError):
+        peft.PeftModel.from_pretrained(base("CAUSAL_LM"), str(tmp_path / "hf"))
+
+
+def test_half_a_multitask_prompt_is_refused_though_peft_draws_the_rest_anew(tmp_path: Path) -> None:
+    data = {"peft_type": "MULTITASK_PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    prompted(data, base("CAUSAL_LM"), seed=0).save_pretrained(tmp_path)
+    table = load_adapter(tmp_path).prompt[EMBEDDING]
+    (tmp_path / WEIGHTS).write_bytes(serialize({SAVED: table}, {"format": "pt"}))
+    prompts = [peft_s_prompt(peft.PeftModel.from_pretrained(base("CAUSAL_LM"), str(tmp_path)), 1, [0]) for _ in range(2)]
+    assert not np.allclose(*prompts)
+    with pytest.raises(KeyMismatchError, match="prefix_task_cols, prefix_task_rows missing"):
+        load_adapter(tmp_path)

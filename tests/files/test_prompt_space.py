@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,17 +101,23 @@ def theirs(data: dict[str, Any]) -> dict[str, tuple[int, ...]] | str:
     return {name: tuple(value.shape) for name, value in model.prompt_encoder["default"].state_dict().items()}
 
 
+@cache
+def known() -> tuple[Any, dict[str, Any]]:
+    """The model's word embeddings and its configuration."""
+    model = base("CAUSAL_LM")
+    return model.get_input_embeddings().weight.detach().numpy(), model.config.to_dict()
+
+
 def ours(data: dict[str, Any]) -> dict[str, tuple[int, ...]] | str:
     """The same, or why we refuse. Anything but our own errors is a bug."""
-    model = base("CAUSAL_LM")
-    words = model.get_input_embeddings().weight.detach().numpy()
+    words, model = known()
     path = data.get("prompt_tuning_init_state_dict_path")
     tensors = None
     if isinstance(path, str) and Path(path).is_file():  # a pickle is for its owner to read
         tensors = {k: v.numpy() for k, v in torch.load(path).items()} if path == PICKLED else _read(path)
     try:
         method: Any = from_dict(data).method
-        sized: Prompt = method.sized(model.config.to_dict(), data.get("task_type"))
+        sized: Prompt = method.sized(model, data.get("task_type"))
         start = sized.init(LIKE, np.random.default_rng(0), Sources(words, lambda text: [WORDS.get(w, 0) for w in text.split()], tensors))
         sized.check(start)
     except PeftRefError as error:
