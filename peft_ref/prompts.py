@@ -29,18 +29,13 @@ import numpy as np
 from peft_ref.arrays import Array, namespace
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.sizes import attention_sizes, layers
 
 Tensors: TypeAlias = Mapping[str, Array]
 
 PLACES = ("embeddings", "cache")
 SAVED = "prompt_embeddings"
 EMBEDDING = "embedding.weight"
-# What a model's config.json calls its sizes, the first that is there. PEFT asks a model for num_hidden_layers, which every model answers;
-# in its config.json there may be only the model's own name for it, as in BART's since transformers 5.
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
-LAYERS_COMPUTED = ("dory", "longcat_flash", "mask2former", "oneformer")  # whose class says another number than the file
-HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 
 
 class Context(NamedTuple):
@@ -126,13 +121,9 @@ class Prompt(Method):
     @final
     def sized(self, model: Mapping[str, Any], task_type: str | None = None) -> Self:
         """With the sizes that are left out taken from a model's config.json. `task_type` tells how many submodules it has."""
-        text = model.get("text_config") or model
-        width = self.token_dim or _first(text, WIDTHS, "token_dim")
-        heads = self.num_attention_heads or _first(text, HEADS, "num_attention_heads")
-        if self.place == "cache" and "num_key_value_heads" in text:  # keys and values have fewer heads than queries
-            heads, width = _key_value_heads(text, width // heads)
+        width, heads = attention_sizes(model, self.token_dim, self.num_attention_heads, of_cache=self.place == "cache")
         known: dict[str, Any] = {
-            "num_layers": self.num_layers or _layers(model, text),
+            "num_layers": self.num_layers or layers(model),
             "token_dim": width,
             "num_attention_heads": heads,
             "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
@@ -150,9 +141,9 @@ class Prompt(Method):
     def fitted(self, table: tuple[int, ...]) -> Self:
         """With the sizes that are left out taken from a saved table (rows, columns), as far as it tells them."""
         known: dict[str, Any] = {}
-        tokens, layers, width = self.num_virtual_tokens, self.num_layers, self.token_dim
+        tokens, depth, width = self.num_virtual_tokens, self.num_layers, self.token_dim
         if len(table) == 2 and self.place == "cache":
-            known = {"token_dim": layers and table[1] // (2 * layers), "num_layers": width and table[1] // (2 * width)}
+            known = {"token_dim": depth and table[1] // (2 * depth), "num_layers": width and table[1] // (2 * width)}
         elif len(table) == 2:
             known = {"token_dim": table[1], "num_transformer_submodules": tokens and table[0] // tokens}
         return replace(self, **{name: value for name, value in known.items() if value and getattr(self, name) is None})
@@ -212,36 +203,3 @@ class TablePrompt(Prompt):
     @final
     def loaded(self, file: Tensors) -> Tensors:
         return self.in_inference().renamed(file)
-
-
-def _first(model: Mapping[str, Any], names: Sequence[str], wanted: str) -> int:
-    for name in names:
-        if model.get(name) is not None:
-            return _number(model, name, wanted)
-    raise ConfigError(f"{wanted} is not given, and the model's config has none of {', '.join(names)}.\n  Give {wanted}.")
-
-
-def _number(model: Mapping[str, Any], name: str, wanted: str) -> int:
-    value = model[name]
-    if not isinstance(value, int):
-        raise ConfigError(f"{wanted} is not given, and {name} of the model's config is no number: {value!r:.60}.\n  Give {wanted}.")
-    return value
-
-
-def _layers(model: Mapping[str, Any], text: Mapping[str, Any]) -> int:
-    if (kind := model.get("model_type")) in LAYERS_COMPUTED:
-        raise ConfigError(f"num_layers is not given, and the layers of a {kind} are not those of its config.json.\n  Give num_layers.")
-    return _first(text if model.get("num_hidden_layers") is None else model, LAYERS, "num_layers")
-
-
-def _key_value_heads(model: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
-    """Heads of keys and values, and their width together. Where layers differ, those of the largest head."""
-    heads = _number(model, "num_key_value_heads", "token_dim")
-    if model.get("global_head_dim") is not None:
-        head_dim, heads = model["global_head_dim"], model.get("num_global_key_value_heads") or heads
-    else:
-        head_dim = head_dim if model.get("head_dim") is None else model["head_dim"]
-        for layer in (model.get("per_layer_config") or {}).values():
-            if layer.get("head_dim", head_dim) > head_dim:
-                head_dim, heads = layer["head_dim"], layer.get("num_key_value_heads", heads)
-    return int(heads), int(heads * head_dim)

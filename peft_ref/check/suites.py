@@ -48,7 +48,7 @@ class Suites(Mapping[str, Suite]):
         if name in self._registered:
             raise ConfigError(f"suite {name!r}: the method has one.\n  SUITES.unregister({name!r}) takes it out.")
         _check_asked(name, suite)
-        variants = [v.name for v in (*suite.variants, *suite.prompts)]
+        variants = [v.name for v in suite.variants] + [v.name for v in suite.prompts]
         for what, names in (("variants", variants), ("mistakes", [m.name for m in suite.mistakes])):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ConfigError(f"suite {name!r}: two {what} are called {twice[0]!r}.\n  Give each a name of its own.")
@@ -91,12 +91,13 @@ class Suites(Mapping[str, Suite]):
 
 def _check_asked(name: str, suite: Suite) -> None:
     """Raise `ConfigError` where a suite asks nothing, or a prompt about layers, or a method of layers about prompts."""
-    cls = METHODS[name]
-    kind, asked, others = (
-        ("PromptVariant", suite.prompts, suite.variants) if name in METHODS.prompts else ("Variant", suite.variants, suite.prompts)
+    is_prompt = name in METHODS.prompts
+    kind, what = (
+        ("PromptVariant", "is a prompt, which has no layers") if is_prompt else ("Variant", "maps a layer's weight and is no prompt")
     )
+    layers, prompts = [v.name for v in suite.variants], [v.name for v in suite.prompts]
+    asked, others = (prompts, layers) if is_prompt else (layers, prompts)
     if others:
-        what = "is a prompt, which has no layers" if kind == "PromptVariant" else "maps a layer's weight and is no prompt"
-        raise ConfigError(f"suite {name!r}, variant {others[0].name!r}: {cls.__name__} {what}.\n  Ask with {kind}.")
+        raise ConfigError(f"suite {name!r}, variant {others[0]!r}: {METHODS[name].__name__} {what}.\n  Ask with {kind}.")
     if not asked:
         raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one {kind} at least.")

@@ -65,9 +65,9 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
     """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
     found = sort_tensors(config, tensors)
     if isinstance(config.method, Prompt):
-        method, table = config.method, found.prompt.get(SAVED)
-        method = method if table is None else method.fitted(tuple(table.shape))
-        prompt = method.loaded(_checked_dtypes(found.prompt, ""))
+        table = found.prompt.get(SAVED)
+        fitted = config.method if table is None else config.method.fitted(tuple(table.shape))
+        prompt = fitted.loaded(_checked_dtypes(found.prompt, ""))
         return AdapterFile(config=config, prompt=prompt, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
     if layers is not None:
         _check_modules(config, found.modules, layers)

@@ -62,9 +62,9 @@ def _missing(cls: Any) -> list[str]:
     inherited = {f.name for f in dataclasses.fields(Prompt)} if issubclass(cls, Prompt) else set()
     if taken := sorted({f.name for f in fields} & RESERVED - inherited):
         found.append(f"{', '.join(taken)}: a word of adapter_config.json that means something else. Rename the hyper-parameter")
-    if found:
-        return found
-    return _shapes(cls) if issubclass(cls, WeightMethod) else _prompt_shapes(cls)
+    if not found and issubclass(cls, WeightMethod):
+        return _shapes(cls)
+    return _prompt_shapes(cls) if not found and issubclass(cls, Prompt) else found
 
 
 def _class_variables(cls: type[Any]) -> list[str]:

@@ -77,8 +77,10 @@ _OTHERS = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VERA"
 TUNER_PREFIXES: Mapping[str, str] = MappingProxyType({kind.value: _OTHERS.get(kind, f"{kind.value.lower()}_") for kind in PeftType})
 
 # The class of each method's configuration, as `peft.LoraConfig`.
-_SPELT = ("AdaLora", "BOFT", "CPT", "FourierFT", "HRA", "IA3", "LoHa", "LoKr", "OFT", "OSF", "RandLora")
-_SPELT += ("TinyLora", "UniLora", "VBLoRA", "WaveFT", "XLora")
+_SPELT = (
+    *("AdaLora", "BOFT", "CPT", "FourierFT", "HRA", "IA3", "LoHa", "LoKr", "OFT", "OSF", "RandLora", "TinyLora", "UniLora"),
+    *("VBLoRA", "WaveFT", "XLora"),
+)
 _CALLED = {"LN_TUNING": "LNTuning", "P_TUNING": "PromptEncoder", **{name.upper(): name for name in _SPELT}}
 CONFIG_NAMES: Mapping[str, str] = MappingProxyType(
     {kind.value: f"{_CALLED.get(kind, kind.title().replace('_', ''))}Config" for kind in PeftType}

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from peft_ref.errors import ConfigError  # noqa: E402
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.methods import PrefixTuning, PromptTuning  # noqa: E402
-from peft_ref.prompts import LAYERS_COMPUTED  # noqa: E402
+from peft_ref.sizes import LAYERS_COMPUTED  # noqa: E402
 from tests.files.prompt_models import MODELS, PROMPTS, base  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
@@ -85,7 +85,7 @@ def theirs(data: dict[str, Any], model: Any) -> dict[str, Any] | str:
 
 def ours(data: dict[str, Any], model: Any) -> dict[str, Any] | str:
     try:
-        sized: Any = from_dict(data).method.sized(model.to_dict(), None)  # type: ignore[attr-defined]
+        sized: Any = from_dict(data).method.sized(model if isinstance(model, dict) else model.to_dict(), None)  # type: ignore[attr-defined]
     except ConfigError as error:
         return str(error)
     return {name: getattr(sized, name) for name in SIZES if hasattr(sized, name)}
@@ -130,6 +130,24 @@ def test_every_size_of_a_language_model_is_found(name: str) -> None:
                 assert isinstance(peft_says, str), (data, we_say)
             else:
                 assert we_say == peft_says, data
+
+
+def test_heads_of_keys_and_values_are_pefts_wherever_a_model_says_them() -> None:
+    """In one place, in another for its global layers, or layer by layer."""
+    rng = np.random.default_rng(6)
+
+    def some(**words: Any) -> dict[str, Any]:
+        return {name: value for name, value in words.items() if rng.integers(2)}
+
+    def size() -> int:
+        return int(rng.integers(1, 9))
+
+    for _ in range(300):
+        model = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "num_key_value_heads": size()}
+        layers = {str(i): some(head_dim=size(), num_key_value_heads=size()) for i in range(rng.integers(1, 4))}
+        model |= some(head_dim=size(), global_head_dim=size(), num_global_key_value_heads=size(), per_layer_config=layers)
+        data = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, **some(token_dim=48), **some(num_attention_heads=2)}
+        assert ours(data, model) == theirs(data, model), (data, model)
 
 
 @pytest.mark.parametrize("name", LAYERS_COMPUTED)
