@@ -19,8 +19,9 @@ HF      peft.PromptLearningConfig. Sizes that a configuration leaves out come fr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, final
 
 import numpy as np
@@ -28,16 +29,13 @@ import numpy as np
 from peft_ref.arrays import Array, namespace
 from peft_ref.contracts import Method
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.sizes import attention_sizes, layers
 
 Tensors: TypeAlias = Mapping[str, Array]
 
 PLACES = ("embeddings", "cache")
 SAVED = "prompt_embeddings"
 EMBEDDING = "embedding.weight"
-# What a model's config.json calls its sizes, the first that is there.
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
-HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 
 
 class Context(NamedTuple):
@@ -123,13 +121,9 @@ class Prompt(Method):
     @final
     def sized(self, model: Mapping[str, Any], task_type: str | None = None) -> Self:
         """With the sizes that are left out taken from a model's config.json. `task_type` tells how many submodules it has."""
-        model = model.get("text_config") or model
-        width = self.token_dim or _first(model, WIDTHS, "token_dim")
-        heads = self.num_attention_heads or _first(model, HEADS, "num_attention_heads")
-        if self.place == "cache" and "num_key_value_heads" in model:  # keys and values have fewer heads than queries
-            heads, width = _key_value_heads(model, width // heads)
+        width, heads = attention_sizes(model, self.token_dim, self.num_attention_heads, of_cache=self.place == "cache")
         known: dict[str, Any] = {
-            "num_layers": self.num_layers or _first(model, LAYERS, "num_layers"),
+            "num_layers": self.num_layers or layers(model),
             "token_dim": width,
             "num_attention_heads": heads,
             "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
@@ -144,17 +138,43 @@ class Prompt(Method):
         return replace(self, inference_mode=True)
 
     @final
-    def check(self, p: Tensors, where: str = "") -> Tensors:
-        """`p`, if it has every tensor in its shape and no other. Raises `KeyMismatchError` or `ShapeError`."""
+    def fitted(self, table: tuple[int, ...]) -> Self:
+        """With the sizes that are left out taken from a saved table (rows, columns), as far as it tells them."""
+        known: dict[str, Any] = {}
+        tokens, depth, width = self.num_virtual_tokens, self.num_layers, self.token_dim
+        if len(table) == 2 and self.place == "cache":
+            known = {"token_dim": depth and table[1] // (2 * depth), "num_layers": width and table[1] // (2 * width)}
+        elif len(table) == 2:
+            known = {"token_dim": table[1], "num_transformer_submodules": tokens and table[0] // tokens}
+        return replace(self, **{name: value for name, value in known.items() if value and getattr(self, name) is None})
+
+    @final
+    def check(self, p: Tensors, where: str = "", called: Mapping[str, str] = MappingProxyType({})) -> Tensors:
+        """`p`, if it has every tensor in its shape and no other. Raises `KeyMismatchError` or `ShapeError`.
+
+        An error says `called[name]` of a tensor that is known by another name where it comes from.
+        """
         at, expected = f"{type(self).__name__}{where and f' at {where!r}'}", self.shapes()
-        if missing := sorted(expected.keys() - p.keys()):
-            raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(p)) or 'nothing'}.")
-        if extra := sorted(p.keys() - expected.keys()):
-            raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
+
+        def words(names: Collection[str]) -> str:
+            return ", ".join(sorted(called.get(name, name) for name in names)) or "nothing"
+
+        if missing := expected.keys() - p.keys():
+            raise KeyMismatchError(f"{at}: {words(missing)} missing.\n  Came: {words(p.keys())}.")
+        if extra := p.keys() - expected.keys():
+            raise KeyMismatchError(f"{at}: unexpected {words(extra)}.\n  Expected: {words(expected.keys())}.")
         for name, shape in expected.items():
             if tuple(p[name].shape) != shape:
-                raise ShapeError(f"{at}: {name} is {tuple(p[name].shape)}, expected {shape}.\n  {self}.")
+                raise ShapeError(
+                    f"{at}: {words([name])} is {tuple(p[name].shape)}, expected {shape}.\n"
+                    f"  {self}: take the configuration that belongs to these tensors."
+                )
         return p
+
+    @final
+    def renamed(self, file: Tensors) -> Tensors:
+        """The tensors of a file under their names here, checked."""
+        return self.check({EMBEDDING if name == SAVED else name: value for name, value in file.items()}, called={EMBEDDING: SAVED})
 
 
 class TablePrompt(Prompt):
@@ -182,24 +202,4 @@ class TablePrompt(Prompt):
 
     @final
     def loaded(self, file: Tensors) -> Tensors:
-        return self.in_inference().check({EMBEDDING if name == SAVED else name: value for name, value in file.items()})
-
-
-def _first(model: Mapping[str, Any], names: Sequence[str], wanted: str) -> int:
-    for name in names:
-        if model.get(name) is not None:
-            return int(model[name])
-    raise ConfigError(f"{wanted} is not given, and the model's config has none of {', '.join(names)}.\n  Give {wanted}.")
-
-
-def _key_value_heads(model: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
-    """Heads of keys and values, and their width together. Where layers differ, those of the largest head."""
-    heads = model["num_key_value_heads"]
-    if model.get("global_head_dim") is not None:
-        head_dim, heads = model["global_head_dim"], model.get("num_global_key_value_heads") or heads
-    else:
-        head_dim = model.get("head_dim") or head_dim
-        for layer in (model.get("per_layer_config") or {}).values():
-            if layer.get("head_dim", head_dim) > head_dim:
-                head_dim, heads = layer["head_dim"], layer.get("num_key_value_heads", heads)
-    return int(heads), int(heads * head_dim)
+        return self.in_inference().renamed(file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import final
 
-from peft_ref.check.case import build_method
+from peft_ref.check.case import PROMPT_OPERATIONS, build_method, build_prompt
 from peft_ref.check.mistake import Suite
 from peft_ref.check.variants import LAYERS
 from peft_ref.errors import ConfigError
@@ -47,9 +47,9 @@ class Suites(Mapping[str, Suite]):
             raise ConfigError(f"suite {name!r}: no method of that name was registered.\n  Call register_method({name!r}, ...) first.")
         if name in self._registered:
             raise ConfigError(f"suite {name!r}: the method has one.\n  SUITES.unregister({name!r}) takes it out.")
-        if not suite.variants:
-            raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one Variant at least.")
-        for what, names in (("variants", [v.name for v in suite.variants]), ("mistakes", [m.name for m in suite.mistakes])):
+        _check_asked(name, suite)
+        variants = [v.name for v in suite.variants] + [v.name for v in suite.prompts]
+        for what, names in (("variants", variants), ("mistakes", [m.name for m in suite.mistakes])):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ConfigError(f"suite {name!r}: two {what} are called {twice[0]!r}.\n  Give each a name of its own.")
         for variant in suite.variants:
@@ -57,6 +57,12 @@ class Suites(Mapping[str, Suite]):
                 raise ConfigError(f"suite {name!r}, variant {variant.name!r}: no layer {unknown[0]!r}.\n  There are {', '.join(LAYERS)}.")
             for config in variant.configs:
                 build_method(name, config)
+        for asked in suite.prompts:
+            if unknown := sorted(set(asked.operations) - set(PROMPT_OPERATIONS)):
+                raise ConfigError(
+                    f"suite {name!r}, variant {asked.name!r}: no operation {unknown[0]!r}.\n  There are {', '.join(PROMPT_OPERATIONS)}."
+                )
+            build_prompt(name, asked.config).shapes()  # a size that is missing is an error
         self._registered[name] = suite
 
     def unregister(self, name: str) -> None:
@@ -81,3 +87,17 @@ class Suites(Mapping[str, Suite]):
                     problems.append(f"suite {point.name!r} of {point.value}: {type(error).__name__}: {error}")
             self._discovered = tuple(problems)
         return self._discovered
+
+
+def _check_asked(name: str, suite: Suite) -> None:
+    """Raise `ConfigError` where a suite asks nothing, or a prompt about layers, or a method of layers about prompts."""
+    is_prompt = name in METHODS.prompts
+    kind, what = (
+        ("PromptVariant", "is a prompt, which has no layers") if is_prompt else ("Variant", "maps a layer's weight and is no prompt")
+    )
+    layers, prompts = [v.name for v in suite.variants], [v.name for v in suite.prompts]
+    asked, others = (prompts, layers) if is_prompt else (layers, prompts)
+    if others:
+        raise ConfigError(f"suite {name!r}, variant {others[0]!r}: {METHODS[name].__name__} {what}.\n  Ask with {kind}.")
+    if not asked:
+        raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one {kind} at least.")

@@ -27,7 +27,7 @@ from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, check_adapter_name, sort_tensors
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
 from peft_ref.layers import Layer
-from peft_ref.prompts import Prompt
+from peft_ref.prompts import SAVED, Prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # in the order they are put in place
@@ -65,8 +65,10 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
     """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
     found = sort_tensors(config, tensors)
     if isinstance(config.method, Prompt):
-        prompt = config.method.loaded(_checked_dtypes(found.prompt, ""))
-        return AdapterFile(config=config, prompt=prompt, modules_to_save=found.modules_to_save)
+        table = found.prompt.get(SAVED)
+        fitted = config.method if table is None else config.method.fitted(tuple(table.shape))
+        prompt = fitted.loaded(_checked_dtypes(found.prompt, ""))
+        return AdapterFile(config=config, prompt=prompt, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
     if layers is not None:
         _check_modules(config, found.modules, layers)
     modules = {}

@@ -3,7 +3,7 @@
     base_model.model.<module path>.lora_A.weight                in a file
     base_model.model.<module path>.lora_A.<adapter>.weight      in PEFT's memory: the adapter's name follows the parameter's own
     prompt_embeddings                                           a prompt's, which belongs to no module
-    base_model.<module path>.weight                             beside a prompt, a module that was trained whole
+    base_model.<module path>.weight                             beside a prompt, a module that was trained whole, or an embedding
 
 HF      drops other adapters' keys where ".<name>." occurs anywhere, so beside an adapter called "0" every `layers.0.*` is lost from the
         saved file. Here a name is one only where a name can be.
@@ -68,14 +68,31 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
 
 
 def _sorted_prompt(config: AdapterConfig, method: Prompt, tensors: Mapping[str, Tensor]) -> Sorted:
-    saved = {key for key in tensors if key.startswith(PROMPT_PREFIX) and _is_saved(key.removeprefix(PROMPT_PREFIX), config)}
-    own = tensors.keys() - saved
-    if extra := sorted(own - method.file_keys):
+    found = Sorted({}, {}, {}, {}, {})
+    for key in sorted(tensors):
+        kind = "prompt" if key in method.file_keys else _beside_prompt(key, config)
+        if kind is None:
+            raise KeyMismatchError(
+                f"{key!r} is no tensor of {type(method).__name__}, which saves {', '.join(sorted(method.file_keys))}, is in no module of\n"
+                f"  modules_to_save={list(config.targets.modules_to_save or ())}, and no embedding."
+                f" Remove it, or name its module in modules_to_save: {PROMPT_PREFIX}<module>.weight."
+            )
+        getattr(found, kind)[key] = tensors[key]
+    if missing := sorted(method.file_keys - found.prompt.keys()):
         raise KeyMismatchError(
-            f"{extra[0]!r} is no tensor of {type(method).__name__}, which saves {', '.join(sorted(method.file_keys))},\n"
-            f"  and in no module of modules_to_save={list(config.targets.modules_to_save or ())}. Remove it, or name its module there."
+            f"{', '.join(missing)} missing, which {type(method).__name__} saves.\n"
+            f"  Came: {', '.join(sorted(tensors)) or 'nothing'}. The file belongs to another method, or to a checkpoint of the whole model."
         )
-    return Sorted({}, {key: tensors[key] for key in sorted(saved)}, {}, {}, {key: tensors[key] for key in sorted(own)})
+    return found
+
+
+def _beside_prompt(key: str, config: AdapterConfig) -> str | None:
+    name = key.removeprefix(PROMPT_PREFIX)
+    if name == key:
+        return None
+    if _is_saved(name, config):
+        return "modules_to_save"
+    return "embeddings" if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS else None
 
 
 def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset[str]:
@@ -87,9 +104,9 @@ def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset
     return frozenset(key.key for key in keys if not only_embedding or key.kinds == {"embedding"})
 
 
-def parameter_name(key: str) -> str:
-    """The model's own name for what a key of `modules_to_save`, `biases` or `embeddings` holds."""
-    *path, last = key.removeprefix(PREFIX).split(".")
+def parameter_name(key: str, prefix: str = PREFIX) -> str:
+    """The model's own name for what a key of `modules_to_save`, `biases` or `embeddings` holds; beside a prompt give PROMPT_PREFIX."""
+    *path, last = key.removeprefix(prefix).split(".")
     return ".".join([*path[:-1], last] if path[-1:] == ["base_layer"] else [*path, last])
 
 

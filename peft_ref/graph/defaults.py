@@ -304,6 +304,16 @@ FEEDFORWARD: Mapping[str, tuple[str, ...]] = {
     "qwen2": ("down_proj",),
     "qwen3": ("down_proj",),
 }
+
+# Keys, values and output of the attention that an adaption prompt joins; None where one layer makes several.
+ADAPTION_PROJECTIONS: Mapping[str, tuple[str | None, ...]] = {
+    "llama": ("k_proj", "v_proj", "o_proj"),
+    "mistral": ("k_proj", "v_proj", "o_proj"),
+    "gpt2": ("c_attn", None, None),
+}
+
+# Whose prefixes PEFT puts into another order, where transformers is so old that it needs that (4.53 for gpt_bigcode).
+PREFIX_POSTPROCESSED = frozenset({"bloom", "gpt_bigcode"})
 TRANSFORM_WITH_REGEX_REFUSED = frozenset(
     {"ADALORA", "C3A", "DEFT", "DELORA", "FOURIERFT", "HIRA", "HRA", "LORA", "MISS", "PSOFT", "SHADOW", "UNILORA", "WAVEFT"}
 )

@@ -48,7 +48,7 @@ class MultitaskPromptTuning(Prompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS:
+        if self.prompt_tuning_init not in INITS and not self.inference_mode:
             raise ConfigError(f"prompt_tuning_init={self.prompt_tuning_init!r}: there are {', '.join(INITS)}.")
         check_text(self.prompt_tuning_init, self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
         for name in ("num_ranks", "num_tasks"):
@@ -84,10 +84,10 @@ class MultitaskPromptTuning(Prompt):
             if init == "AVERAGE_SOURCE_TASKS":
                 taken[name] = xp.mean(of_tasks, axis=0, keepdims=True)
             else:
-                task = self.prompt_tuning_init_task or 0
-                if not 0 <= task < of_tasks.shape[0]:
-                    raise ConfigError(f"prompt_tuning_init_task={task}: the source adapter has tasks 0 to {of_tasks.shape[0] - 1}.")
-                taken[name] = of_tasks[task : task + 1, :, :]
+                task, tasks = self.prompt_tuning_init_task, of_tasks.shape[0]
+                if task is None or not -tasks <= task < tasks:
+                    raise ConfigError(f"prompt_tuning_init_task={task}: the source adapter has tasks 0 to {tasks - 1}; -1 is the last.")
+                taken[name] = of_tasks[task % tasks : task % tasks + 1, :, :]
         return {name: xp.astype(value, like.dtype) for name, value in taken.items()}
 
     def prompt(self, p: Tensors, ctx: Context) -> Array:
@@ -114,7 +114,7 @@ class MultitaskPromptTuning(Prompt):
         return {SAVED: p[EMBEDDING], COLUMNS: p[COLUMNS], ROWS: p[ROWS]}
 
     def loaded(self, file: Tensors) -> Tensors:
-        return self.check({EMBEDDING if name == SAVED else name: value for name, value in file.items()})
+        return self.renamed(file)
 
     def _of_tasks(self, p: Tensors, ctx: Context) -> tuple[Array, Array]:
         """U (batch, rows, ranks) and V (batch, ranks, token_dim) of every example's task."""

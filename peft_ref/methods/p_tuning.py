@@ -43,7 +43,7 @@ class PTuning(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_reparameterization_type not in ENCODERS:
+        if self.encoder_reparameterization_type not in ENCODERS and not self.inference_mode:  # a saved prompt has no encoder
             raise ConfigError(
                 f"encoder_reparameterization_type={self.encoder_reparameterization_type!r}: there are {', '.join(ENCODERS)}"
                 " (HF PEFT refuses it too)."

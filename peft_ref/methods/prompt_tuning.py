@@ -39,7 +39,7 @@ class PromptTuning(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS:
+        if self.prompt_tuning_init not in INITS and not self.inference_mode:  # a newer PEFT's start does not matter once it is saved
             raise ConfigError(f"prompt_tuning_init={self.prompt_tuning_init!r}: there are {', '.join(INITS)}.")
         check_text(self.prompt_tuning_init, self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
-from peft_ref.prompts import PLACES, Prompt
+from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt
 
 # Words of adapter_config.json that are not hyper-parameters of a method: where it goes, patterns, and what PEFT keeps beside.
 RESERVED = frozenset(
@@ -62,7 +62,9 @@ def _missing(cls: Any) -> list[str]:
     inherited = {f.name for f in dataclasses.fields(Prompt)} if issubclass(cls, Prompt) else set()
     if taken := sorted({f.name for f in fields} & RESERVED - inherited):
         found.append(f"{', '.join(taken)}: a word of adapter_config.json that means something else. Rename the hyper-parameter")
-    return _shapes(cls) if not found and issubclass(cls, WeightMethod) else found
+    if not found and issubclass(cls, WeightMethod):
+        return _shapes(cls)
+    return _prompt_shapes(cls) if not found and issubclass(cls, Prompt) else found
 
 
 def _class_variables(cls: type[Any]) -> list[str]:
@@ -78,6 +80,11 @@ def _class_variables(cls: type[Any]) -> list[str]:
     if not (cls.flag is None or (isinstance(cls.flag, str) and cls.flag.isidentifier())):
         found.append(f"flag={cls.flag!r}: None, or the name of a switch in the config")
     if issubclass(cls, Prompt):
+        keys = cls.file_keys
+        if not keys or not all(isinstance(key, str) and not key.startswith("base_model.") for key in keys):
+            found.append(
+                f"file_keys={sorted(keys, key=str)}: the keys of what it saves; those of the model's own modules begin with 'base_model.'"
+            )
         return found if cls.place in PLACES else [*found, f"place={cls.place!r}: one of {', '.join(PLACES)}"]
     if not cls.kinds or not cls.kinds <= KINDS:
         found.append(f"kinds={sorted(cls.kinds)}: some of {', '.join(sorted(KINDS))}")
@@ -123,3 +130,22 @@ def _shapes(cls: type[WeightMethod[Any]]) -> list[str]:
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             found.append(f"the key {twice[0]!r} is there twice on a {kind} layer")
     return sorted(set(found))
+
+
+def _prompt_shapes(cls: type[Prompt]) -> list[str]:
+    """Whether it has tensors of known shapes; one table of every example, the table itself once it is saved."""
+    found = []
+    try:
+        method = cls(num_virtual_tokens=2, token_dim=4, num_transformer_submodules=1, num_attention_heads=2, num_layers=3)
+        sized = method.shapes()
+        saved = method.in_inference().shapes() if issubclass(cls, TablePrompt) else {}
+    except PeftRefError:  # a hyper-parameter has no default: its shapes show when it is used
+        return []
+    for name, shape in sized.items():
+        if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+            found.append(f"{name!r} has the shape {shape!r}: give positive sizes")
+    if issubclass(cls, TablePrompt) and EMBEDDING not in sized:
+        found.append(f"no tensor {EMBEDDING!r}, from which a TablePrompt takes its array library")
+    if issubclass(cls, TablePrompt) and saved != {EMBEDDING: method.table_shape}:
+        found.append(f"in inference mode its tensors are {saved}: a saved TablePrompt is {{{EMBEDDING!r}: (rows, columns)}} alone")
+    return found or ([] if sized else ["it has no tensors"])

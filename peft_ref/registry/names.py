@@ -1,4 +1,4 @@
-"""HF PEFT 0.21.2's names: its methods, its tasks, and what each method's parameters begin with in a checkpoint.
+"""HF PEFT 0.21.2's names: its methods, its tasks, what each method's configuration is called and its parameters begin with.
 
 A member of these enums is its own name as text: it compares, prints and goes into JSON as that. tests/registry holds all against PEFT.
 """
@@ -75,6 +75,16 @@ class TaskType(StrEnum):
 
 _OTHERS = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VERA": "vera_lambda_"}
 TUNER_PREFIXES: Mapping[str, str] = MappingProxyType({kind.value: _OTHERS.get(kind, f"{kind.value.lower()}_") for kind in PeftType})
+
+# The class of each method's configuration, as `peft.LoraConfig`.
+_SPELT = (
+    *("AdaLora", "BOFT", "CPT", "FourierFT", "HRA", "IA3", "LoHa", "LoKr", "OFT", "OSF", "RandLora", "TinyLora", "UniLora"),
+    *("VBLoRA", "WaveFT", "XLora"),
+)
+_CALLED = {"LN_TUNING": "LNTuning", "P_TUNING": "PromptEncoder", **{name.upper(): name for name in _SPELT}}
+CONFIG_NAMES: Mapping[str, str] = MappingProxyType(
+    {kind.value: f"{_CALLED.get(kind, kind.title().replace('_', ''))}Config" for kind in PeftType}
+)
 
 # What PEFT once had, and why its adapters are not another method's.
 REMOVED: Mapping[str, str] = MappingProxyType(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,10 +14,10 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
-from peft_ref.files.adapter import (  # noqa: E402
-    FILES,
-)
+from peft_ref.contracts import WeightMethod  # noqa: E402
+from peft_ref.files.adapter import FILES, AdapterModule  # noqa: E402
 from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
+from peft_ref.stack import Adapter, forward  # noqa: E402
 
 nn = torch.nn
 
@@ -35,6 +36,8 @@ class Net(nn.Module):  # type: ignore[misc]  # torch has no types here
 
     def forward(self, name: str, x: Any) -> Any:
         return self.get_submodule(name)(x)
+
+    def prepare_inputs_for_generation(self) -> None: ...  # PEFT asks it of a causal language model
 
 
 def gpt2() -> Any:
@@ -132,3 +135,65 @@ def tuned(model: Any) -> dict[str, Any]:
 def assert_same_files(a: Path, b: Path) -> None:
     for name in FILES:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def random_input(layer: Layer, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    if isinstance(layer, Embedding):
+        return rng.integers(0, layer.num_embeddings, (2, 3))
+    return rng.normal(size=(2, layer.channels, *(7,) * len(layer.kernel_size)))
+
+
+def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any:
+    weight = base.weight.detach().numpy()
+    bias = getattr(base, "bias", None)
+    return forward(
+        module.layer,
+        module.layer.fold(weight),
+        None if bias is None else bias.detach().numpy(),
+        [Adapter(module.method, module.params)],
+        x,
+    )
+
+
+def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
+    def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
+        return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
+
+    return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}
+
+
+def random_peft_config(rng: np.random.Generator) -> Any:
+    """A configuration of a method on weights, for `Net`."""
+    keys = ["q", "up", "layers.0.q", r"layers\.[01]\.up", r".*\.q", "conv2", "nothing"]
+
+    def pattern() -> dict[str, int]:
+        return {keys[i]: int(rng.integers(1, 9)) for i in rng.permutation(len(keys))[: rng.integers(0, 4)]}
+
+    targets = ["q", "up", "conv2"] if rng.integers(2) else r".*\.(q|up)"
+    common = {
+        "target_modules": targets,
+        "exclude_modules": [None, ["head"], ".*head"][rng.integers(3)],
+        "modules_to_save": [None, ["head"]][rng.integers(2)],
+        "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
+        "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
+    }
+    kind = rng.integers(3)
+    if kind == 0:
+        dora = bool(rng.integers(2))
+        layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
+        return peft.LoraConfig(
+            r=int(rng.integers(1, 65)),
+            lora_alpha=[8, 2.5, 1e-7][rng.integers(3)],
+            lora_dropout=float(rng.random()),
+            use_rslora=bool(rng.integers(2)),
+            use_dora=dora,
+            lora_bias=not dora and bool(rng.integers(2)),
+            bias=str(rng.choice(["none", "all", "lora_only"])),
+            rank_pattern=pattern(),
+            alpha_pattern=pattern(),
+            **layers,
+            **common,
+        )
+    if kind == 1:
+        return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
+    return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)

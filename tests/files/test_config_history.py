@@ -13,7 +13,7 @@ from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.files.adapter import CONFIG, load_config
 from peft_ref.files.config import from_dict, render
 from peft_ref.files.rules import field_names
-from peft_ref.methods import IA3, DoRA, LoHa, LoRA
+from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA, PromptTuning
 
 # LoRA's configuration grew release by release: the keys that came, and the value that was written when nobody said anything.
 FIRST: dict[str, Any] = {
@@ -80,12 +80,43 @@ def history() -> dict[str, dict[str, Any]]:
             "use_effective_conv2d": False,
         }
     )
+    written |= prompts()
     written["LORA with what was saved for a time"] = written["LORA 0.10"] | {"runtime_config": {"ephemeral_gpu_offload": False}}
     return written
 
 
+def prompts() -> dict[str, dict[str, Any]]:
+    """A prompt's configuration as the first versions wrote it, and what came to it."""
+    sizes = {"num_attention_heads": 12, "num_layers": 12, "num_transformer_submodules": 1, "num_virtual_tokens": 20, "token_dim": 768}
+    first = {"base_model_name_or_path": "a/b", "inference_mode": True, "task_type": "CAUSAL_LM", **sizes}
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Is it so?", "tokenizer_name_or_path": "a/b"}
+    encoder = {"encoder_dropout": 0.0, "encoder_hidden_size": 128, "encoder_num_layers": 2, "encoder_reparameterization_type": "MLP"}
+    source = {"prompt_tuning_init_state_dict_path": None, "prompt_tuning_init_task": 0, "num_ranks": 1, "num_tasks": 3}
+    own: dict[str, dict[str, Any]] = {
+        "PROMPT_TUNING": text,
+        # 0.2 had a field for a function, which JSON cannot hold
+        "PREFIX_TUNING": {"encoder_hidden_size": 768, "prefix_projection": True, "postprocess_past_key_value_function": None},
+        "P_TUNING": encoder,
+        "MULTITASK_PROMPT_TUNING": {**text, **source},
+    }
+    came = {
+        "0.2": {},
+        "0.4": {"auto_mapping": None, "revision": None},
+        "0.18": {"modules_to_save": None, "peft_version": "0.18.0"},
+        "newer": {"peft_version": "1.7.0", "from_the_future": {"a": [1, None]}, "prompt_tuning_init": "FROM_A_DREAM"},
+    }
+    written = {}
+    for kind, words in own.items():
+        config: dict[str, Any] = {"peft_type": kind, **first, **words}
+        for version, new in came.items():
+            config = {k: v for k, v in config.items() if version == "0.2" or not k.startswith("postprocess")}
+            config |= {k: v for k, v in new.items() if k != "prompt_tuning_init" or k in config}
+            written[f"{kind} {version}"] = dict(sorted(config.items()))
+    return written
+
+
 HISTORY = history()
-CLASSES = {"LORA": LoRA, "DORA": DoRA, "IA3": IA3, "LOHA": LoHa}
+CLASSES = {"LORA": LoRA, "DORA": DoRA, "IA3": IA3, "LOHA": LoHa, **{cls.peft_type: cls for cls in METHODS.prompts.values()}}
 
 
 def put(folder: Path, data: dict[str, Any]) -> str:
@@ -115,12 +146,12 @@ def test_it_means_what_peft_reads_in_it_and_keeps_what_peft_drops(what: str, tmp
     config = load_config(tmp_path)
     for name in set(field_names(type(config.method))) - {"is_feedforward"}:
         assert getattr(config.method, name) == getattr(theirs, name), name
-    assert set(config.targets.target_modules or ()) == theirs.target_modules
+    assert set(config.targets.target_modules or ()) == getattr(theirs, "target_modules", set())
     dropped = {key for key in data if not hasattr(theirs, key)} | ({"runtime_config"} & data.keys())
     for key in dropped:
         assert any(key in str(w.message) for w in caught), f"PEFT drops {key} without a word"
         assert config.housekeeping[key] == data[key]
-    assert bool(dropped) == (what in ("LORA 0.2", "LORA newer", "LORA with what was saved for a time"))
+    assert bool(dropped) == (what.endswith("newer") or what in ("LORA 0.2", "PREFIX_TUNING 0.2", "LORA with what was saved for a time"))
 
 
 @pytest.mark.hf
@@ -134,6 +165,20 @@ def test_a_new_word_inside_a_part_of_the_configuration_is_kept_too(tmp_path: Pat
     assert theirs.rho == 3.0
     assert not hasattr(theirs, "later")
     assert render(load_config(tmp_path)) == text
+
+
+def test_the_least_that_anybody_wrote_of_a_prompt_is_read() -> None:
+    """As converters write it; PEFT takes the rest from the model."""
+    config = from_dict({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "base_model_name_or_path": "a/b"})
+    assert config.method == PromptTuning(num_virtual_tokens=20)
+
+
+def test_a_start_as_peft_s_first_pages_spelt_it_is_read_once_it_is_saved() -> None:
+    """They said "PromptTuningInit.TEXT", which PEFT takes for no start that it knows."""
+    data = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20, "prompt_tuning_init": "PromptTuningInit.TEXT"}
+    assert isinstance(from_dict({**data, "inference_mode": True}).method, PromptTuning)
+    with pytest.raises(ConfigError, match=r"prompt_tuning_init='PromptTuningInit\.TEXT': there are RANDOM, "):
+        from_dict(data)
 
 
 def test_a_merged_linear_of_peft_0_2_is_refused_and_not_read_as_lora() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +13,10 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
-from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import PeftRefError  # noqa: E402
 from peft_ref.files.adapter import (  # noqa: E402
     CONFIG,
     AdapterFile,
-    AdapterModule,
     adapter_names,
     all_tensors,
     load_adapter,
@@ -27,9 +24,19 @@ from peft_ref.files.adapter import (  # noqa: E402
 )
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.files.keys import PREFIX, with_adapter_name, without_adapter_name  # noqa: E402
-from peft_ref.layers import Embedding, Layer, Linear  # noqa: E402
+from peft_ref.layers import Linear  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
-from tests.files.peft_models import CASES, Net, adapted, assert_same_files, layer_of, tuned  # noqa: E402
+from tests.files.peft_models import (  # noqa: E402
+    CASES,
+    Net,
+    adapted,
+    assert_same_files,
+    layer_of,
+    our_output,
+    random_input,
+    tuned,
+    with_random_parameters,
+)
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
 nn = torch.nn
@@ -68,31 +75,6 @@ def test_our_parameters_are_peft_s(tmp_path: Path, case: str) -> None:
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         np.testing.assert_array_equal(ours[key], tensor.numpy())
-
-
-def random_input(layer: Layer, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    if isinstance(layer, Embedding):
-        return rng.integers(0, layer.num_embeddings, (2, 3))
-    return rng.normal(size=(2, layer.channels, *(7,) * len(layer.kernel_size)))
-
-
-def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any:
-    weight = base.weight.detach().numpy()
-    bias = getattr(base, "bias", None)
-    return forward(
-        module.layer,
-        module.layer.fold(weight),
-        None if bias is None else bias.detach().numpy(),
-        [Adapter(module.method, module.params)],
-        x,
-    )
-
-
-def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
-    def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
-        return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
-
-    return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}
 
 
 OURS = [case for case in CASES if case not in ("gpt2 ia3 by default", "llama tied")]  # the first needs PEFT to fill its targets

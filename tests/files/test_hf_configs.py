@@ -23,7 +23,8 @@ from peft_ref.files.adapter import (  # noqa: E402
 from peft_ref.files.config import DERIVED, from_dict, parse, render  # noqa: E402
 from peft_ref.files.rules import TASK_TYPES, field_names  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
-from tests.files.peft_models import Net  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES  # noqa: E402
+from tests.files.peft_models import Net, random_peft_config  # noqa: E402
 from tests.required import REQUIRED  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
@@ -33,9 +34,7 @@ nn = torch.nn
 @pytest.mark.parametrize("name", METHODS)
 def test_an_absent_key_has_peft_s_default(name: str) -> None:
     method = METHODS[name]
-    theirs = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "IA3": peft.IA3Config}.get(method.peft_type)
-    if theirs is None:
-        pytest.skip(f"{method.peft_type} has no row here yet")
+    theirs = getattr(peft, CONFIG_NAMES[method.peft_type])
     ours = from_dict({"peft_type": method.peft_type, **REQUIRED.get(name, {}), **({method.flag: True} if method.flag else {})})
     default = theirs(**REQUIRED.get(name, {}))
     for field in field_names(method):
@@ -103,47 +102,11 @@ def test_peft_refuses_a_moving_average_without_memory_or_without_news(name: str,
         from_dict({"peft_type": "ADALORA", "total_step": 10, name: beta})
 
 
-def random_config(rng: np.random.Generator) -> Any:
-    keys = ["q", "up", "layers.0.q", r"layers\.[01]\.up", r".*\.q", "conv2", "nothing"]
-
-    def pattern() -> dict[str, int]:
-        return {keys[i]: int(rng.integers(1, 9)) for i in rng.permutation(len(keys))[: rng.integers(0, 4)]}
-
-    targets = ["q", "up", "conv2"] if rng.integers(2) else r".*\.(q|up)"
-    common = {
-        "target_modules": targets,
-        "exclude_modules": [None, ["head"], ".*head"][rng.integers(3)],
-        "modules_to_save": [None, ["head"]][rng.integers(2)],
-        "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
-        "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
-    }
-    kind = rng.integers(3)
-    if kind == 0:
-        dora = bool(rng.integers(2))
-        layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
-        return peft.LoraConfig(
-            r=int(rng.integers(1, 65)),
-            lora_alpha=[8, 2.5, 1e-7][rng.integers(3)],
-            lora_dropout=float(rng.random()),
-            use_rslora=bool(rng.integers(2)),
-            use_dora=dora,
-            lora_bias=not dora and bool(rng.integers(2)),
-            bias=str(rng.choice(["none", "all", "lora_only"])),
-            rank_pattern=pattern(),
-            alpha_pattern=pattern(),
-            **layers,
-            **common,
-        )
-    if kind == 1:
-        return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
-    return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)
-
-
 def test_random_configurations_of_peft_are_written_back_to_the_byte_and_mean_the_same(tmp_path: Path) -> None:
     rng = np.random.default_rng(31)
     names = ["layers.0.q", "layers.1.q", "layers.0.up", "layers.1.up", "conv2", "q", "xq"]
     for i in range(150):
-        theirs = random_config(rng)
+        theirs = random_peft_config(rng)
         theirs.save_pretrained(str(tmp_path))
         text = (tmp_path / CONFIG).read_text()
         ours = parse(text)

@@ -47,6 +47,9 @@ def test_no_table_of_peft_is_left_out() -> None:
     named = re.compile(r"TRANSFORMERS_MODELS_TO_(\w+)_TARGET_MODULES_MAPPING")
     tables = {m[1]: getattr(constants, m[0]) for name in dir(constants) if (m := named.fullmatch(name))}
     assert len(tables) > 30
+    others = {name for name in dir(constants) if name.startswith("TRANSFORMERS_MODELS_TO_") and not named.fullmatch(name)}
+    beside = ("IA3_FEEDFORWARD_MODULES", "PREFIX_TUNING_POSTPROCESS")
+    assert others == {f"TRANSFORMERS_MODELS_TO_{name}_MAPPING" for name in beside}
     for name, table in tables.items():
         method = {"LNTUNING": "LN_TUNING"}.get(name, name)
         assert defaults.DEFAULT_TARGETS[method] == write_defaults.frozen(table), name
@@ -60,6 +63,16 @@ def test_a_method_without_targets_says_where_it_goes() -> None:
 
 def test_feedforward_defaults_are_pefts() -> None:
     assert write_defaults.feedforward() == defaults.FEEDFORWARD
+
+
+def test_the_projections_of_adaption_prompts_are_pefts() -> None:
+    assert write_defaults.projections() == defaults.ADAPTION_PROJECTIONS
+    assert defaults.ADAPTION_PROJECTIONS.keys() == defaults.DEFAULT_TARGETS["ADAPTION_PROMPT"].keys()
+
+
+def test_the_architectures_whose_prefixes_are_put_into_another_order_are_pefts() -> None:
+    assert write_defaults.postprocessed() == defaults.PREFIX_POSTPROCESSED
+    assert constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.keys() <= defaults.PREFIX_POSTPROCESSED
 
 
 def test_the_refused_combinations_are_pefts() -> None:

@@ -6,7 +6,9 @@ A table that differs from LoRA's in a few rows is written as those rows. test_de
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,16 @@ def default_targets() -> dict[str, dict[str, Any]]:
 
 def feedforward() -> dict[str, Any]:
     return frozen(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING)
+
+
+def projections() -> dict[str, Any]:
+    """What adaption prompts need of an attention: the names of its projections of keys and values, and of its output."""
+    return {m: (known.k_proj_layer, known.v_proj_layer, known.o_proj_layer) for m, known in TRANSFORMERS_MODEL_CONFIG.items()}
+
+
+def postprocessed() -> set[str]:
+    """The architectures whose prefixes PEFT puts into another order; a newer transformers leaves the table empty, so its source is read."""
+    return set(re.findall(r'PREFIX_TUNING_POSTPROCESS_MAPPING\["(\w+)"\] =', inspect.getsource(constants)))
 
 
 def frozen(table: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +100,13 @@ def source() -> str:
         rows.append(f'"{method}": {named[key]},')
     lines += ["DEFAULT_TARGETS: Mapping[str, Table] = {", *rows, "}"]
     lines.append(f"FEEDFORWARD: Mapping[str, tuple[str, ...]] = {code(feedforward())}")
+    lines += ["", "# Keys, values and output of the attention that an adaption prompt joins; None where one layer makes several."]
+    lines.append(f"ADAPTION_PROJECTIONS: Mapping[str, tuple[str | None, ...]] = {code(projections())}")
+    lines += [
+        "",
+        "# Whose prefixes PEFT puts into another order, where transformers is so old that it needs that (4.53 for gpt_bigcode).",
+    ]
+    lines.append(f"PREFIX_POSTPROCESSED = frozenset({{{', '.join(json.dumps(m) for m in sorted(postprocessed()))}}})")
     for name, methods in refusals().items():
         lines.append(f"{name} = frozenset({{{', '.join(json.dumps(m) for m in sorted(methods))}}})")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ import pytest
 
 FLOORS = (
     {"errors"},
-    {"arrays"},
+    {"arrays", "sizes"},
     {"layers"},
     {"contracts"},
     {"prompts"},
@@ -33,7 +33,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "layers", "contracts", "prompts", "registry", "methods", "stack", "splice"}
+MATHEMATICS = {"errors", "arrays", "sizes", "layers", "contracts", "prompts", "registry", "methods", "stack", "splice"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

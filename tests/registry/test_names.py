@@ -10,10 +10,10 @@ pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.hf
 
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # noqa: E402
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING  # noqa: E402
 
 from peft_ref.methods import METHODS  # noqa: E402
-from peft_ref.registry import REMOVED, TUNER_PREFIXES, PeftType, TaskType  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES, REMOVED, TUNER_PREFIXES, PeftType, TaskType  # noqa: E402
 
 
 def test_the_methods_are_peft_s() -> None:
@@ -27,6 +27,12 @@ def test_the_tasks_are_peft_s_in_its_order() -> None:
 
 def test_the_prefixes_are_peft_s() -> None:
     assert dict(TUNER_PREFIXES) == {kind.value: prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
+
+
+def test_the_configurations_are_called_as_peft_calls_them() -> None:
+    assert dict(CONFIG_NAMES) == {kind.value: config.__name__ for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    for name in CONFIG_NAMES.values():
+        assert hasattr(peft, name)
 
 
 def test_what_was_removed_is_removed() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from peft_ref.arrays import Array
 from peft_ref.check.mistakes import SUITES
+from peft_ref.check.prompting import PromptVariant
 from peft_ref.contracts import Additive, Key
 from peft_ref.errors import ConfigError
 from peft_ref.methods import METHODS, method_class
@@ -232,6 +233,7 @@ def test_a_suite_that_cannot_be_asked_is_refused(own: ModuleType) -> None:
     for wrong, message in (
         (replace(suite, variants=()), "no variants, so nothing would be asked"),
         (replace(suite, variants=(variant, variant)), "two variants are called 'plain'"),
+        (replace(suite, prompts=(PromptVariant(name="x", clause="", config={}),)), "Outer maps a layer's weight and is no prompt"),
         (replace(suite, mistakes=(mistake, mistake)), "two mistakes are called 'alpha-ignored'"),
         (replace(suite, variants=(replace(variant, layers=("lstm",)),)), "variant 'plain': no layer 'lstm'"),
         (replace(suite, variants=(replace(variant, configs=({"rank": 2},)),)), "rank are no hyper-parameters of Outer"),
