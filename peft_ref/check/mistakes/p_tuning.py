@@ -34,9 +34,9 @@ VARIANTS = (
         config={**LSTM, "encoder_num_layers": 1, "num_transformer_submodules": 2},
         operations=("prompt",),
     ),
-    PromptVariant(name="lstm-dropout", clause="PTUNING-C10", config=DROPPED, operations=GRADIENT, dropout=True),
+    PromptVariant(name="lstm-two-layers-dropout", clause="PTUNING-C10", config=DROPPED, operations=GRADIENT, dropout=True),
     PromptVariant(
-        name="lstm-dropout-three-layers",
+        name="lstm-three-layers-dropout",
         clause="PTUNING-C10",
         config={**DROPPED, "encoder_num_layers": 3, "encoder_dropout": 0.25},
         operations=GRADIENT,
