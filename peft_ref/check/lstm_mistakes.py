@@ -11,8 +11,9 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.check import tape
 from peft_ref.check.case import Case, NDArray
+from peft_ref.check.encoder_family import other_gradient, relu, without
 from peft_ref.check.mistake import Mistake, Replay, as_if, as_if_tensors, with_config
-from peft_ref.check.prompt_family import other_gradient, other_prompt
+from peft_ref.check.prompt_family import other_prompt
 from peft_ref.check.prompting import PromptProblem
 from peft_ref.prompts import EMBEDDING
 
@@ -51,7 +52,7 @@ class Encoder:
             if 0 <= layer - self.masked_from < len(factors):
                 x = x * factors[layer - self.masked_from]
         t = p.tensors
-        hidden = _relu(x @ t["mlp_head.0.weight"].T + t["mlp_head.0.bias"])
+        hidden = relu(x @ t["mlp_head.0.weight"].T + t["mlp_head.0.bias"])
         table = hidden @ t["mlp_head.2.weight"].T + t["mlp_head.2.bias"]
         return np.broadcast_to(table, (p.ctx.batch, *table.shape))
 
@@ -71,10 +72,6 @@ class Encoder:
 
 def _sigmoid(x: Array) -> Array:
     return (1 + np.tanh(x / 2)) / 2
-
-
-def _relu(x: Array) -> Array:
-    return np.where(x > 0, x, 0 * x)
 
 
 def is_lstm(p: PromptProblem) -> bool:
@@ -108,12 +105,7 @@ def gates(order: str) -> Replay:
 def _forget_more(key: str, v: NDArray, config: Any) -> NDArray:
     if not key.startswith("lstm_head.bias_ih"):
         return v
-    hidden = v.shape[0] // 4
-    return v + np.repeat([0.0, 1.0, 0.0, 0.0], hidden)
-
-
-def _without(part: str) -> Replay:
-    return as_if_tensors(lambda key, v, config: np.zeros(v.shape) if part in key else v)
+    return np.asarray(v + np.repeat([0.0, 1.0, 0.0, 0.0], v.shape[0] // 4))
 
 
 def _other_masks(change: Callable[[list[NDArray]], list[NDArray]]) -> Replay:
@@ -184,13 +176,13 @@ def lstm_mistakes(*, gate: str, bias: str, walk: str, layers: str, dropout: str,
             name="bias-hh-missing",
             clause=bias,
             sentence="the LSTM's bias_hh is left out",
-            replay=_without("bias_hh"),
+            replay=without("bias_hh"),
         ),
         Mistake(
             name="bias-ih-missing",
             clause=bias,
             sentence="the LSTM's bias_ih is left out",
-            replay=_without("bias_ih"),
+            replay=without("bias_ih"),
         ),
         Mistake(
             name="both-directions-forward",

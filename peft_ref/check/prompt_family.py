@@ -14,9 +14,7 @@ from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Mistake, Replay, only
 from peft_ref.check.oracle import answer, float64
 from peft_ref.check.prompting import PromptProblem, PromptVariant, pose_prompt, used
-from peft_ref.prompts import SAVED, Prompt
-
-CACHE = "past_key_values"
+from peft_ref.prompts import SAVED
 
 SPLICED = (
     ("causal", "CAUSAL_LM"),
@@ -59,45 +57,13 @@ def other_prompt(prompt: Callable[[PromptProblem], Array], shows: Callable[[Prom
             return used(p.method, prompt(p))
         if case.operation == "saved":
             return {**answer(case), SAVED: prompt(p)[0, ...]}
-        return _autograd(case, lambda p: next(iter(used(p.method, prompt(p)).values())))
+        p = pose_prompt(case, tape.tape_array)
+        assert case.dy is not None
+        (array,) = used(p.method, prompt(p)).values()
+        tape.backward(array, case.dy)
+        return {f"0.{name}": tape.gradients(value) for name, value in p.tensors.items()}
 
     return replay
-
-
-def other_gradient(prompt: Callable[[PromptProblem], Array], shows: Callable[[PromptProblem], bool] = lambda p: True) -> Replay:
-    """The right prompt with a wrong gradient: that of another computation, in which something is constant that should not be."""
-
-    def backward(case: Case) -> Answer | None:
-        if not shows(pose_prompt(case, float64)):
-            return None
-        return _autograd(case, lambda p: next(iter(used(p.method, prompt(p)).values())))
-
-    return only(prompt_backward=backward)
-
-
-def other_cache(cut: Callable[[Prompt, Array], Array], shows: Callable[[Prompt], bool] = lambda method: True) -> Replay:
-    """A table made right and cut into keys and values wrongly, wherever it is. A file holds the table, which is right."""
-
-    def replay(case: Case) -> Answer | None:
-        p = pose_prompt(case, float64)
-        if case.operation == "saved" or not shows(p.method):
-            return None
-        if case.operation == "splice":
-            assert p.prompt is not None
-            return {**answer(case), CACHE: cut(p.method, p.prompt)}
-        if case.operation == "prompt":
-            return {CACHE: cut(p.method, p.method.prompt(p.tensors, p.ctx))}
-        return _autograd(case, lambda p: cut(p.method, p.method.prompt(p.tensors, p.ctx)))
-
-    return replay
-
-
-def _autograd(case: Case, output: Callable[[PromptProblem], Array]) -> Answer:
-    """What an autograd engine returns for a wrong prompt, in the shape in which a model takes it."""
-    p = pose_prompt(case, tape.tape_array)
-    assert case.dy is not None
-    tape.backward(output(p), case.dy)
-    return {f"0.{name}": tape.gradients(value) for name, value in p.tensors.items()}
 
 
 def other_splice(change: Callable[[PromptProblem, Answer], Answer | None]) -> Replay:
@@ -167,23 +133,6 @@ def batch_mistakes(clause: str) -> tuple[Mistake, ...]:
     )
 
 
-def mask_mistakes(clause: str) -> tuple[Mistake, ...]:
-    return (
-        Mistake(
-            name="mask-behind",
-            clause=clause,
-            sentence="the attention mask is made longer at its end instead of its beginning",
-            replay=other_splice(_moved_behind("attention_mask", "decoder_attention_mask")),
-        ),
-        Mistake(
-            name="mask-of-zeros",
-            clause=clause,
-            sentence="the attention mask has zeros for the virtual tokens, so nothing sees them",
-            replay=other_splice(_filled("attention_mask", 0, "decoder_attention_mask")),
-        ),
-    )
-
-
 def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
     """`clauses` names, for embeddings, mask, labels and types, what is broken."""
     return (
@@ -201,7 +150,18 @@ def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
                 _moved_behind("embeddings", "decoder_embeddings", "attention_mask", "decoder_attention_mask", "labels", "token_type_ids")
             ),
         ),
-        *mask_mistakes(clauses["mask"]),
+        Mistake(
+            name="mask-behind",
+            clause=clauses["mask"],
+            sentence="the attention mask is made longer at its end instead of its beginning",
+            replay=other_splice(_moved_behind("attention_mask", "decoder_attention_mask")),
+        ),
+        Mistake(
+            name="mask-of-zeros",
+            clause=clauses["mask"],
+            sentence="the attention mask has zeros for the virtual tokens, so nothing sees them",
+            replay=other_splice(_filled("attention_mask", 0, "decoder_attention_mask")),
+        ),
         Mistake(
             name="labels-behind",
             clause=clauses["labels"],

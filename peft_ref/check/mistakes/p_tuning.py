@@ -8,8 +8,9 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.check.case import Answer, Case
+from peft_ref.check.encoder_family import relu, without
 from peft_ref.check.lstm_mistakes import is_lstm, lstm_mistakes
-from peft_ref.check.mistake import Mistake, Replay, Suite, as_if_tensors, only, reread
+from peft_ref.check.mistake import Mistake, Suite, as_if_tensors, only, reread
 from peft_ref.check.oracle import answer
 from peft_ref.check.prompt_family import batch_mistakes, other_prompt, splice_mistakes, splice_variants
 from peft_ref.check.prompting import PromptProblem, PromptVariant
@@ -74,14 +75,6 @@ def _has_three(p: PromptProblem) -> bool:
     return "mlp_head.4.weight" in p.tensors
 
 
-def relu(x: Array) -> Array:
-    return np.where(x > 0, x, 0 * x)
-
-
-def _without(*keys: str) -> Replay:
-    return as_if_tensors(lambda key, v, config: np.zeros(v.shape) if key in keys else v)
-
-
 def _own_table(case: Case) -> Answer | None:
     E = case.adapters[0].tensors[EMBEDDING]
     return {**answer(case), SAVED: E}
@@ -119,13 +112,13 @@ SUITE = Suite(
             name="dense-biases-missing",
             clause="PTUNING-C2",
             sentence="the dense layers have no bias",
-            replay=_without(*(f"mlp_head.{k}.bias" for k in (0, 2, 4))),
+            replay=without(*(f"mlp_head.{k}.bias" for k in (0, 2, 4))),
         ),
         Mistake(
             name="first-bias-missing",
             clause="PTUNING-C2",
             sentence="the first dense layer has no bias",
-            replay=_without("mlp_head.0.bias"),
+            replay=without("mlp_head.0.bias"),
         ),
         Mistake(
             name="weights-transposed",

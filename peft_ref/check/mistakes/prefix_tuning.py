@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +10,11 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.check import tape
-from peft_ref.check.case import Answer, Case, NDArray
-from peft_ref.check.mistake import Mistake, Replay, Suite, as_if, as_if_tensors, only, reread, with_config
+from peft_ref.check.case import Answer, Case
+from peft_ref.check.encoder_family import CACHE, other_cache, other_gradient, relu, without
+from peft_ref.check.mistake import Mistake, Replay, Suite, as_if, only, reread, with_config
 from peft_ref.check.oracle import answer
-from peft_ref.check.prompt_family import (
-    batch_mistakes,
-    mask_mistakes,
-    other_cache,
-    other_gradient,
-    other_prompt,
-    other_splice,
-    splice_variants,
-)
+from peft_ref.check.prompt_family import batch_mistakes, other_prompt, other_splice, splice_mistakes, splice_variants
 from peft_ref.check.prompting import PromptProblem, PromptVariant
 from peft_ref.prompts import EMBEDDING, Prompt
 from peft_ref.splice import key_values
@@ -140,20 +133,9 @@ def _projects(p: PromptProblem) -> bool:
     return "transform.0.weight" in p.tensors
 
 
-def _relu(x: Array) -> Array:
-    return np.where(x > 0, x, 0 * x)
-
-
 def _straight_through(x: Array) -> Array:
     """tanh, whose gradient is taken for 1."""
     return x + (tape.constant(np.tanh(x)) - tape.constant(x))
-
-
-def _without(key: str) -> Replay:
-    def change(name: str, value: NDArray, config: Mapping[str, Any]) -> NDArray:
-        return np.zeros(value.shape) if name == key else value
-
-    return as_if_tensors(change)
 
 
 # ---- splicing
@@ -170,6 +152,22 @@ def _counted_anew(p: PromptProblem, right: Answer) -> Answer | None:
     return {**right, "position_ids": np.broadcast_to(np.arange(tokens) + p.method.size("num_virtual_tokens"), (batch, tokens))}
 
 
+def _all_seen(p: PromptProblem, right: Answer) -> Answer | None:
+    masks: Answer = {k: np.ones_like(right[k]) for k in ("attention_mask", "decoder_attention_mask") if k in right}
+    return {**right, **masks} if masks else None
+
+
+def _first_prompt(p: PromptProblem, right: Answer) -> Answer:
+    first = right[CACHE][:, :, :1]
+    return {**right, CACHE: np.broadcast_to(first, right[CACHE].shape)}
+
+
+def _mask_mistakes(clause: str) -> tuple[Mistake, ...]:
+    """Those of the prompts of embeddings that a cache has too."""
+    alike = splice_mistakes(dict.fromkeys(("embeddings", "mask", "labels", "types"), clause))
+    return tuple(m for m in alike if m.name in ("mask-behind", "mask-of-zeros"))
+
+
 SUITE = Suite(
     variants=(),
     prompts=VARIANTS,
@@ -183,7 +181,7 @@ SUITE = Suite(
         Mistake(
             name="keys-before-values",
             clause="PREFIXTUNING-C4",
-            sentence="a row is read as the keys of all layers and then the values of all layers, instead of a key and a value for every layer",
+            sentence="a row is read as the keys of all layers and then their values, instead of a key and a value for every layer",
             replay=_row(_keys_first),
         ),
         Mistake(
@@ -231,14 +229,14 @@ SUITE = Suite(
         Mistake(
             name="own-slots",
             clause="PREFIXTUNING-C9",
-            sentence="with an encoder-decoder every decoder layer gets slots of its own, 2 l and 2 l + 1, as Li and Liang mean it and PEFT does not",
+            sentence="with an encoder-decoder every layer gets slots of its own, 2 l and 2 l + 1, which is not how PEFT deals them",
             replay=as_if(lambda case: with_config(case, _own_slots)),
             dialect=True,
         ),
         Mistake(
             name="cross-attention-slots",
             clause="PREFIXTUNING-C9",
-            sentence="with an encoder-decoder self-attention gets the slots 4 l + 2 and 4 l + 3, which PEFT makes for cross-attention and drops",
+            sentence="with an encoder-decoder a layer gets the slots 4 l + 2 and 4 l + 3, meant for cross-attention and dropped by PEFT",
             replay=other_cache(lambda method, prompt: key_values(method, _two_slots_on(method, prompt).reshape(prompt.shape)), _two_sided),
         ),
         Mistake(
@@ -257,7 +255,7 @@ SUITE = Suite(
             name="relu-for-tanh",
             clause="PREFIXTUNING-C2",
             sentence="the projection has relu in place of tanh",
-            replay=other_prompt(_projected(_relu), _projects),
+            replay=other_prompt(_projected(relu), _projects),
         ),
         Mistake(
             name="tanh-at-end",
@@ -269,13 +267,13 @@ SUITE = Suite(
             name="first-bias-missing",
             clause="PREFIXTUNING-C2",
             sentence="the projection's first layer has no bias",
-            replay=_without("transform.0.bias"),
+            replay=without("transform.0.bias"),
         ),
         Mistake(
             name="second-bias-missing",
             clause="PREFIXTUNING-C2",
             sentence="the projection's second layer has no bias",
-            replay=_without("transform.2.bias"),
+            replay=without("transform.2.bias"),
         ),
         Mistake(
             name="first-weight-transposed",
@@ -308,6 +306,18 @@ SUITE = Suite(
             sentence="positions are counted from the number of virtual tokens on, whatever positions were given",
             replay=other_splice(_counted_anew),
         ),
-        *mask_mistakes("PREFIXTUNING-C11"),
+        *_mask_mistakes("PREFIXTUNING-C11"),
+        Mistake(
+            name="padding-seen",
+            clause="PREFIXTUNING-C11",
+            sentence="the attention mask is made anew, ones everywhere, and the input's own zeros are lost",
+            replay=other_splice(_all_seen),
+        ),
+        Mistake(
+            name="first-prompt-for-all",
+            clause="PREFIXTUNING-C7",
+            sentence="every example gets the first one's keys and values",
+            replay=other_splice(_first_prompt),
+        ),
     ),
 )
