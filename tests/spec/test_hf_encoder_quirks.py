@@ -1,4 +1,4 @@
-"""Every quirk of prefix tuning and P-tuning, seen in HF PEFT run live. A quirk that a newer PEFT has lost fails here, and leaves its page."""
+"""Every quirk of prefix tuning and P-tuning, seen in HF PEFT run live. One that a newer PEFT has lost fails here, and leaves its page."""
 
 from __future__ import annotations
 
