@@ -101,7 +101,8 @@ def key_values(method: Prompt, prompt: Array) -> Array:
 
     A row is cut into 2 layers slots, a key and a value for each layer, each into heads.  With an encoder-decoder PEFT puts the row twice
     one behind the other and gives four slots to a layer, of which self-attention uses the first two: layer l gets the slots 4 l and
-    4 l + 1, counted round. So every second pair is used by nobody, and the others by two layers each.
+    4 l + 1, counted round. Of an even number of layers every second pair is used by nobody, and the others by two layers each; of an
+    odd number every pair is used, in another order.
     """
     xp = namespace(prompt)
     slots = xp.permute_dims(xp.reshape(prompt, _slots(method, prompt)), (2, 0, 3, 1, 4))

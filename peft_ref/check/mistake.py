@@ -67,7 +67,7 @@ class AsIf:
         changed = self.change(case)
         if changed is None:
             return None
-        return self.undo(case, answer(changed)) if case.operation == "backward" else answer(changed)
+        return self.undo(case, answer(changed)) if case.operation in ("backward", "prompt_backward") else answer(changed)
 
     def then(self, other: AsIf) -> AsIf:
         """Both changes at once."""

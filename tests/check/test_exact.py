@@ -300,6 +300,40 @@ def test_errors_pass_through_sums_and_products_from_either_side() -> None:
     assert (t * t).sqrt().err >= t.err
 
 
+@given(st.integers(0, 2**20), st.sampled_from(ORDERS))
+@settings(max_examples=60, deadline=None)
+def test_the_bound_holds_along_a_recurrence_of_settled_numbers(seed: int, order: str) -> None:
+    """h = +(R h + b), eight times: every step is computed as it stands, its sum in any order, and the bound stays of the size of h."""
+    rng = np.random.default_rng(seed)
+    R, b = (rng.integers(17, 64, s) * rng.choice([-1.0, 1.0], s) / 128 for s in ((5, 5), (5, 1)))
+    for dtype in ("float32", "float16"):
+        p = PRECISION[dtype]
+        a = Arithmetic(dtype, rng, order)
+        exact, got = exact_array(b, p), a.array(b)
+        for _ in range(8):
+            exact = +(exact_array(R, p) @ exact + exact_array(b, p))
+            got = a.add(a.matmul(a.array(R), got), a.array(b))
+        for e, g in zip(exact.reshape(-1), got.reshape(-1), strict=True):
+            assert abs(float(g) - float(e)) <= bound(e, dtype) * (1 + 2.0 ** (10 - p)), (dtype, e)
+
+
+def test_a_settled_number_is_a_new_term_of_the_same_value_and_error() -> None:
+    third = of(1.0) / of(3.0)
+    long = third - of(0.25) + third * third
+    settled = +long
+    assert settled.fraction == long.fraction
+    assert settled.gauge == abs(float(long)) < long.gauge
+    assert settled.k == 0
+    assert long.k * long.gauge + long.err <= settled.err <= (long.k * long.gauge + long.err) * (1 + 1e-5)
+    exact = of(1.5) - of(0.25)
+    assert +exact is exact  # what is not rounded still has to match its bits
+
+
+def test_tangents_are_never_further_apart_than_two() -> None:
+    lost = (of(1.0, 8) / of(3.0, 8) - of(1.0, 8) / of(3.03125, 8)) * of(2.0**40, 8)
+    assert lost.tanh().err <= 2 * 2.0**8
+
+
 def test_a_number_that_may_be_nothing_but_error_bounds_nothing_it_divides() -> None:
     """1 / (a - b) with a and b rounded and nearly equal: in bfloat16 nothing is known of it."""
     third, almost = of(1.0, 8) / of(3.0, 8), of(1.0, 8) / of(3.03125, 8)
