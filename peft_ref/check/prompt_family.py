@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft_ref.check.mistake import Mistake, Replay, only
 from peft_ref.check.oracle import answer, float64
 from peft_ref.check.prompting import PromptProblem, PromptVariant, pose_prompt, used
 from peft_ref.prompts import SAVED
+from peft_ref.splice import IGNORED, splice
 
 SPLICED = (
     ("causal", "CAUSAL_LM"),
@@ -23,6 +24,13 @@ SPLICED = (
     ("answering", "QUESTION_ANS"),
     ("features", "FEATURE_EXTRACTION"),
 )
+# The clauses about embeddings. Those of the cache are prefix tuning's own.
+CLAUSES = {
+    "embeddings": "PROMPTTUNING-C6",
+    "mask": "PROMPTTUNING-C8",
+    "labels": "PROMPTTUNING-C9",
+    "types": "PROMPTTUNING-C11",
+}
 
 
 def splice_variants(config: dict[str, Any], clause: str) -> tuple[PromptVariant, ...]:
@@ -44,11 +52,16 @@ def splice_variants(config: dict[str, Any], clause: str) -> tuple[PromptVariant,
     )
 
 
-def other_prompt(prompt: Callable[[PromptProblem], Array], shows: Callable[[PromptProblem], bool] = lambda p: True) -> Replay:
-    """A wrong prompt, where it is another one than the right one; its gradient is autograd's, and a file holds what it makes of it."""
+def other_prompt(
+    prompt: Callable[[PromptProblem], Array], shows: Callable[[PromptProblem], bool] = lambda p: True, in_file: bool = True
+) -> Replay:
+    """A wrong prompt, where it is another one than the right one; its gradient is autograd's.
+
+    `in_file` where a file holds what the method makes of its tensors, and so the wrong prompt; else it holds the tensors as they are.
+    """
 
     def replay(case: Case) -> Answer | None:
-        if case.operation == "splice":
+        if case.operation == "splice" or (case.operation == "saved" and not in_file):
             return None
         p = pose_prompt(case, float64)
         if not shows(p):
@@ -97,10 +110,31 @@ def _filled(name: str, value: int, *others: str) -> Callable[[PromptProblem, Ans
     return change
 
 
+def _all_seen(p: PromptProblem, right: Answer) -> Answer | None:
+    masks: Answer = {k: np.ones_like(right[k]) for k in ("attention_mask", "decoder_attention_mask") if k in right}
+    return {**right, **masks} if masks else None
+
+
+def _labels_shifted(p: PromptProblem, right: Answer) -> Answer | None:
+    """Label t at t - 1, as the loss of a causal model does it."""
+    if "labels" not in right or not _longer(p, right, "labels"):
+        return None
+    labels = right["labels"]
+    return {**right, "labels": np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], axis=1)}
+
+
+def _first_prompt(p: PromptProblem, right: Answer) -> Answer:
+    """Every example gets the first one's prompt."""
+    assert p.prompt is not None
+    assert p.inputs is not None
+    alike = np.broadcast_to(p.prompt[:1], p.prompt.shape)
+    return {k: np.asarray(v) for k, v in splice(p.method, alike, p.inputs, p.task_type)._asdict().items() if v is not None}
+
+
 def _longer(p: PromptProblem, right: Answer, name: str) -> bool:
     """Whether something was put in front of it."""
     given = getattr(p.inputs, name)
-    return given is not None and right[name].shape[1] > given.shape[1]
+    return given is not None and bool(right[name].shape[1] > given.shape[1])
 
 
 def _first_example(case: Case) -> Answer:
@@ -133,7 +167,7 @@ def batch_mistakes(clause: str) -> tuple[Mistake, ...]:
     )
 
 
-def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
+def splice_mistakes(clauses: Mapping[str, str] = CLAUSES) -> tuple[Mistake, ...]:
     """`clauses` names, for embeddings, mask, labels and types, what is broken."""
     return (
         Mistake(
@@ -151,6 +185,12 @@ def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
             ),
         ),
         Mistake(
+            name="first-prompt-for-all",
+            clause=clauses["embeddings"],
+            sentence="every example gets the first one's prompt",
+            replay=other_splice(_first_prompt),
+        ),
+        Mistake(
             name="mask-behind",
             clause=clauses["mask"],
             sentence="the attention mask is made longer at its end instead of its beginning",
@@ -161,6 +201,12 @@ def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
             clause=clauses["mask"],
             sentence="the attention mask has zeros for the virtual tokens, so nothing sees them",
             replay=other_splice(_filled("attention_mask", 0, "decoder_attention_mask")),
+        ),
+        Mistake(
+            name="padding-seen",
+            clause=clauses["mask"],
+            sentence="the attention mask is made anew, ones everywhere, and the input's own zeros are lost",
+            replay=other_splice(_all_seen),
         ),
         Mistake(
             name="labels-behind",
@@ -175,9 +221,27 @@ def splice_mistakes(clauses: dict[str, str]) -> tuple[Mistake, ...]:
             replay=other_splice(_filled("labels", 0)),
         ),
         Mistake(
+            name="labels-minus-one",
+            clause=clauses["labels"],
+            sentence="the labels of virtual tokens are -1, which the loss does not ignore, instead of -100",
+            replay=other_splice(_filled("labels", -1)),
+        ),
+        Mistake(
+            name="labels-shifted",
+            clause=clauses["labels"],
+            sentence="the labels are moved one token to the left, which the model's own loss does again",
+            replay=other_splice(_labels_shifted),
+        ),
+        Mistake(
             name="token-types-one",
             clause=clauses["types"],
             sentence="virtual tokens are of token type 1 instead of 0",
             replay=other_splice(_filled("token_type_ids", 1)),
+        ),
+        Mistake(
+            name="token-types-behind",
+            clause=clauses["types"],
+            sentence="the token types are made longer at their end instead of their beginning",
+            replay=other_splice(_moved_behind("token_type_ids")),
         ),
     )

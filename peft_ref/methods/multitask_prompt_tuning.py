@@ -21,7 +21,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, one_hot, to
-from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.methods.prompt_tuning import check_text, initial_rows
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, SAVED, Context, Prompt, Sources, Tensors
 
@@ -122,6 +122,12 @@ class MultitaskPromptTuning(Prompt):
         return xp.take(p[COLUMNS], ids, axis=0), xp.take(p[ROWS], ids, axis=0)
 
     def _task_ids(self, ctx: Context) -> Array:
-        if ctx.task_ids is None:
+        ids = ctx.task_ids
+        if ids is None:
             raise ConfigError("the prompt of MultitaskPromptTuning is a task's, and task_ids are missing.\n  Give one for every example.")
-        return ctx.task_ids
+        if tuple(ids.shape) != (ctx.batch,):
+            raise ShapeError(f"MultitaskPromptTuning: task_ids are {tuple(ids.shape)}, expected one for every example, ({ctx.batch},).")
+        # Other libraries may not know the numbers yet; NumPy would read -1 as the last task.
+        if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < self.num_tasks:
+            raise ConfigError(f"MultitaskPromptTuning: task_ids {ids.tolist()}, and there are tasks 0 to {self.num_tasks - 1}.")
+        return ids
