@@ -11,14 +11,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.check.case import PROMPT_OPERATIONS, Case, CaseAdapter, NDArray, build_prompt, config_of
-from peft_ref.check.variants import NUMBERS, generator, mask_of
+from peft_ref.check.variants import NUMBERS, Draw, generator, mask_of
 from peft_ref.prompts import Context, Prompt, Tensors
 from peft_ref.splice import SEQ_2_SEQ, Inputs, key_values, key_values_vjp, splice
 
@@ -40,6 +40,8 @@ class PromptVariant:
     batch: int = BATCH
     task_ids: tuple[int, ...] | None = None
     dropout: bool = False
+    # How a tensor whose name begins so is drawn, where it must not be just any number.
+    draws: Mapping[str, Draw] = field(default_factory=dict)
     task_type: str = "CAUSAL_LM"
     inputs: tuple[str, ...] = INTEGERS
 
@@ -60,8 +62,8 @@ def pose_prompt(case: Case, lift: Any) -> PromptProblem:
     own, question = case.adapters[0], case.question
     method = build_prompt(case.method, own.config)
     tensors = {name: lift(value) for name, value in own.tensors.items()}
-    ids, dropout = question.get("task_ids"), question.get("dropout") or ()
-    ctx = Context(question.get("batch", 1), None if ids is None else lift(ids), tuple(lift(mask) for mask in dropout))
+    ids = question.get("task_ids")
+    ctx = Context(question.get("batch", 1), None if ids is None else lift(ids), tuple(lift(mask) for mask in question.get("dropout", ())))
     given = {name: lift(value) for name, value in question.get("inputs", {}).items() if value is not None}
     return PromptProblem(
         method,
@@ -109,7 +111,7 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
     where = f"{name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     method = build_prompt(name, variant.config)
-    tensors = {key: draw(rng, shape) for key, shape in method.shapes().items()}
+    tensors = {key: _draw_of(variant, key)(rng, shape) for key, shape in method.shapes().items()}
     question: dict[str, Any] = {}
     dy = None
     if operation == "splice":
@@ -120,7 +122,7 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
         if variant.task_ids is not None:
             question["task_ids"] = np.asarray(variant.task_ids)
         if variant.dropout:
-            question["dropout"] = [mask_of(rng, shape) for shape in _between_layers(method)]
+            question["dropout"] = mask_of(rng, _between_layers(method))
         if operation == "prompt_backward":
             answer = used(method, np.zeros((variant.batch, *method.table_shape)))
             dy = draw(rng, next(iter(answer.values())).shape)
@@ -133,6 +135,10 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
         dy=dy,
         question=question,
     )
+
+
+def _draw_of(variant: PromptVariant, name: str) -> Draw:
+    return next((draw for part, draw in variant.draws.items() if name.startswith(part)), NUMBERS[variant.numbers])
 
 
 def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: PromptVariant) -> dict[str, Any]:
@@ -153,7 +159,6 @@ def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: Promp
     return {"prompt": draw(rng, (batch, *method.table_shape)), "inputs": inputs}
 
 
-def _between_layers(method: Prompt) -> list[tuple[int, int]]:
-    """The shapes of the masks between the layers of an encoder."""
-    hidden, layers = method.size("encoder_hidden_size"), method.size("encoder_num_layers")
-    return [(method.table_shape[0], 2 * hidden)] * (layers - 1)
+def _between_layers(method: Prompt) -> tuple[int, int, int]:
+    """The shape of the masks between the layers of an encoder."""
+    return method.size("encoder_num_layers") - 1, method.table_shape[0], 2 * method.size("encoder_hidden_size")
