@@ -2,10 +2,11 @@
 
     place          embeddings             attention mask       labels                 positions          token types
     "embeddings"   [prompt; x]            ones in front        -100 in front (1)      left out           zeros in front (2)
-    "cache"        x                      ones in front        as they are            moved on by n      as they are (2)
+    "cache"        x                      ones in front        as they are            moved on by n (3)  as they are (2)
 
-n is num_virtual_tokens. (1) of a causal language model; other tasks' labels stay.  (2) for classification and question answering; every
-other task drops them.  A mask, labels, positions or types that are not given stay so.
+n is num_virtual_tokens. (1) of a causal language model; other tasks' labels stay.  (2) for classification of sequences and of tokens;
+every other task drops them.  (3) but in question answering, which drops them.  A mask, labels, positions or types that are not given
+stay so.
 
 An encoder-decoder ("SEQ_2_SEQ_LM") has two of everything.
     prompt and P-tuning   act on the encoder alone: its embeddings and its mask. Half of their rows are never used
@@ -13,7 +14,9 @@ An encoder-decoder ("SEQ_2_SEQ_LM") has two of everything.
                           and -100 before their labels. With one submodule the decoder's embeddings are not passed on at all
     "cache"               acts on the decoder's self-attention: ones in its mask. The encoder knows nothing of it
 
-HF      PeftModelFor...'s forward. With any other task type, or none, a prompt is never used, without a word: refused here.
+HF      PeftModelFor...'s forward. A PeftModel of any other task type, or none, never uses its prompt, without a word: refused here.
+        Where a configuration gives two submodules to a task that has one, all rows go before the embeddings, and mask and labels, which
+        grow by n, are too short: a model that gets them raises.
         PEFT does not move the start and end positions of question answering on, and token classification's labels stay as short as they
         were, so that the loss of a model that gets them raises.
 """
@@ -27,9 +30,9 @@ from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.prompts import Prompt
 
 IGNORED = -100  # the label that no loss counts
-CAUSAL, SEQ_2_SEQ = "CAUSAL_LM", "SEQ_2_SEQ_LM"
-WITH_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-TASKS = (CAUSAL, SEQ_2_SEQ, *WITH_TOKEN_TYPES, "FEATURE_EXTRACTION")
+CAUSAL, SEQ_2_SEQ, ANSWERING = "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS"
+WITH_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS")
+TASKS = (CAUSAL, SEQ_2_SEQ, *WITH_TOKEN_TYPES, ANSWERING, "FEATURE_EXTRACTION")
 
 
 class Inputs(NamedTuple):
@@ -56,13 +59,13 @@ def splice(method: Prompt, prompt: Array, inputs: Inputs, task_type: str) -> Inp
     _check(method, prompt, inputs, task_type)
     n, types = method.size("num_virtual_tokens"), inputs.token_type_ids if task_type in WITH_TOKEN_TYPES else None
     if method.place == "cache":
-        positions = None if inputs.position_ids is None else inputs.position_ids + n
+        positions = None if inputs.position_ids is None or task_type == ANSWERING else inputs.position_ids + n
         spliced = inputs._replace(position_ids=positions, token_type_ids=types, past_key_values=key_values(method, prompt))
         if task_type == SEQ_2_SEQ:
             return spliced._replace(decoder_attention_mask=_before(1, n, inputs.decoder_attention_mask))
         return spliced._replace(attention_mask=_before(1, n, inputs.attention_mask))
     spliced = inputs._replace(
-        embeddings=_joined(prompt[:, :n, :], inputs.embeddings),
+        embeddings=_joined(prompt[:, :n, :] if task_type == SEQ_2_SEQ else prompt, inputs.embeddings),
         attention_mask=_before(1, n, inputs.attention_mask),
         position_ids=None,
         token_type_ids=_before(0, n, types),
@@ -85,7 +88,8 @@ def splice_vjp(method: Prompt, prompt: Array, inputs: Inputs, task_type: str, d:
     _check(method, prompt, inputs, task_type)
     if method.place == "cache":
         return InputGradients(key_values_vjp(method, prompt, d.past_key_values), d.embeddings, d.decoder_embeddings)
-    xp, n, rows = namespace(prompt), method.size("num_virtual_tokens"), prompt.shape[1]
+    xp, rows = namespace(prompt), prompt.shape[1]
+    n = method.size("num_virtual_tokens") if task_type == SEQ_2_SEQ else rows
     parts = [d.embeddings[:, :n, :]]
     decoder = d.decoder_embeddings
     if _on_both_sides(method, task_type) and decoder is not None and rows > n:

@@ -11,18 +11,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.check.case import PROMPT_OPERATIONS, Case, CaseAdapter, NDArray, build_prompt, config_of
-from peft_ref.check.variants import NUMBERS, Draw, generator, mask_of
+from peft_ref.check.variants import NUMBERS, Draw, generator, gentle, mask_of, positive
 from peft_ref.prompts import Context, Prompt, Tensors
 from peft_ref.splice import SEQ_2_SEQ, Inputs, key_values, key_values_vjp, splice
 
 RUN = ("prompt", "prompt_backward", "saved")
+LSTM = "lstm_head.weight_ih_l0"
 BATCH, TOKENS, DECODER_TOKENS = 2, 4, 3
 # What a question about splicing brings beside the embeddings; a decoder's only where there is one.
 INTEGERS = ("attention_mask", "labels", "position_ids", "token_type_ids")
@@ -40,8 +41,6 @@ class PromptVariant:
     batch: int = BATCH
     task_ids: tuple[int, ...] | None = None
     dropout: bool = False
-    # How a tensor whose name begins so is drawn, where it must not be just any number.
-    draws: Mapping[str, Draw] = field(default_factory=dict)
     task_type: str = "CAUSAL_LM"
     inputs: tuple[str, ...] = INTEGERS
 
@@ -111,7 +110,8 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
     where = f"{name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     method = build_prompt(name, variant.config)
-    tensors = {key: _draw_of(variant, key)(rng, shape) for key, shape in method.shapes().items()}
+    shapes = method.shapes()
+    tensors = {key: (_lstm_draw(key, draw) if LSTM in shapes else draw)(rng, shape) for key, shape in shapes.items()}
     question: dict[str, Any] = {}
     dy = None
     if operation == "splice":
@@ -137,8 +137,9 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
     )
 
 
-def _draw_of(variant: PromptVariant, name: str) -> Draw:
-    return next((draw for part, draw in variant.draws.items() if name.startswith(part)), NUMBERS[variant.numbers])
+def _lstm_draw(name: str, draw: Draw) -> Draw:
+    """Through rows and layers its gradient may be off by a product of what each may add; and of few hidden units none must be dead."""
+    return gentle if name.startswith("lstm_head.") else positive if name == "mlp_head.0.bias" else draw
 
 
 def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: PromptVariant) -> dict[str, Any]:
