@@ -122,7 +122,7 @@ def cached(cache: Any) -> torch.Tensor:
 
 
 def saved(case: Json, dtype: torch.dtype) -> dict[str, Any]:
-    return {name: nested(value) for name, value in get_peft_model_state_dict(with_tensors(case, dtype)).items()}
+    return {"tensors": {name: nested(value) for name, value in get_peft_model_state_dict(with_tensors(case, dtype)).items()}}
 
 
 def splice(case: Json, dtype: torch.dtype) -> dict[str, Any]:
