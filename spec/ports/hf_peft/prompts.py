@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from model import Mask, NotInPeft, array, nested
@@ -215,7 +214,7 @@ def with_tensors(case: Json, dtype: torch.dtype) -> Any:
     encoder = model.prompt_encoder["default"]
     load(encoder, own["tensors"], dtype)
     if "dropout" in case:
-        encoder.lstm_head = Dropping(encoder.lstm_head, torch.tensor(np.asarray(case["dropout"])).to(dtype), own["config"]["encoder_dropout"])
+        encoder.lstm_head = Dropping(encoder.lstm_head, array(case["dropout"], dtype), own["config"]["encoder_dropout"])
     model.eval()
     return model
 
