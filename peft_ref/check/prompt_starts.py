@@ -138,7 +138,9 @@ def sampled(words: NDArray) -> Law:
         if not np.all(np.any(hits, axis=-1)):
             return "init-no-word: a row is none of the word embeddings"
         drawn = np.argmax(hits, axis=-1)
-        n, vocabulary = drawn.size, len(words)
+        n, vocabulary, seen = drawn.size, len(words), len(np.unique(drawn))
+        if math.comb(vocabulary, seen) * (seen / vocabulary) ** n < UNLIKELY:
+            return f"init-words-unlike: {n} times a word was drawn, and only {seen} of {vocabulary} ever come"
         for word, count in enumerate(np.bincount(drawn.reshape(-1), minlength=vocabulary)):
             if _tail(int(count), n, 1 / vocabulary) < UNLIKELY / vocabulary:
                 return f"init-words-unlike: word {word} came {count} times in {n}, expected about {n / vocabulary:.0f} of each"
@@ -198,7 +200,7 @@ ASKED: dict[str, tuple[Asked, ...]] = {
     ),
     "p_tuning": (
         ("mlp", {"encoder_hidden_size": 3}, ()),
-        ("lstm", {"encoder_hidden_size": 3, "encoder_reparameterization_type": "LSTM"}, ()),
+        ("lstm", {"encoder_hidden_size": 2, "encoder_reparameterization_type": "LSTM"}, ()),
     ),
 }
 
