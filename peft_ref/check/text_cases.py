@@ -7,8 +7,9 @@ from typing import Any
 
 from peft_ref.check.case import Case, encode, layer_to_json
 from peft_ref.check.init_laws import init_cases
+from peft_ref.check.prompt_saved import state_dict_cases
+from peft_ref.check.prompt_sizes import config_cases
 from peft_ref.check.prompt_starts import prompt_init_cases
-from peft_ref.check.prompt_text import config_cases, state_dict_cases
 from peft_ref.check.variants import dyadic, generator
 from peft_ref.files.config import from_dict
 from peft_ref.layers import Embedding, Layer, Linear
