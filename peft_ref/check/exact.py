@@ -14,7 +14,9 @@ Adding n numbers in any order and association errs by at most (n - 1) u times th
 into every term or into the sum, so k counts all operations on the way once one of them may round: which ones do is the order's choice.
 The bound holds for every evaluation order of the same sums and products:   |computed - value| <= u (k gauge + err) (1 + O(ku)).
 Where quantum and gauge leave no more than p bits between them, no partial result of any order is rounded: k stays zero, and bits must
-match. Nobody multiplies out a root or a divisor, so what comes out of one is a new term; the errors behind it add up in err.
+match. Nobody multiplies out a root or a divisor, so what comes out of one is a new term; the errors behind it add up in err. A formula
+says the same of a number of its own with a plus sign, +x: it is computed as it stands. Without that a recurrence would multiply up its
+steps' gauges, and a bound on its gradient would allow anything.
 """
 
 from __future__ import annotations
@@ -85,6 +87,14 @@ class Exact:
 
     def __neg__(self) -> Exact:
         return Exact(-self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p)
+
+    def __pos__(self) -> Exact:
+        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded stays as it is."""
+        if self.quantum is not None:
+            return self
+        size, share = _size(self.n, self.e), self.k * 2.0**-self.p
+        err = self.k * self.gauge / (1 - share) + self.err if share < 1 else math.inf
+        return Exact(self.n, self.e, size, 0, err, None, self.p)
 
     def __abs__(self) -> Exact:
         return -self if self.n < 0 else self

@@ -170,44 +170,45 @@ TEXT = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say so", "toke
 VOCABULARY = 9
 SHORT, LONG = (5, 2), (7, 1, 5, 8, 2)
 TASKS = 3
-# label, configuration, what the question brings
-Asked = tuple[str, Mapping[str, Any], tuple[str, ...]]
+# label, configuration, what the question brings, the clause
+Asked = tuple[str, Mapping[str, Any], tuple[str, ...], str]
 _WORDS: tuple[Asked, ...] = (
-    ("random", {}, ()),
-    ("vocabulary", {"prompt_tuning_init": "SAMPLE_VOCAB"}, ("words",)),
-    ("text-short", TEXT, ("words", "short")),
-    ("text-long", TEXT, ("words", "long")),
+    ("random", {}, (), "PROMPTTUNING-C13"),
+    ("vocabulary", {"prompt_tuning_init": "SAMPLE_VOCAB"}, ("words",), "PROMPTTUNING-C14"),
+    ("text-short", TEXT, ("words", "short"), "PROMPTTUNING-C15"),
+    ("text-long", TEXT, ("words", "long"), "PROMPTTUNING-C15"),
 )
 ASKED: dict[str, tuple[Asked, ...]] = {
-    "prompt_tuning": (*_WORDS, ("two-sides", {**TWO_SIDES, "prompt_tuning_init": "SAMPLE_VOCAB"}, ("words",))),
+    "prompt_tuning": (*_WORDS, ("two-sides", {**TWO_SIDES, "prompt_tuning_init": "SAMPLE_VOCAB"}, ("words",), "PROMPTTUNING-C14")),
     "multitask_prompt_tuning": (
-        *((label, {"num_tasks": 2, "num_ranks": 2, **config}, brings) for label, config, brings in _WORDS),
+        *((label, {"num_tasks": 2, "num_ranks": 2, **config}, brings, "MULTITASKPROMPTTUNING-C11") for label, config, brings, _ in _WORDS),
         *(
             (
                 f"source-{init.lower().replace('_', '-')}",
                 {"num_ranks": 2, "prompt_tuning_init": init, "prompt_tuning_init_task": 1},
                 ("source",),
+                "MULTITASKPROMPTTUNING-C12",
             )
             for init in FROM_SOURCE
         ),
     ),
     "prefix_tuning": (
-        ("random", {}, ()),
-        ("zero", {"init_weights": "zero"}, ()),
-        ("projected", {"prefix_projection": True, "encoder_hidden_size": 3}, ()),
-        ("projected-zero", {"prefix_projection": True, "encoder_hidden_size": 3, "init_weights": "zero"}, ()),
-        ("two-sides", TWO_SIDES, ()),
+        ("random", {}, (), "PREFIXTUNING-C16"),
+        ("zero", {"init_weights": "zero"}, (), "PREFIXTUNING-C17"),
+        ("projected", {"prefix_projection": True, "encoder_hidden_size": 3}, (), "PREFIXTUNING-C16"),
+        ("projected-zero", {"prefix_projection": True, "encoder_hidden_size": 3, "init_weights": "zero"}, (), "PREFIXTUNING-C17"),
+        ("two-sides", TWO_SIDES, (), "PREFIXTUNING-C16"),
     ),
     "p_tuning": (
-        ("mlp", {"encoder_hidden_size": 3}, ()),
-        ("lstm", {"encoder_hidden_size": 2, "encoder_reparameterization_type": "LSTM"}, ()),
+        ("mlp", {"encoder_hidden_size": 3}, (), "PTUNING-C18"),
+        ("lstm", {"encoder_hidden_size": 2, "encoder_reparameterization_type": "LSTM"}, (), "PTUNING-C18"),
     ),
 }
 
 
-def prompt_init_cases(name: str, clause: str) -> Iterator[Case]:
+def prompt_init_cases(name: str) -> Iterator[Case]:
     """The cases that ask a method of prompts for fresh ones."""
-    for label, config, brings in ASKED[name]:
+    for label, config, brings, clause in ASKED[name]:
         where = f"{name}.init-{label}"
         method = build_prompt(name, {**SIZES, **config})
         yield Case(

@@ -18,12 +18,11 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.check.case import PROMPT_OPERATIONS, Case, CaseAdapter, NDArray, build_prompt, config_of
-from peft_ref.check.variants import NUMBERS, Draw, generator, gentle, mask_of, positive
+from peft_ref.check.variants import NUMBERS, generator, mask_of
 from peft_ref.prompts import Context, Prompt, Tensors
 from peft_ref.splice import SEQ_2_SEQ, Inputs, key_values, key_values_vjp, splice
 
 RUN = ("prompt", "prompt_backward", "saved")
-LSTM = "lstm_head.weight_ih_l0"
 BATCH, TOKENS, DECODER_TOKENS = 2, 4, 3
 # What a question about splicing brings beside the embeddings; a decoder's only where there is one.
 INTEGERS = ("attention_mask", "labels", "position_ids", "token_type_ids")
@@ -110,8 +109,7 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
     where = f"{name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     method = build_prompt(name, variant.config)
-    shapes = method.shapes()
-    tensors = {key: (_lstm_draw(key, draw) if LSTM in shapes else draw)(rng, shape) for key, shape in shapes.items()}
+    tensors = {key: draw(rng, shape) for key, shape in method.shapes().items()}
     question: dict[str, Any] = {}
     dy = None
     if operation == "splice":
@@ -122,7 +120,7 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
         if variant.task_ids is not None:
             question["task_ids"] = np.asarray(variant.task_ids)
         if variant.dropout:
-            question["dropout"] = mask_of(rng, _between_layers(method))
+            question["dropout"] = np.stack([mask_of(rng, shape) for shape in _between_layers(method)])
         if operation == "prompt_backward":
             answer = used(method, np.zeros((variant.batch, *method.table_shape)))
             dy = draw(rng, next(iter(answer.values())).shape)
@@ -135,11 +133,6 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
         dy=dy,
         question=question,
     )
-
-
-def _lstm_draw(name: str, draw: Draw) -> Draw:
-    """Through rows and layers its gradient may be off by a product of what each may add; and of few hidden units none must be dead."""
-    return gentle if name.startswith("lstm_head.") else positive if name == "mlp_head.0.bias" else draw
 
 
 def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: PromptVariant) -> dict[str, Any]:
@@ -160,6 +153,7 @@ def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: Promp
     return {"prompt": draw(rng, (batch, *method.table_shape)), "inputs": inputs}
 
 
-def _between_layers(method: Prompt) -> tuple[int, int, int]:
-    """The shape of the masks between the layers of an encoder."""
-    return method.size("encoder_num_layers") - 1, method.table_shape[0], 2 * method.size("encoder_hidden_size")
+def _between_layers(method: Prompt) -> list[tuple[int, int]]:
+    """The shapes of the masks between the layers of an encoder."""
+    hidden, layers = method.size("encoder_hidden_size"), method.size("encoder_num_layers")
+    return [(method.table_shape[0], 2 * hidden)] * (layers - 1)

@@ -37,6 +37,9 @@ class Node:
 
     __rmul__ = __mul__
 
+    def __pos__(self) -> Node:
+        return self
+
     def __neg__(self) -> Node:
         return self * -1.0
 

@@ -90,19 +90,20 @@ CLAUSES = {
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
+# Of configurations and of keys; every start of a prompt has its own.
 PROMPT_CLAUSES = {
-    "multitask_prompt_tuning": ("MULTITASKPROMPTTUNING-C1", "MULTITASKPROMPTTUNING-C1", "MULTITASKPROMPTTUNING-C1"),
-    "p_tuning": ("PTUNING-C1", "PTUNING-C1", "PTUNING-C1"),
-    "prefix_tuning": ("PREFIXTUNING-C1", "PREFIXTUNING-C1", "PREFIXTUNING-C1"),
-    "prompt_tuning": ("PROMPTTUNING-C1", "PROMPTTUNING-C1", "PROMPTTUNING-C1"),
+    "multitask_prompt_tuning": ("MULTITASKPROMPTTUNING-C13", "MULTITASKPROMPTTUNING-C7"),
+    "p_tuning": ("PTUNING-C19", "PTUNING-C13"),
+    "prefix_tuning": ("PREFIXTUNING-C18", "PREFIXTUNING-C20"),
+    "prompt_tuning": ("PROMPTTUNING-C17", "PROMPTTUNING-C5"),
 }
 
 
 def text_cases(method: str) -> tuple[Case, ...]:
     """The questions about text and about fresh adapters of a method."""
     if method in PROMPT_CLAUSES:
-        fresh, sizes, saved = PROMPT_CLAUSES[method]
-        return (*prompt_init_cases(method, fresh), *config_cases(method, sizes), *state_dict_cases(method, saved))
+        sizes, saved = PROMPT_CLAUSES[method]
+        return (*prompt_init_cases(method), *config_cases(method, sizes), *state_dict_cases(method, saved))
     if method not in CLAUSES:
         return ()
     fresh, configs, keys = CLAUSES[method]

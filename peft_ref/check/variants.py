@@ -83,15 +83,6 @@ def rounded(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     return np.asarray(rng.integers(17, 64, shape) * rng.choice([-1.0, 1.0], shape) / 32)
 
 
-def gentle(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
-    """Dyadic numbers small enough for a gradient that is a product over many steps."""
-    return dyadic(rng, shape) / 8
-
-
-def positive(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
-    return np.abs(dyadic(rng, shape))
-
-
 def gains(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     """Positive numbers of the size of a row's norm, none of them the norm."""
     return rng.choice([1.25, 1.75, 2.5, 3.5, 4.5], shape)

@@ -10,6 +10,8 @@ Backwards in time, with dh_t from above and from the step after, and ds_t from t
     ds_t += dh_t o (1 - tanh(s_t)^2)    da = (ds g i (1-i), ds s_{t-1} f (1-f), ds i (1-g^2), dh tanh(s_t) o (1-o))
     dx_t = da W    dh_{t-1} = da R    ds_{t-1} = ds f    dW = sum da x_t^T    dR = sum da h_{t-1}^T    db = dc = sum da.
 
+A plus sign before a number says that it is computed as it stands, step by step, and never multiplied out: `check/exact.py` reads it.
+
 HF      torch.nn.LSTM with bias, gates in that order, every tensor uniform within 1/sqrt(hidden) at first.
 """
 
@@ -117,8 +119,8 @@ def _walk(p: Tensors, name: _Name, x: Array, backwards: bool) -> list[Step]:
         i, f, o = (_sigmoid(a[:, n * hidden : (n + 1) * hidden]) for n in (0, 1, 3))
         g = namespace(a).tanh(a[:, 2 * hidden : 3 * hidden])
         s_before, h_before = s, h
-        s = f * s + i * g
-        h = o * namespace(s).tanh(s)
+        s = +(f * s + i * g)
+        h = +(o * namespace(s).tanh(s))
         steps.append(Step(i, f, g, o, s, h, s_before, h_before))
     return steps[::-1] if backwards else steps
 
@@ -132,10 +134,10 @@ def _walk_vjp(p: Tensors, name: _Name, x: Array, d: Array, backwards: bool) -> t
     for t in reversed(_order(x, backwards)):
         v = steps[t]
         top = xp.tanh(v.s)
-        dh = dh + d[t : t + 1, :]
-        ds = ds + dh * v.o * (1 - top * top)
-        di, df, dg = ds * v.g * v.i * (1 - v.i), ds * v.s_before * v.f * (1 - v.f), ds * v.i * (1 - v.g * v.g)
-        da[t] = xp.concat([di, df, dg, dh * top * v.o * (1 - v.o)], axis=1)
+        dh = +(dh + d[t : t + 1, :])
+        ds = +(ds + dh * v.o * +(1 - top * top))
+        di, df, dg = ds * v.g * +(v.i * (1 - v.i)), ds * v.s_before * +(v.f * (1 - v.f)), ds * v.i * +(1 - v.g * v.g)
+        da[t] = +xp.concat([di, df, dg, dh * top * +(v.o * (1 - v.o))], axis=1)
         dh, ds = da[t] @ R, ds * v.f
     rows = xp.concat(da, axis=0)
     before = xp.concat([v.h_before for v in steps], axis=0)
@@ -156,4 +158,4 @@ def _order(x: Array, backwards: bool) -> list[int]:
 
 def _sigmoid(a: Array) -> Array:
     """1 / (1 + exp(-a)), by a function that cannot overflow."""
-    return (1 + namespace(a).tanh(a / 2)) / 2
+    return +((1 + namespace(a).tanh(a / 2)) / 2)
