@@ -15,6 +15,8 @@ An encoder-decoder ("SEQ_2_SEQ_LM") has two of everything.
     "cache"               acts on the decoder's self-attention: ones in its mask. The encoder knows nothing of it
 
 HF      PeftModelFor...'s forward. A PeftModel of any other task type, or none, never uses its prompt, without a word: refused here.
+        Where a configuration gives two submodules to a task that has one, all rows go before the embeddings, and mask and labels, which
+        grow by n, are too short: a model that gets them raises.
         PEFT does not move the start and end positions of question answering on, and token classification's labels stay as short as they
         were, so that the loss of a model that gets them raises.
 """
@@ -63,7 +65,7 @@ def splice(method: Prompt, prompt: Array, inputs: Inputs, task_type: str) -> Inp
             return spliced._replace(decoder_attention_mask=_before(1, n, inputs.decoder_attention_mask))
         return spliced._replace(attention_mask=_before(1, n, inputs.attention_mask))
     spliced = inputs._replace(
-        embeddings=_joined(prompt[:, :n, :], inputs.embeddings),
+        embeddings=_joined(prompt[:, :n, :] if task_type == SEQ_2_SEQ else prompt, inputs.embeddings),
         attention_mask=_before(1, n, inputs.attention_mask),
         position_ids=None,
         token_type_ids=_before(0, n, types),
@@ -86,7 +88,8 @@ def splice_vjp(method: Prompt, prompt: Array, inputs: Inputs, task_type: str, d:
     _check(method, prompt, inputs, task_type)
     if method.place == "cache":
         return InputGradients(key_values_vjp(method, prompt, d.past_key_values), d.embeddings, d.decoder_embeddings)
-    xp, n, rows = namespace(prompt), method.size("num_virtual_tokens"), prompt.shape[1]
+    xp, rows = namespace(prompt), prompt.shape[1]
+    n = method.size("num_virtual_tokens") if task_type == SEQ_2_SEQ else rows
     parts = [d.embeddings[:, :n, :]]
     decoder = d.decoder_embeddings
     if _on_both_sides(method, task_type) and decoder is not None and rows > n:

@@ -156,7 +156,7 @@ def map_arrays(f: Callable[[NDArray], Any], question: Any) -> Any:
 
 def _question(value: Any, operation: str) -> Any:
     """A question as it was before `encode`: where arrays answer, every list of numbers in it was an array."""
-    if operation not in ARRAY_OPERATIONS or not isinstance(value, Mapping | list):
+    if operation not in (*ARRAY_OPERATIONS, "init") or not isinstance(value, Mapping | list):
         return value
     if isinstance(value, Mapping):
         return {k: _question(v, operation) for k, v in value.items()}

@@ -173,12 +173,16 @@ class Exact:
 
     def tanh(self) -> Exact:
         """The hyperbolic tangent; NumPy calls it for `np.tanh` of an object array."""
-        if self.n == 0 and self.gauge == 0.0:
-            return self
+        if self.n < 0:
+            return -(-self).tanh()
+        off, u = self.k * self.gauge + self.err, 2.0**-self.p
+        if self.n == 0:  # and what was computed instead may still be off by that much: a new term of no size would forget it
+            return Exact(0, 0, self.gauge, self.depth + TANH_DEPTH, self.err, None, self.p) if off else Exact.of(0.0, self.p)
         n, e = _tanh(self.fraction)
-        size, off, u = _size(n, e), self.k * self.gauge + self.err, 2.0**-self.p
+        size = _size(n, e)
         steepest = min(1.0, 1.0 - size * size + off * u)  # of the slope as far as the argument may be off: |tanh''| < 1
-        return _result(n, e, size, TANH_DEPTH, min(off * steepest, 2 / u), None, self.p)  # two tangents are never further apart than 2
+        furthest = (1.0 + size) / u  # whatever the argument, the result is between -1 and 1
+        return _result(n, e, size, TANH_DEPTH, min(off * steepest, furthest), None, self.p)
 
     def __ge__(self, other: Scalar) -> bool:
         return not self < other

@@ -3,88 +3,33 @@
 A port draws with its own generator, so no number can be compared. What can: which parameters are exactly zero or one, within which bounds
 a uniform draw stays and how it fills them, the deviation of a normal draw, and, where a start is computed from the weight, the identities
 that survive the free choice of signs. The laws are written down here apart from the code that draws, from the catalogue of what
-HF PEFT 0.21.2 does. The distribution test is Kolmogorov and Smirnov's, at a level (about 1e-12) at which an honest port is never accused.
+HF PEFT 0.21.2 does. `prompt_starts` has those of prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from statistics import NormalDist
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from peft_ref.check.case import Case, CaseAdapter, NDArray, build_method, config_of, decode
+from peft_ref.check.case import Case, CaseAdapter, NDArray, build_method, build_prompt, config_of, decode
+from peft_ref.check.distributions import Law, constant, normal, uniform
+from peft_ref.check.prompt_starts import DRAWS, prompt_laws
 from peft_ref.check.tolerance import PRECISION
 from peft_ref.check.variants import LAYERS, dyadic, generator
 from peft_ref.layers import Layer
+from peft_ref.methods import METHODS
 
-DRAWS = 48
-UNLIKELY = 1e-12
-KS_LIMIT = 3.8  # P(sqrt(n) D > 3.8) = 2 exp(-2 * 3.8^2) = 6e-13
 Draw: TypeAlias = dict[str, NDArray]
-
-
-@dataclass(frozen=True)
-class Law:
-    """What the numbers of one key must look like; `problem` says how they do not."""
-
-    text: str
-    problem: Callable[[NDArray, str], str]  # given all draws stacked, and the port's dtype
-
-
-def constant(value: float, name: str) -> Law:
-    def problem(draws: NDArray, dtype: str) -> str:
-        return "" if np.all(draws == value) else f"{name}: it must be {value:g} everywhere, and is not"
-
-    return Law(f"{value:g}", problem)
-
-
-def uniform(bound: float) -> Law:
-    def problem(draws: NDArray, dtype: str) -> str:
-        u = 2.0 ** -PRECISION[dtype]
-        if not np.any(draws):
-            return "init-A-zero: it is zero in every draw, so nothing can be learned from it together with a zero partner"
-        if np.max(np.abs(draws)) > bound * (1 + 2 * u):
-            return f"init-wrong-bound: {np.max(np.abs(draws)):.4g} was drawn, expected uniform within {bound:.4g}"
-        return _ks(draws, lambda v: np.clip((v + bound) / (2 * bound), 0, 1), f"uniform within {bound:.4g}", u * bound)
-
-    return Law(f"uniform within {bound:.4g}", problem)
-
-
-def normal(deviation: float) -> Law:
-    def problem(draws: NDArray, dtype: str) -> str:
-        if not np.any(draws):
-            return "init-zero: it is zero in every draw"
-        law, u = NormalDist(0.0, deviation), 2.0 ** -PRECISION[dtype]
-        # A uniform of the same deviation is near in every statistic but this one: it ends.
-        reach = law.inv_cdf((1 + UNLIKELY ** (1 / draws.size)) / 2) * (1 - 2 * u)
-        if np.max(np.abs(draws)) < reach:
-            return (
-                f"init-wrong-law: of {draws.size} draws none is beyond {reach:.4g}, which a normal with deviation {deviation:.4g} reaches"
-            )
-        return _ks(draws, np.vectorize(law.cdf), f"normal with deviation {deviation:.4g}", u * deviation)
-
-    return Law(f"normal, deviation {deviation:.4g}", problem)
-
-
-def _ks(draws: NDArray, cdf: Callable[[NDArray], NDArray], law: str, rounding: float) -> str:
-    values = np.sort(draws.reshape(-1))
-    n = values.size
-    want = cdf(values)
-    steps = np.arange(n + 1) / n
-    # A coarse format rounds draws to few values: its steps may be as wide as the law's mass within one rounding.
-    slack = np.max(cdf(values + 2 * rounding) - want)
-    distance = max(np.max(steps[1:] - want), np.max(want - steps[:-1])) - slack
-    if distance * math.sqrt(n) <= KS_LIMIT:
-        return ""
-    return f"init-wrong-law: {n} draws with deviation {np.std(values):.4g} do not look {law} (Kolmogorov-Smirnov distance {distance:.2f})"
 
 
 def laws(case: Case) -> dict[str, Law]:
     """The law of every key of a fresh adapter, where its numbers are drawn or constant."""
+    if case.method in METHODS.prompts:
+        return prompt_laws(case)
     config, layer = case.adapters[0].config, case.layer
     assert layer is not None
     if case.method == "ia3":
@@ -113,9 +58,7 @@ def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
     draws = answer.get("draws")
     if not isinstance(draws, list) or not draws:
         return f'the answer must hold "draws", a list of {case.question["draws"]} objects of tensors'
-    assert case.layer is not None
-    method = build_method(case.method, case.adapters[0].config)
-    specs = {s.key: s.stored_shape for s in method.spec(case.layer)}
+    specs = shapes_of(case)
     read: list[Draw] = []
     for draw in draws:
         arrays = {k: np.asarray(decode(v), dtype=np.float64) for k, v in draw.items() if k != "weight"}
@@ -130,7 +73,15 @@ def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
     for key, law in laws(case).items():
         if problem := law.problem(np.stack([d[key] for d in read]), dtype):
             return f"{key}: {problem}"
-    return next((p for d in read if (p := _identity(case, case.layer, d, dtype))), "")
+    return "" if case.layer is None else next((p for d in read if (p := _identity(case, case.layer, d, dtype))), "")
+
+
+def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a fresh adapter has, by its key."""
+    config = case.adapters[0].config
+    if case.layer is None:
+        return build_prompt(case.method, config).shapes()
+    return {s.key: s.stored_shape for s in build_method(case.method, config).spec(case.layer)}
 
 
 def _identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:

@@ -9,9 +9,11 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.backend import Backend
-from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray
+from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray, build_prompt
 from peft_ref.check.oracle import pose, right_answer
+from peft_ref.check.prompt_starts import sources_of
 from peft_ref.check.result import PortInfo
+from peft_ref.methods import METHODS
 
 
 class Answered(NamedTuple):
@@ -83,6 +85,8 @@ class BackendPort(Port):
 
     def _draws(self, case: Case) -> dict[str, Any]:
         """Fresh adapters, each from a generator of its own."""
+        if case.method in METHODS.prompts:
+            return self._prompts(case)
         problem = pose(case, self._lift)
         layer, method = problem.layer, problem.adapters[0].method
         draws = []
@@ -91,6 +95,15 @@ class BackendPort(Port):
             changed = {} if start.W is problem.W else {"weight": layer.unfold(start.W)}
             tensors = {**method.pack(layer, start.params), **changed}
             draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in tensors.items()})
+        return {"draws": draws}
+
+    def _prompts(self, case: Case) -> dict[str, Any]:
+        method, sources = build_prompt(case.method, case.adapters[0].config), sources_of(case.question, self._lift)
+        like = self._lift(np.zeros(1))
+        draws = []
+        for seed in range(case.question["draws"]):
+            start = method.init(like, np.random.default_rng(seed), sources)
+            draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in start.items()})
         return {"draws": draws}
 
     def _lift(self, array: NDArray) -> Array:

@@ -60,8 +60,8 @@ def pose_prompt(case: Case, lift: Any) -> PromptProblem:
     own, question = case.adapters[0], case.question
     method = build_prompt(case.method, own.config)
     tensors = {name: lift(value) for name, value in own.tensors.items()}
-    ids, dropout = question.get("task_ids"), question.get("dropout") or ()
-    ctx = Context(question.get("batch", 1), None if ids is None else lift(ids), tuple(lift(mask) for mask in dropout))
+    ids = question.get("task_ids")
+    ctx = Context(question.get("batch", 1), None if ids is None else lift(ids), tuple(lift(mask) for mask in question.get("dropout", ())))
     given = {name: lift(value) for name, value in question.get("inputs", {}).items() if value is not None}
     return PromptProblem(
         method,
@@ -120,7 +120,7 @@ def make_prompt_case(name: str, variant: PromptVariant, operation: str) -> Case:
         if variant.task_ids is not None:
             question["task_ids"] = np.asarray(variant.task_ids)
         if variant.dropout:
-            question["dropout"] = [mask_of(rng, shape) for shape in _between_layers(method)]
+            question["dropout"] = np.stack([mask_of(rng, shape) for shape in _between_layers(method)])
         if operation == "prompt_backward":
             answer = used(method, np.zeros((variant.batch, *method.table_shape)))
             dy = draw(rng, next(iter(answer.values())).shape)

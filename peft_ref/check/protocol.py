@@ -84,12 +84,17 @@ def read_reply(case: Case, message: Any, validate: bool = False) -> Reply:
 
 
 def flatten(answer: Mapping[str, Any]) -> Answer:
-    """The arrays of an answer by name: "y", "x", "weight", and "0.lora_A.weight" for adapter 0's gradient. null means absent."""
+    """The arrays of an answer by name: "y", "x", "weight", what is saved by its key, and "0.lora_A.weight" for adapter 0's gradient.
+
+    null means absent.
+    """
     out: Answer = {}
     for name, value in answer.items():
         if name == "adapters":
             for i, tensors in enumerate(value):
                 out.update({f"{i}.{key}": _array(key, v) for key, v in tensors.items() if v is not None})
+        elif name == "tensors":
+            out.update({key: _array(key, v) for key, v in value.items() if v is not None})
         elif value is not None:
             out[name] = _array(name, value)
     return out
@@ -97,6 +102,8 @@ def flatten(answer: Mapping[str, Any]) -> Answer:
 
 def nest(case: Case, flat: Mapping[str, Any]) -> dict[str, Any]:
     """The other way: arrays by name as the nested object a port sends."""
+    if case.operation == "saved":
+        return {"tensors": dict(flat)}
     out: dict[str, Any] = {}
     adapters: list[dict[str, Any]] = [{} for _ in case.adapters]
     for name, value in flat.items():

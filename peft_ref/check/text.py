@@ -4,6 +4,7 @@
     config       adapter_config, modules -> {"modules": {name: {"r": ..., "scaling": ...}}}
     state_dict   adapter_config, modules -> {"tensors": {key: array}}
 
+What the last two ask about prompts is in `prompt_sizes` and `prompt_saved`.
 There is no tolerance here: names and keys are equal or not. What is wrong is compared with the known ways of being wrong.
 """
 
@@ -15,20 +16,25 @@ from typing import Any
 import numpy as np
 
 from peft_ref.check.case import Case, decode, encode, layer_from_json
+from peft_ref.check.prompt_saved import grade_saved, right_saved
+from peft_ref.check.prompt_sizes import grade_sizes, right_sizes
 from peft_ref.check.text_mistakes import KEY_MISTAKES, TARGET_MISTAKES, config_mistakes
 from peft_ref.errors import TargetError
 from peft_ref.files.adapter import AdapterModule, state_dict
 from peft_ref.files.config import AdapterConfig, from_dict
+from peft_ref.methods import METHODS
 
 
 def right_text(case: Case) -> dict[str, Any]:
     """The right answer to a text case."""
+    if case.method in METHODS.prompts:
+        return _RIGHT_OF_PROMPTS[case.operation](case)
     return _RIGHT[case.operation](case.question)
 
 
 def grade_text(case: Case, answer: Mapping[str, Any]) -> str:
     """What is wrong with a port's answer; an empty string if nothing is."""
-    return _GRADE[case.operation](case, answer)
+    return (_GRADE_OF_PROMPTS if case.method in METHODS.prompts else _GRADE)[case.operation](case, answer)
 
 
 def right_targets(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,3 +148,5 @@ _GRADE: dict[str, Callable[[Case, Mapping[str, Any]], str]] = {
     "config": _grade_config,
     "state_dict": _grade_state_dict,
 }
+_RIGHT_OF_PROMPTS: dict[str, Callable[[Case], dict[str, Any]]] = {"config": right_sizes, "state_dict": right_saved}
+_GRADE_OF_PROMPTS: dict[str, Callable[[Case, Mapping[str, Any]], str]] = {"config": grade_sizes, "state_dict": grade_saved}

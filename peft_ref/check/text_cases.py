@@ -7,6 +7,9 @@ from typing import Any
 
 from peft_ref.check.case import Case, encode, layer_to_json
 from peft_ref.check.init_laws import init_cases
+from peft_ref.check.prompt_saved import state_dict_cases
+from peft_ref.check.prompt_sizes import config_cases
+from peft_ref.check.prompt_starts import prompt_init_cases
 from peft_ref.check.variants import dyadic, generator
 from peft_ref.files.config import from_dict
 from peft_ref.layers import Embedding, Layer, Linear
@@ -87,10 +90,20 @@ CLAUSES = {
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
+# Of configurations and of keys; every start of a prompt has its own.
+PROMPT_CLAUSES = {
+    "multitask_prompt_tuning": ("MULTITASKPROMPTTUNING-C13", "MULTITASKPROMPTTUNING-C7"),
+    "p_tuning": ("PTUNING-C19", "PTUNING-C13"),
+    "prefix_tuning": ("PREFIXTUNING-C18", "PREFIXTUNING-C20"),
+    "prompt_tuning": ("PROMPTTUNING-C17", "PROMPTTUNING-C5"),
+}
 
 
 def text_cases(method: str) -> tuple[Case, ...]:
     """The questions about text and about fresh adapters of a method."""
+    if method in PROMPT_CLAUSES:
+        sizes, saved = PROMPT_CLAUSES[method]
+        return (*prompt_init_cases(method), *config_cases(method, sizes), *state_dict_cases(method, saved))
     if method not in CLAUSES:
         return ()
     fresh, configs, keys = CLAUSES[method]

@@ -10,27 +10,37 @@ import numpy as np
 import pytest
 
 from peft_ref.backend import round_to
-from peft_ref.check.case import Case, build_method, encode
+from peft_ref.check.case import Case, build_method, build_prompt, encode
 from peft_ref.check.corpus import corpus
-from peft_ref.check.init_laws import KS_LIMIT, grade_init, laws, normal, uniform
+from peft_ref.check.distributions import KS_LIMIT, normal, uniform
+from peft_ref.check.init_laws import grade_init, laws
 from peft_ref.check.judge import judge
 from peft_ref.check.port import Answered, Port, Reply, Skipped
+from peft_ref.check.prompt_starts import SIZES, sources_of
 from peft_ref.check.result import PortInfo
 from peft_ref.check.tolerance import PRECISION
+from peft_ref.methods import METHODS
 
 Host: TypeAlias = Any  # an array
 Draw = dict[str, Host]
 Draws = list[Draw]
 CASES = {c.id: c for c in corpus() if c.operation == "init"}
+PROMPTS = {i: c for i, c in CASES.items() if c.method in METHODS.prompts}
 DTYPES = tuple(PRECISION)
 
 
 def fresh(case: Case, dtype: str, seed: int) -> Draws:
     """What an honest port draws: computed in float64 or float32, each number rounded once to its format."""
+    wide = np.float64 if dtype == "float64" else np.float32
+    if case.method in METHODS.prompts:
+        prompt, sources = build_prompt(case.method, case.adapters[0].config), sources_of(case.question, lambda v: v.astype(wide))
+        seeds = [np.random.default_rng([seed, i]) for i in range(case.question["draws"])]
+        starts = [prompt.init(np.zeros(1, wide), rng, sources) for rng in seeds]
+        return [{k: round_to(v, dtype) for k, v in start.items()} for start in starts]
     assert case.layer is not None
     assert case.weight is not None
     method = build_method(case.method, case.adapters[0].config)
-    W = case.layer.fold(case.weight).astype(np.float64 if dtype == "float64" else np.float32)
+    W = case.layer.fold(case.weight).astype(wide)
     out = []
     for i in range(case.question["draws"]):
         start = method.init(case.layer, W, np.random.default_rng([seed, i]))
@@ -50,8 +60,9 @@ def accused(case: Case, dtype: str, seeds: range) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_a_right_start_is_never_accused(case: Case, dtype: str) -> None:
-    first = DTYPES.index(dtype) * 50  # two hundred seeds over the four formats
-    assert not accused(case, dtype, range(first, first + 50))
+    count = 15 if case.id in PROMPTS else 50  # two hundred seeds over the four formats; those of prompts follow the same few laws
+    first = DTYPES.index(dtype) * count
+    assert not accused(case, dtype, range(first, first + count))
 
 
 @pytest.mark.sweep
@@ -124,6 +135,19 @@ def orthogonal_apart(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
 
 def norm_of_columns(case: Case, v: Host, rng: np.random.Generator) -> Host:
     return np.full_like(v, np.linalg.norm(np.asarray(case.weight)))
+
+
+def words_at(pick: Callable[[Case, np.random.Generator], Any]) -> Wrong:
+    """The words of these ids as the first rows."""
+
+    def wrong(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
+        return {**draw, "embedding.weight": case.question["words"][np.asarray(pick(case, rng))]}
+
+    return wrong
+
+
+def padded_with_zeros(case: Case, v: Host, rng: np.random.Generator) -> Host:
+    return np.concatenate([v[:2], v[2:] * 0])
 
 
 WRONG: dict[str, tuple[str, Wrong, str]] = {
@@ -207,6 +231,129 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("w1_a", lambda c, v, rng: rng.normal(0, 0.1, v.shape)),
         "init-wrong-law",
     ),
+    "prompt zero": ("prompt_tuning.init-random", replaced("embedding", lambda c, v, rng: v * 0), "init-zero"),
+    "prompt as a transformer draws it": (
+        "prompt_tuning.init-random",
+        replaced("embedding", lambda c, v, rng: v * 0.02),
+        "init-wrong-law",
+    ),
+    "prompt uniform with deviation 1": (
+        "multitask_prompt_tuning.init-random",
+        replaced("embedding", lambda c, v, rng: rng.uniform(-1, 1, v.shape) * math.sqrt(3)),
+        "init-wrong-law",
+    ),
+    "vocabulary's init ignored": (
+        "prompt_tuning.init-vocabulary",
+        replaced("embedding", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-no-word",
+    ),
+    "words averaged": ("prompt_tuning.init-vocabulary", replaced("embedding", lambda c, v, rng: v * 0 + np.mean(v)), "init-no-word"),
+    "the first words of the vocabulary": ("prompt_tuning.init-vocabulary", words_at(lambda c, rng: range(3)), "init-words-unlike"),
+    "never the last word": ("prompt_tuning.init-two-sides", words_at(lambda c, rng: rng.integers(0, 8, 6)), "init-words-unlike"),
+    "rather the first words": (
+        "prompt_tuning.init-two-sides",
+        words_at(lambda c, rng: np.floor(9 * rng.uniform(size=6) ** 3).astype(int)),
+        "init-words-unlike",
+    ),
+    "no word twice": ("prompt_tuning.init-two-sides", words_at(lambda c, rng: rng.permutation(9)[:6]), "init-words-once"),
+    "text filled up with its last word": ("prompt_tuning.init-text-short", words_at(lambda c, rng: (5, 2, 2)), "init-text-not-repeated"),
+    "text filled up with zeros": ("prompt_tuning.init-text-short", replaced("embedding", padded_with_zeros), "init-text-not-repeated"),
+    "text repeated word by word": (
+        "multitask_prompt_tuning.init-text-short",
+        words_at(lambda c, rng: (5, 5, 2)),
+        "init-text-words-repeated",
+    ),
+    "text cut in front": ("prompt_tuning.init-text-long", words_at(lambda c, rng: (5, 8, 2)), "init-text-cut-in-front"),
+    "text by places": ("prompt_tuning.init-text-long", words_at(lambda c, rng: (0, 1, 2)), "init-text-as-positions"),
+    "text reversed": ("prompt_tuning.init-text-long", words_at(lambda c, rng: (5, 1, 7)), "init-text: "),
+    "text's init ignored": (
+        "prompt_tuning.init-text-short",
+        replaced("embedding", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-text: ",
+    ),
+    "text for U": ("multitask_prompt_tuning.init-text-long", replaced("task_cols", lambda c, v, rng: v / 0.02), "init-wrong-law"),
+    "U with deviation 1": ("multitask_prompt_tuning.init-random", replaced("task_cols", lambda c, v, rng: v / 0.02), "init-wrong-law"),
+    "V zero, as in LoRA": ("multitask_prompt_tuning.init-random", replaced("task_rows", lambda c, v, rng: v * 0), "init-zero"),
+    "U and V so that the prompt is P": (
+        "multitask_prompt_tuning.init-vocabulary",
+        replaced("task_rows", lambda c, v, rng: v * 0 + 1),
+        "init-wrong-law",
+    ),
+    "source ignored": (
+        "multitask_prompt_tuning.init-source-only-source-shared",
+        replaced("embedding", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-source-ignored",
+    ),
+    "source's tasks taken too": (
+        "multitask_prompt_tuning.init-source-only-source-shared",
+        replaced("task_cols", lambda c, v, rng: c.question["source"]["prefix_task_cols"][1:2]),
+        "init-wrong-law",
+    ),
+    "the source's first task": (
+        "multitask_prompt_tuning.init-source-exact-source-task",
+        replaced("task_rows", lambda c, v, rng: c.question["source"]["prefix_task_rows"][:1]),
+        "init-source-task",
+    ),
+    "the source's tasks summed": (
+        "multitask_prompt_tuning.init-source-average-source-tasks",
+        replaced("task_cols", lambda c, v, rng: v * 3),
+        "init-source-not-averaged",
+    ),
+    "the mean of the source's prompts": (
+        "multitask_prompt_tuning.init-source-average-source-tasks",
+        replaced("embedding", lambda c, v, rng: v / 3),
+        "init-source-ignored",
+    ),
+    "prefix zero unasked": ("prefix_tuning.init-random", replaced("embedding", lambda c, v, rng: v * 0), "init-zero"),
+    "prefix random where zero was asked": (
+        "prefix_tuning.init-zero",
+        replaced("embedding", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-weights-ignored",
+    ),
+    "projection random where zero was asked": (
+        "prefix_tuning.init-projected-zero",
+        replaced("transform.2.weight", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(3)),
+        "init-last-layer-random",
+    ),
+    "last bias random where zero was asked": (
+        "prefix_tuning.init-projected-zero",
+        replaced("transform.2.bias", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(3)),
+        "init-last-layer-random",
+    ),
+    "everything zero where the last layer was asked": (
+        "prefix_tuning.init-projected-zero",
+        replaced("embedding", lambda c, v, rng: v * 0),
+        "init-zero",
+    ),
+    "first layer of the projection zero": (
+        "prefix_tuning.init-projected-zero",
+        replaced("transform.0.weight", lambda c, v, rng: v * 0),
+        "init-encoder-zero",
+    ),
+    "bias of a dense layer zero": ("p_tuning.init-mlp", replaced("mlp_head.0.bias", lambda c, v, rng: v * 0), "init-encoder-zero"),
+    "dense layer by Xavier": (
+        "p_tuning.init-mlp",
+        replaced("mlp_head.0.weight", lambda c, v, rng: rng.uniform(-1, 1, v.shape) * math.sqrt(6 / sum(v.shape))),
+        "init-wrong-bound",
+    ),
+    "dense layer normal": (
+        "p_tuning.init-mlp",
+        replaced("mlp_head.2.weight", lambda c, v, rng: rng.normal(0, 0.02, v.shape)),
+        "init-wrong-law",
+    ),
+    "dense layer by its outputs": (
+        "prefix_tuning.init-projected",
+        replaced("transform.2.weight", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(v.shape[0])),
+        "init-wrong-law",
+    ),
+    "LSTM by its inputs": (
+        "p_tuning.init-lstm",
+        replaced("weight_ih_l0", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(v.shape[1])),
+        "init-wrong-law",
+    ),
+    "LSTM's forget bias one": ("p_tuning.init-lstm", replaced("bias_ih_l0", lambda c, v, rng: v * 0 + 1), "init-wrong-bound"),
+    "LSTM's biases zero": ("p_tuning.init-lstm", replaced("bias_hh_l1_reverse", lambda c, v, rng: v * 0), "init-encoder-zero"),
+    "LSTM's way back a copy in narrow": ("p_tuning.init-lstm", replaced("weight_hh_l1_reverse", lambda c, v, rng: v / 2), "init-wrong-law"),
     "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
     "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
 }
@@ -254,10 +401,28 @@ def _phi(z: Host) -> Host:
 def test_every_drawn_tensor_has_a_law() -> None:
     """Computed starts (pissa, olora, orthogonal) and DoRA's magnitude have identities instead."""
     for case in CASES.values():
+        if case.method in METHODS.prompts:
+            assert list(laws(case)) == list(build_prompt(case.method, case.adapters[0].config).shapes()), case.id
+            continue
         assert case.layer is not None
         keys = {s.key for s in build_method(case.method, case.adapters[0].config).spec(case.layer)} - {"lora_magnitude_vector"}
         computed = case.adapters[0].config.get("init_lora_weights") in ("pissa", "olora", "orthogonal")
         assert set(laws(case)) == (set() if computed else keys), case.id
+
+
+def test_a_start_from_words_can_be_told_from_another() -> None:
+    """Every word is another one, and a text is once shorter and once longer than what it has to fill."""
+    for case in PROMPTS.values():
+        words = case.question.get("words")
+        if words is not None:
+            assert len({tuple(row) for row in words.tolist()}) == len(words), case.id
+    lengths = {len(c.question["token_ids"]) - SIZES["num_virtual_tokens"] for c in PROMPTS.values() if "token_ids" in c.question}
+    assert min(lengths) < 0 < max(lengths)
+    for source in (c.question["source"] for c in PROMPTS.values() if "source" in c.question):
+        for name in ("prefix_task_cols", "prefix_task_rows"):
+            tasks = source[name]
+            assert not np.array_equal(tasks[0], tasks[1])
+            assert not np.array_equal(np.mean(tasks, axis=0), tasks[1])
 
 
 # ---- malformed answers

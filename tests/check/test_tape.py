@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ref.check import tape
-from peft_ref.check.case import ARRAY_OPERATIONS
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistake import autograd
 from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.prompting import pose_prompt, used
 from peft_ref.stack import forward
 
 Host = np.ndarray[Any, Any]
@@ -54,6 +54,9 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "a / b": lambda a, b: a / b,
     "a / 2": lambda a, b: a / 2,
     "2 / b": lambda a, b: 2 / b,
+    "tanh a": lambda a, b: np.tanh(np.asarray([a])).reshape(-1)[0],
+    "tanh (a - b)": lambda a, b: np.tanh(np.asarray([a - b])).reshape(-1)[0] * b,
+    "a where it is positive": lambda a, b: np.sum(np.where((v := np.stack([a - 1.0625, b - 1.0625])) > 0, v * v, 0 * v)),
     "sqrt a": lambda a, b: np.sqrt(np.asarray([a])).reshape(-1)[0],
     "|b - 4|": lambda a, b: abs(b - 4.03125),
     "|a + b|": lambda a, b: abs(a + b),
@@ -115,7 +118,8 @@ def test_a_long_chain_does_not_exhaust_the_stack() -> None:
 
 
 # Everything that differentiates through the tape goes through `autograd`: the right forward must give the true gradient there.
-PLAIN = [c for c in corpus() if c.operation == "backward" and c.operation in ARRAY_OPERATIONS and ".plain." in c.id and c.method != "dora"]
+PLAIN = [c for c in corpus() if c.operation == "backward" and ".plain." in c.id and c.method != "dora"]
+PROMPTS = [c for c in corpus() if c.operation == "prompt_backward"]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda c: c.id)
@@ -138,3 +142,26 @@ def test_autograd_of_the_forward_is_its_difference_quotient(case: Any) -> None:
     if "x" in got:
         moved = differences(lambda v: np.sum(run(p._replace(x=v)) * case.dy), np.asarray(p.x))
         np.testing.assert_allclose(got["x"], moved, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda c: c.id)
+def test_autograd_of_a_prompt_is_its_difference_quotient(case: Any) -> None:
+    """Along one direction of each tensor: a tensor of an encoder has many entries."""
+    taped_problem, p = (
+        pose_prompt(case, tape.tape_array),
+        pose_prompt(case, lambda v: v if v.dtype.kind == "i" else v.astype(np.longdouble)),
+    )
+    (prompt,) = used(taped_problem.method, taped_problem.method.prompt(taped_problem.tensors, taped_problem.ctx)).values()
+    tape.backward(prompt, case.dy)
+    rng = np.random.default_rng(1)
+    for name, value in p.tensors.items():
+        direction = rng.choice([-1.0, 1.0], value.shape)
+
+        def at(step: float, name: str = name, direction: Host = direction) -> Any:
+            moved = {**p.tensors, name: p.tensors[name] + step * direction}
+            (out,) = used(p.method, p.method.prompt(moved, p.ctx)).values()
+            return np.sum(out * case.dy)
+
+        want = float((at(STEP) - at(-STEP)) / (2 * STEP))
+        got = tape.gradients(taped_problem.tensors[name])
+        assert abs(np.sum(got * direction) - want) <= 1e-7 * (1 + np.sum(np.abs(got))), name

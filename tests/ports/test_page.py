@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from peft_ref.check import program
 from peft_ref.check.answers import AnswersPort
-from peft_ref.check.case import Case, build_method, config_of, from_json, layer_to_json
+from peft_ref.check.case import Case, build_method, build_prompt, config_of, from_json, layer_to_json
 from peft_ref.check.corpus import corpus
 from peft_ref.check.judge import judge
 from peft_ref.check.protocol import VERSION, schema_document, violation
@@ -21,6 +22,7 @@ from peft_ref.check.variants import LAYERS
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
+from peft_ref.prompts import Prompt
 from tests.ports.page import ROOT, TEXT, blocks, examples, names, rows
 from tests.required import REQUIRED, made
 
@@ -35,16 +37,25 @@ def test_an_example_fits_the_schema(label: str, message: Any) -> None:
         assert violation(message, label) == ""
 
 
+# From which question a further one is made, and which field it does not have.
+PUT_TOGETHER = {
+    "backward": ("forward", ""),
+    "delta": ("forward", "x"),
+    "merge": ("forward", "x"),
+    "unmerge": ("forward", "x"),
+    "prompt_backward": ("prompt", ""),
+    "saved": ("prompt", "batch"),
+}
+
+
 def _questions() -> dict[str, Case]:
-    """The questions on the page, also those that it puts together from the first one and further fields."""
+    """The questions on the page, also those that it puts together from one there and further fields."""
     asked = [message["case"] for label, message in EXAMPLES if label == "run"]
     adds = {label.removeprefix("adds "): message for label, message in EXAMPLES if label.startswith("adds ")}
-    first = asked[0]
-    for operation in ("backward", "delta", "merge", "unmerge"):
-        case = {**first, "id": first["id"].replace("forward", operation), "operation": operation, **adds.get(operation, {})}
-        if operation != "backward":
-            del case["x"]
-        asked.append(case)
+    whole = {case["operation"]: case for case in reversed(asked)}
+    for operation, (base, dropped) in PUT_TOGETHER.items():
+        case = {k: v for k, v in whole[base].items() if k != dropped}
+        asked.append({**case, "id": case["id"].removesuffix(base) + operation, "operation": operation, **adds.get(operation, {})})
     assert [violation(case, "case") for case in asked] == [""] * len(asked)
     return {case["id"]: from_json(case) for case in asked}
 
@@ -67,6 +78,17 @@ def test_the_port_in_forty_lines_is_right_and_has_forty_lines(tmp_path: Path) ->
     report = judge(program.ProgramPort([sys.executable, str(file)], validate=True), corpus("lora"), search=False)
     assert {v.case.rpartition(".")[2] for v in report.verdicts if v.status == "right"} == {"forward"}
     assert report.counts["right"] == 8
+    assert report.exit_code == 0
+
+
+def test_the_port_of_prompts_is_right(tmp_path: Path) -> None:
+    [(_, text)] = [block for block in blocks("python") if block[0] == "prompts"]
+    file = tmp_path / "port.py"
+    file.write_text(text)
+    asked = corpus("prompt_tuning")
+    report = judge(program.ProgramPort([sys.executable, str(file)], validate=True), asked, search=False)
+    right = {v.case for v in report.verdicts if v.status == "right"}
+    assert right == {c.id for c in asked if c.operation in ("prompt", "prompt_backward", "saved")}
     assert report.exit_code == 0
 
 
@@ -104,7 +126,7 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
 
 
 @pytest.mark.parametrize("layer_name", LAYERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.weights)
 def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
     layer = LAYERS[layer_name]
     switch = {"lora": "lora_bias", "ia3": "is_feedforward"}.get(method)
@@ -118,13 +140,50 @@ def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -
         assert _tensors_on_page(method, layer, config_of(built)) == {s.key: s.stored_shape for s in built.spec(layer)}
 
 
-def test_the_table_of_configurations_is_the_methods_own() -> None:
+def _configurations(heading: str) -> dict[str, set[str]]:
     said = {}
-    for cells in rows("### Configurations"):
-        keys = [name.split(":")[0].strip('"') for name in names(cells[1])]
-        said[names(cells[0])[0]] = sorted(keys)
+    for cells in rows(heading):
+        said[names(cells[0])[0]] = {name.split(":")[0].strip('"') for name in names(cells[1])}
         assert f'"peft_type": "{METHODS[names(cells[0])[0]].peft_type}"' in cells[1]
-    assert said == {name: sorted(config_of(made(name))) for name in METHODS}
+    return said
+
+
+def test_the_tables_of_configurations_are_the_methods_own() -> None:
+    assert _configurations("### Configurations") == {name: set(config_of(made(name))) for name in METHODS.weights}
+    sizes = {f.name for f in fields(Prompt)}
+    assert sizes <= set(names(TEXT.split("### Prompt configurations")[1].split("|")[0]))
+    own = {name: set(config_of(build_prompt(name, {}))) - sizes for name in METHODS.prompts}
+    assert _configurations("### Prompt configurations") == own
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "multitask_prompt_tuning": ({"num_tasks": 13, "num_ranks": 17},),
+    "p_tuning": ({}, {"encoder_reparameterization_type": "LSTM"}, {"inference_mode": True}),
+    "prefix_tuning": ({}, {"prefix_projection": True}, {"prefix_projection": True, "inference_mode": True}),
+    "prompt_tuning": ({},),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.prompts)
+def test_the_table_of_prompt_tensors_is_the_methods_own(method: str) -> None:
+    sizes = {"num_virtual_tokens": 3, "token_dim": 5, "num_transformer_submodules": 2, "num_attention_heads": 1, "num_layers": 7}
+    hidden = {"encoder_hidden_size": 11} if method in ("p_tuning", "prefix_tuning") else {}
+    letters = {"tokens": 3, "rows": 6, "dim": 5, "layers": 7, "hidden": 11, "tasks": 13, "ranks": 17}
+    for option in OPTIONS[method]:
+        built = build_prompt(method, {**sizes, **hidden, **option})
+        encodes = not built.inference_mode
+        when = {"", *(str(v) for v in config_of(built).values() if encodes), *(k for k, v in option.items() if v is True and encodes)}
+        found, current = {}, ""
+        for cells in rows("### Prompt tensors"):
+            current = names(cells[0])[0] if cells[0] else current
+            if current == method and "".join(names(cells[3])) in when:
+                found |= {key: _prompt_sizes(cells[2], letters) for key in names(cells[1])}
+        assert found == built.shapes()
+
+
+def _prompt_sizes(cell: str, letters: dict[str, int]) -> tuple[int, ...]:
+    """The shape that a cell such as "(4 hidden, dim)" stands for."""
+    return tuple(math.prod(letters.get(factor) or int(factor) for factor in entry.split()) for entry in cell.strip("()").split(", "))
 
 
 def test_the_table_of_layers_names_every_kind_and_its_sizes() -> None:

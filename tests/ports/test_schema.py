@@ -15,10 +15,14 @@ from peft_ref.check.export import document
 from peft_ref.check.oracle import answer, smoke_case
 from peft_ref.check.protocol import START, STOP, nest, run_message, schema_document, violation
 from peft_ref.check.text import right_text
+from peft_ref.methods import METHODS
 
-# One case of every operation on every kind of layer.
-ONE_OF_EACH = {(c.operation, c.layer and c.layer.kind): c for c in corpus()}.values()
-ONE_PER_OPERATION = {c.operation: c for c in ONE_OF_EACH}
+# One case of every operation on every kind of layer, and of every method of prompts.
+ONE_OF_EACH = {(c.operation, c.layer and c.layer.kind, c.method in METHODS.prompts and c.method): c for c in corpus()}.values()
+ONE_PER_OPERATION = {(c.operation, c.method in METHODS.prompts): c for c in ONE_OF_EACH}
+# What a question about fresh prompts must bring hangs on where they start.
+STARTS = [c for c in ONE_OF_EACH if c.method in METHODS.prompts and c.operation in ("init", "prompt")]
+STARTS += [c for c in corpus() if c.operation == "init" and "prompt_tuning_init" in c.adapters[0].config]
 
 
 def test_the_schema_is_a_schema() -> None:
@@ -39,7 +43,7 @@ def test_exported_cases_fit() -> None:
 
 
 def test_there_is_an_example_of_every_operation() -> None:
-    assert ONE_PER_OPERATION.keys() == set(OPERATIONS)
+    assert {operation for operation, _ in ONE_PER_OPERATION} == set(OPERATIONS)
 
 
 def _right(case: Case) -> dict[str, Any] | None:
@@ -54,10 +58,10 @@ def test_a_right_reply_fits(case: Case) -> None:
     assert violation({"id": case.id, "answer": right} if right else {"id": case.id, "skipped": "drawn at random"}, "reply") == ""
 
 
-@pytest.mark.parametrize("case", ONE_PER_OPERATION.values(), ids=lambda c: c.operation)
+@pytest.mark.parametrize("case", [*ONE_PER_OPERATION.values(), *STARTS], ids=lambda c: c.id)
 def test_a_question_that_lacks_a_field_or_has_one_more_does_not_fit(case: Case) -> None:
     whole = to_json(case)
-    optional = {"adapters"} if case.operation == "forward" else set()  # the smoke test has none
+    optional = {"adapters", "dropout"} if case.operation == "forward" else {"dropout"}  # the smoke test has no adapters
     for name in whole.keys() - optional:
         assert violation({k: v for k, v in whole.items() if k != name}, "case") != "", name
     assert violation({**whole, "surplus": 1}, "case") != ""

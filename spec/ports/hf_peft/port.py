@@ -3,7 +3,8 @@
     peft-ref check -- python spec/ports/hf_peft/port.py [--dtype float32]
 
 Needs the extra `hf` (torch, peft, transformers). What PEFT refuses, or crashes on, is skipped with the reason; nothing here computes
-anything that PEFT computes. `model.py` builds the layer and puts the adapters on it, `text.py` answers the operations about names.
+anything that PEFT computes. `model.py` builds the layer and puts the adapters on it, `text.py` answers the operations about names,
+`prompts.py` everything about prompts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a judge m
 warnings.filterwarnings("ignore")
 
 import peft  # noqa: E402
+import prompts  # noqa: E402
 import torch  # noqa: E402
 from model import DTYPES, NotInPeft, adapted, array, fresh, gradients, nested  # noqa: E402
 from text import TEXT_OPERATIONS  # noqa: E402
@@ -81,12 +83,14 @@ OPERATIONS = {"forward": forward, "backward": backward, "delta": delta, "merge":
 
 
 def reply(case: Json, dtype: torch.dtype) -> Json:
+    about_prompts, operation = case["method"] in prompts.CONFIGS, case["operation"]
+    text, arrays = (prompts.TEXT_OPERATIONS, prompts.OPERATIONS) if about_prompts else (TEXT_OPERATIONS, OPERATIONS)
     try:
-        if case["operation"] in TEXT_OPERATIONS:
-            return {"id": case["id"], "answer": TEXT_OPERATIONS[case["operation"]](case)}
-        if case["operation"] not in OPERATIONS:
-            return {"id": case["id"], "skipped": f"this port does not know the operation {case['operation']}"}
-        return {"id": case["id"], "answer": OPERATIONS[case["operation"]](case, dtype)}
+        if operation in text:
+            return {"id": case["id"], "answer": text[operation](case)}
+        if operation not in arrays:
+            return {"id": case["id"], "skipped": f"this port does not know the operation {operation}"}
+        return {"id": case["id"], "answer": arrays[operation](case, dtype)}
     except NotInPeft as reason:
         return {"id": case["id"], "skipped": str(reason)}
     except Exception as error:  # whatever PEFT raises costs this case, and is told
