@@ -187,7 +187,7 @@ def with_ranks(config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> A
     return replace(config, patterns=replace(config.patterns, rank_pattern=ranks, alpha_pattern=alphas)) if other else config
 
 
-def as_lora(method: Method[Any]) -> LoRA | DoRA:
+def as_lora(method: Method) -> LoRA | DoRA:
     """`method` as what has A, B and a scale; raises where it is neither of the two."""
     if not isinstance(method, LoRA | DoRA):
         raise ConfigError(f"{type(method).__name__} is no LoRA, which alone is combined, swapped and padded (HF PEFT refuses it too).")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
@@ -36,6 +37,8 @@ def bias_of(config: AdapterConfig) -> str:
 def place(model: Adapted, config: AdapterConfig) -> Placed:
     """Where `config` sends an adapter of the model."""
     method, graph = config.method, model.base
+    if not isinstance(method, WeightMethod):
+        raise ConfigError(f"{type(method).__name__} adapts no module: it goes before a model's inputs (peft_ref.splice).")
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)

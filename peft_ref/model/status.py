@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from peft_ref.arrays import Array
 from peft_ref.arrays import device as device_of
-from peft_ref.contracts import Method, ParamSpec
+from peft_ref.contracts import ParamSpec, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.rules import field_names
 from peft_ref.model.adapted import Adapted
@@ -142,7 +142,7 @@ def _device(model: Adapted, name: str, module: str) -> str:
     return str(device_of(next(v for v in values if v is not None))).partition(":")[0]
 
 
-def _specs(model: Adapted, method: Method[Any], module: str) -> tuple[ParamSpec, ...]:
+def _specs(model: Adapted, method: WeightMethod[Any], module: str) -> tuple[ParamSpec, ...]:
     return method.spec(model.layer(module))
 
 
