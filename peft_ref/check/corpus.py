@@ -28,7 +28,7 @@ def corpus(method: str | None = None) -> tuple[Case, ...]:
 def _of(name: str, cls: type[Method[Any]], suite: Suite) -> tuple[Case, ...]:
     """One method's. Class and suite are what the cache goes by: a registered method can be taken out and come back changed."""
     text = () if name in METHODS.registered else text_cases(name)  # those know the methods of HF PEFT
-    return (*_cases(name, suite.variants), *text)
+    return (*_cases(name, suite.variants), *suite.cases, *text)
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

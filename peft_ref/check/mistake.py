@@ -48,6 +48,7 @@ class Suite:
 
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
+    cases: tuple[Case, ...] = ()  # questions that are about no layer
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array
-from peft_ref.check.case import Answer, Case, NDArray, build_method
+from peft_ref.check import training
+from peft_ref.check.case import TRAINING_OPERATIONS, Answer, Case, NDArray, build_method
 from peft_ref.check.exact import as_exact, exact_array
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Layer, Linear
@@ -88,6 +89,8 @@ def solve(problem: Problem, operation: str) -> dict[str, Array]:
 
 def right_answer(case: Case, lift: Lift = float64) -> dict[str, Array]:
     """The right answer, computed in the lifted numbers."""
+    if case.operation in TRAINING_OPERATIONS:
+        return training.solve(case, lift)
     return solve(pose(case, lift), case.operation)
 
 
@@ -121,7 +124,9 @@ def _weights(layer: Layer, W: Array, b: Array | None) -> dict[str, Array]:
 
 
 def null_answer(case: Case) -> Answer:
-    """What a port answers that has no adapters at all: the frozen layer, zero gradients."""
+    """What a port answers that has no adapters at all: the frozen layer, zero gradients; or that does nothing when it trains."""
+    if case.operation in TRAINING_OPERATIONS:
+        return training.nothing_done(case)
     if case.operation in ("forward", "merge"):
         return solve(pose(case)._replace(adapters=()), case.operation)
     if case.operation == "unmerge":
