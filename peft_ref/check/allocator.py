@@ -1,7 +1,7 @@
 """AdaLoRA's allocator in parts, each of which a mistake replaces.
 
-`RIGHT` is the right one, in plain NumPy; a test holds it to the method's own, so that a mistake is wrong in the part that it replaces and in
-nothing else. No right answer comes from here.
+`RIGHT` is the right one, in plain NumPy. A test holds it to the method's own, so that a mistake is wrong in the part that it replaces
+and in nothing else. No right answer comes from here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Scores: TypeAlias = Mapping[str, NDArray]
 
 
 def importance(p: NDArray, g: NDArray) -> NDArray:
-    return np.abs(p * g)
+    return np.asarray(np.abs(p * g))
 
 
 def smoothed(method: AdaLoRA, S: NDArray, U: NDArray, now: NDArray) -> tuple[NDArray, NDArray]:

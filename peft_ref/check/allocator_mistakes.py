@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from peft_ref.check import training
 from peft_ref.check.allocator import RIGHT, Allocator, Modules, Scores, average, kept_above, schedule, score, updated_at
 from peft_ref.check.case import Answer, Case, NDArray
-from peft_ref.check.mistake import AsIf, Mistake
+from peft_ref.check.mistake import Mistake, Replay
+from peft_ref.check.oracle import float64
 from peft_ref.check.penalty_mistakes import with_adapter_config
 from peft_ref.methods.adalora import AdaLoRA, Params
-from peft_ref.methods.adalora_allocator import last_allocation
+from peft_ref.methods.adalora_allocator import State, after_step, last_allocation
+
 
 def _other_score(triplet: Callable[[Params, Params, Params], NDArray]) -> Allocator:
     return replace(RIGHT, score=triplet)
@@ -69,19 +72,22 @@ def _beat(method: AdaLoRA, step: int) -> bool:
     return step > method.tinit and step % method.deltaT == 0
 
 
-def _renumbered(start: int) -> AsIf:
+def _renumbered(start: int) -> Replay:
     """The port counts the steps itself."""
 
-    def change(case: Case) -> Case | None:
-        if case.operation != "allocate" or case.question["steps"][0]["step"] == start:
+    def replay(case: Case) -> Answer | None:
+        if case.operation != "allocate" or (first := case.question["steps"][0]["step"]) == start:
             return None
-        steps = [{**step, "step": start + n} for n, step in enumerate(case.question["steps"])]
-        return replace(case, question={**case.question, "steps": steps})
 
-    return AsIf(change)
+        def counted(method: AdaLoRA, state: State, params: Modules, grads: Modules, step: int) -> tuple[State, dict[str, Params]]:
+            return after_step(method, state, params, grads, step - first + start)
+
+        return training.traced(case, float64, counted)
+
+    return replay
 
 
-def _configured(**other: Any) -> Callable[[Case], Answer | None]:
+def _configured(**other: Any) -> Replay:
     return with_adapter_config(lambda config: {**config, **other}, "allocate")
 
 

@@ -4,7 +4,7 @@
     allocate   adapter_config, steps of step, parameters and gradients   -> steps, sensitivity, uncertainty
 
 Tensors come by the module's name and then by their checkpoint key, {"q_proj": {"lora_A": ...}}; in an answer that is flat they are
-called "gradients.q_proj.lora_A", "steps.2.q_proj.lora_E" (the third step), "sensitivity.q_proj.lora_B".
+called "gradients.q_proj.lora_A", "steps.2.q_proj.lora_E" (after step 2), "sensitivity.q_proj.lora_B".
 
 Every step of `allocate` brings the parameters that the optimiser left, so what the allocator made of them at the step before goes no
 further, and no rounding adds up but that of the two averages. They are answered as they were updated last: masks alone do not show all.
@@ -26,7 +26,7 @@ from peft_ref.methods.adalora_allocator import State, after_step, last_allocatio
 
 KEYS = Params(A="lora_A", E="lora_E", B="lora_B")
 TREES = ("gradients", "sensitivity", "uncertainty")  # of an answer: module -> key -> array
-STEPS = "steps"  # of an answer: the same, one for every step
+STEPS = "steps"  # of an answer: the same, by the number of the step
 
 Lift: TypeAlias = Callable[[NDArray], Array]
 After: TypeAlias = Callable[[AdaLoRA, State, Mapping[str, Params], Mapping[str, Params], int], tuple[State, dict[str, Params]]]
@@ -68,10 +68,11 @@ def solve(case: Case, lift: Lift) -> dict[str, Array]:
 
 def traced(case: Case, lift: Lift, after: After) -> dict[str, Array]:
     """The answer to `allocate` of whatever `after` does at every step: the parameters it leaves, and its averages as they were last."""
-    method, state, averages, out = method_of(case), State(), State(), {}
-    for n, step in enumerate(steps_of(case, lift)):
+    method, state, averages = method_of(case), State(), State()
+    out: dict[str, Array] = {}
+    for step in steps_of(case, lift):
         state, left = after(method, state, step.params, step.grads, step.number)
-        out |= named(f"{STEPS}.{n}", left)
+        out |= named(f"{STEPS}.{step.number}", left)
         averages = state if state.sensitivity is not None else averages
     assert averages.sensitivity is not None  # every trace begins before the last allocation
     assert averages.uncertainty is not None
@@ -93,7 +94,7 @@ def open_triplets(case: Case, dtype: str) -> dict[str, NDArray]:
     allocation what was open there stays so.
     """
     p, method, state, held, out = PRECISION[dtype], method_of(case), State(), None, {}
-    for n, step in enumerate(steps_of(case, lambda array: exact_array(array, p))):
+    for step in steps_of(case, lambda array: exact_array(array, p)):
         before = state
         state, _ = after_step(method, before, step.params, step.grads, step.number)
         pruned = pruned_at(method, step.params, step.number)
@@ -108,7 +109,7 @@ def open_triplets(case: Case, dtype: str) -> dict[str, NDArray]:
             sure_below = np.sum(high[None, :] < low[:, None], axis=1)
             held = _split((may_be_below >= pruned) & (sure_below < pruned), found)
         for name, where in (held or {}).items():
-            out[f"{STEPS}.{n}.{name}.{KEYS.E}"] = where[:, None]
+            out[f"{STEPS}.{step.number}.{name}.{KEYS.E}"] = where[:, None]
     return out
 
 
@@ -131,7 +132,7 @@ def named(prefix: str, modules: Mapping[str, Params]) -> dict[str, Array]:
 def flat(answer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The tensors of an answer by their flat names; what else it holds is left out."""
     trees = [(name, answer[name]) for name in TREES if name in answer]
-    trees += [(f"{STEPS}.{n}", tree) for n, tree in enumerate(answer.get(STEPS) or ())]
+    trees += [(f"{STEPS}.{number}", tree) for number, tree in answer.get(STEPS, {}).items()]
     for prefix, tree in trees:
         for module, tensors in tree.items():
             for key, value in tensors.items():
@@ -144,10 +145,8 @@ def nested(answer: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in answer.items():
         tree, _, rest = name.partition(".")
         if tree == STEPS:
-            n, _, rest = rest.partition(".")
-            steps = out.setdefault(STEPS, [])
-            steps.extend({} for _ in range(len(steps), int(n) + 1))
-            holder = steps[int(n)]
+            number, _, rest = rest.partition(".")
+            holder = out.setdefault(STEPS, {}).setdefault(number, {})
         elif tree in TREES:
             holder = out.setdefault(tree, {})
         else:

@@ -178,10 +178,10 @@ def _tensors(rng: np.random.Generator, draw: str, r: int, sizes: Sizes) -> dict[
 def _orthogonal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     """As many rows, or columns, of a Hadamard matrix of +-1, each entry of the long side with a sign of its own."""
     n, r = max(shape), min(shape)
-    H = np.ones((1, 1))
+    H: NDArray = np.ones((1, 1))
     while H.shape[0] < n:
         H = np.kron([[1.0, 1.0], [1.0, -1.0]], H)
-    rows = H[rng.permutation(n)[:r]] * rng.choice([-1.0, 1.0], n)
+    rows: NDArray = H[rng.permutation(n)[:r]] * rng.choice([-1.0, 1.0], n)
     return rows if shape[0] == r else rows.T
 
 
