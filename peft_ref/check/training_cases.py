@@ -87,10 +87,10 @@ TRACES = (
     Trace(
         name="default-averages",
         clause="ADALORA-C22",
-        config={"init_r": 4, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 1, "deltaT": 2},
+        config={"init_r": 4, "target_r": 2, "total_step": 8, "tinit": 2, "tfinal": 1, "deltaT": 2},
         first=1,
         last=8,
-        salt=1374,
+        salt=3173,
         sizes=ODD,
         draw="rounded",
     ),
@@ -110,7 +110,7 @@ class Penalty:
 
 
 PENALTIES = (
-    Penalty(name="plain", clause="ADALORA-C19", config={**SMALL, "total_step": 9, "orth_reg_weight": 0.75}, sizes=ODD),
+    Penalty(name="plain", clause="ADALORA-C19", config={**SMALL, "init_r": 4, "total_step": 9, "orth_reg_weight": 0.75}, sizes=ODD),
     Penalty(
         name="three-modules",
         clause="ADALORA-C19",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft_ref.check.case import ARRAY_OPERATIONS, Case
 from peft_ref.check.corpus import corpus
 from peft_ref.check.exact import Exact, as_exact, exact_array
-from peft_ref.check.oracle import exact_answer, pose, solve
+from peft_ref.check.oracle import exact_answer, pose, right_answer
 from peft_ref.check.tolerance import PRECISION, compare, expect
 from tests.check.honest.arithmetic import DTYPES, ORDERS, Arithmetic
 
@@ -119,6 +119,7 @@ def _operator(name: str) -> Any:
 for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"):
     setattr(Rational, _name, _operator(_name))
 Rational.__neg__ = lambda self: Rational(-Fraction(self))  # type: ignore[method-assign]
+Rational.__abs__ = lambda self: Rational(abs(Fraction(self)))  # type: ignore[method-assign]
 
 
 def rational(array: Host) -> Host:
@@ -129,13 +130,13 @@ def rational(array: Host) -> Host:
     return out
 
 
-WITHOUT_ROOTS = [c for c in corpus() if c.operation in ARRAY_OPERATIONS and c.method != "dora"]
+WITHOUT_ROOTS = [c for c in corpus() if c.operation in ARRAY_OPERATIONS and c.method != "dora" and c.operation != "aux_loss"]
 
 
 @pytest.mark.parametrize("method", sorted({c.method for c in WITHOUT_ROOTS}))
 def test_the_exact_answer_is_the_one_in_rational_numbers(method: str) -> None:
     for case in (c for c in WITHOUT_ROOTS if c.method == method):
-        want = solve(pose(case, rational), case.operation)
+        want = right_answer(case, rational)
         got = exact_answer(case, 24)
         assert got.keys() == want.keys()
         for name in want:
