@@ -22,6 +22,8 @@ pytestmark = pytest.mark.hf
 DILATION = {f"{method}.conv1d-dilation.plain.{operation}" for method in ("lora", "dora") for operation in ("forward", "backward")}
 # These two it works out in float32 and refuses in float64.
 COMPUTED_STARTS = {"lora.linear.init-pissa.init", "lora.linear.init-olora.init"}
+# The smallest of no scores is nothing: where no triplet is to go, PEFT's allocator crashes.
+NOTHING_GOES = {"adalora.allocator.nothing-goes.allocate"}
 # It divides by l + 1e-8; in float32 that is l.
 EPSILON = {c.id for c in corpus("ia3") if c.operation == "unmerge"}
 
@@ -43,7 +45,7 @@ def test_peft_is_right_or_a_named_dialect_in_every_case_it_can_answer(report: Re
 
 
 def test_only_what_peft_is_known_not_to_do_is_skipped(report: Report) -> None:
-    assert ids(report, "skipped") == DILATION | (COMPUTED_STARTS if report.port.dtype == "float64" else set())
+    assert ids(report, "skipped") == DILATION | NOTHING_GOES | (COMPUTED_STARTS if report.port.dtype == "float64" else set())
 
 
 def test_the_only_dialect_is_ia3s_unmerge_and_float32_hides_it(report: Report) -> None:
