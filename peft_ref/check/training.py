@@ -89,9 +89,7 @@ def nothing_done(case: Case) -> Answer:
 def open_triplets(case: Case, dtype: str) -> dict[str, NDArray]:
     """By the flat names of E after each step: where rounding in `dtype` may decide whether a triplet stays, and any decision is right.
 
-    A triplet goes when less than k scores are below its own. With d how far each score may drift, that is sure where less than k of the
-    others' s - d are below its s + d, and it is sure to stay where k or more of the others' s + d are below its s - d. After the last
-    allocation what was open there stays so.
+    Between allocations nothing is masked, and so nothing open; after the last one what was open there stays so.
     """
     p, method, state, held, out = PRECISION[dtype], method_of(case), State(), None, {}
     for step in steps_of(case, lambda array: exact_array(array, p)):
@@ -104,13 +102,22 @@ def open_triplets(case: Case, dtype: str) -> dict[str, NDArray]:
             found = scores(state if state.sensitivity is not None else before)
             expected = expect({name: as_exact(s, p) for name, s in found.items()}, dtype)
             values, drift = (np.concatenate(list(v.values())) for v in (expected.values, expected.tolerance))
-            low, high = values - drift, values + drift
-            may_be_below = np.sum(low[None, :] < high[:, None], axis=1) - (drift > 0)  # without itself
-            sure_below = np.sum(high[None, :] < low[:, None], axis=1)
-            held = _split((may_be_below >= pruned) & (sure_below < pruned), found)
+            held = _split(either_way(values, drift, pruned), found)
         for name, where in (held or {}).items():
             out[f"{STEPS}.{step.number}.{name}.{KEYS.E}"] = where[:, None]
     return out
+
+
+def either_way(score: NDArray, drift: NDArray, pruned: int) -> NDArray:
+    """Which of the triplets may go and may stay when each score is anywhere within its drift.
+
+    One goes when less than `pruned` scores are below its own. That is sure where less than so many of the others' lowest are below its
+    highest; it is sure to stay where that many of the others' highest are below its lowest.
+    """
+    low, high = score - drift, score + drift
+    may_be_below = np.sum(low[None, :] < high[:, None], axis=1) - (drift > 0)  # without itself
+    sure_below = np.sum(high[None, :] < low[:, None], axis=1)
+    return np.asarray((may_be_below >= pruned) & (sure_below < pruned))
 
 
 def with_open_triplets(case: Case, dtype: str, expected: Expected) -> Expected:
