@@ -91,7 +91,7 @@ class _Asker:
             return None
         want = {k: encode(v) for k, v in expected.values.items()}
         told, right = worst.texts
-        text = f"{_numbers(case)} -> you {told}, want {right} at {worst.name}{list(worst.index)}"
+        text = f"{_numbers(case)} -> you {told}, want {right} at {worst.name}{list(worst.index) or ''}"
         return Counterexample(
             case=to_json(case),
             got=nest(case, {k: encode(v) for k, v in got.items()}),

@@ -192,7 +192,10 @@ def arrays(case: Mapping[str, Any]) -> Iterator[tuple[str, NDArray]]:
     given += [("merged W", merged.get("weight")), ("merged b", merged.get("bias"))]
     given += list(_of_modules(case.get("parameters") or {}, ""))
     for step in case.get("steps") or ():
-        given += [*_of_modules(step["parameters"], f"step {step['step']} "), *_of_modules(step["gradients"], f"step {step['step']} d ")]
+        given += [
+            *_of_modules(step["parameters"], f"step {step['step']} "),
+            *_of_modules(step["gradients"], f"step {step['step']} gradient of "),
+        ]
     for name, value in given:
         if (array := decode(value)) is not None:
             yield name, array
@@ -209,6 +212,7 @@ def settings(case: Mapping[str, Any]) -> list[str]:
     adapters = case.get("adapters") or []
     asked = {"allocate": SCHEDULE, "aux_loss": ("orth_reg_weight",)}.get(str(case.get("operation")), ())
     out = [f"{k}={case['adapter_config'][k]}" for k in asked]
+    out += ["all else zero"] if asked else []
     for i, adapter in enumerate(adapters):
         where = f"{i}." if len(adapters) > 1 else ""
         out += [f"{where}{k}={v}" for k, v in adapter["config"].items() if k in HYPERPARAMETERS and v is not False]

@@ -77,7 +77,7 @@ def test_enough_is_planted() -> None:
     assert len(adalora.PLANTED) >= 20
 
 
-PROGRAMS = [("lora", "scale-is-alpha"), ("lora", "fan-in-fan-out-ignored"), ("dora", "norm-of-base-only")]
+PROGRAMS = [("lora", "scale-is-alpha"), ("lora", "fan-in-fan-out-ignored"), ("dora", "norm-of-base-only"), ("adalora", "score-summed")]
 
 
 @pytest.mark.parametrize(("method", "name"), PROGRAMS)

@@ -27,6 +27,8 @@ from peft_ref.check.protocol import flatten, nest, read_reply
 from peft_ref.check.search import smallest
 from peft_ref.check.tolerance import PRECISION, compare
 from peft_ref.check.training_cases import ODD, SMALL, TRACES, Trace, trace_case
+from peft_ref.report import one_line
+from peft_ref.report.markup import example
 from tests.check.function_port import FunctionPort
 from tests.check.honest.port import HonestPort
 
@@ -291,6 +293,12 @@ def test_a_training_shrinks_to_its_first_wrong_step_and_a_handful_of_ones(name: 
     assert len(found.case.get("steps", ())) == steps
     assert found.got != found.want
     assert to_json(wrong[0])["adapter_config"] == found.case["adapter_config"]
+    told = one_line(found)
+    assert "all else zero" in told
+    assert "layers.0" in example(found)
+    if steps:
+        assert f"step {found.case['steps'][-1]['step']} " in told
+        assert f"steps.{found.case['steps'][-1]['step']}." in told
 
 
 def corpus_mistakes() -> tuple[Mistake, ...]:
