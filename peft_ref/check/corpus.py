@@ -29,7 +29,7 @@ def corpus(method: str | None = None) -> tuple[Case, ...]:
 def _of(name: str, cls: type[Method], suite: Suite) -> tuple[Case, ...]:
     """One method's. Class and suite are what the cache goes by: a registered method can be taken out and come back changed."""
     text = () if name in METHODS.registered else text_cases(name)  # those know the methods of HF PEFT
-    return (*_cases(name, suite.variants), *prompt_cases(name, suite.prompts), *text)
+    return (*_cases(name, suite.variants), *prompt_cases(name, suite.prompts), *suite.cases, *text)
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from peft_ref.backend import round_to
+from peft_ref.check import training
 from peft_ref.check.case import Answer, Case
 from peft_ref.check.mistake import AsIf, Mistake
 from peft_ref.check.mistakes import SUITES
@@ -98,7 +99,8 @@ def rounded(answer: Answer, dtype: str) -> Answer:
 def expectation(case: Case, dtype: str) -> Expected:
     """The right answer to an array case with its tolerance in `dtype`."""
     apart = case.method in SUITES and SUITES[case.method].base_apart
-    return expect(exact_answer(case, PRECISION[dtype]), dtype, null_answer(in_size(case)) if apart else None)
+    expected = expect(exact_answer(case, PRECISION[dtype]), dtype, null_answer(in_size(case)) if apart else None)
+    return training.with_open_triplets(case, dtype, expected) if case.operation == "allocate" else expected
 
 
 @lru_cache(maxsize=8192)

@@ -167,7 +167,7 @@ def empty_handed(case: Case, dtype: str) -> str:
 
 
 def describe(worst: Worst, exact: bool) -> str:
-    at = f"{worst.name}{list(worst.index)}"
+    at = f"{worst.name}{list(worst.index) or ''}"
     got, want = worst.texts
     if not np.isfinite(worst.got):
         return f"{at}: got {got}, want {want}"

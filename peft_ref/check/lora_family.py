@@ -54,7 +54,7 @@ def divided_by_p(case: Case) -> Case | None:
 
 
 def first_mask_for_all(case: Case) -> Case | None:
-    first = case.adapters[0].dropout
+    first = case.adapters[0].dropout if case.adapters else None
     return None if first is None else _with_dropout(case, lambda mask, p: first)
 
 

@@ -50,6 +50,7 @@ class Suite:
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
     prompts: tuple[PromptVariant, ...] = ()  # what is asked of a method of prompts, which has no layers
+    cases: tuple[Case, ...] = ()  # questions that are about no layer
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 

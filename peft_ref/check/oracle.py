@@ -14,7 +14,8 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array
-from peft_ref.check.case import PROMPT_OPERATIONS, Answer, Case, NDArray, build_method
+from peft_ref.check import training
+from peft_ref.check.case import PROMPT_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, NDArray, build_method
 from peft_ref.check.exact import as_exact, exact_array
 from peft_ref.check.prompting import pose_prompt, solve_prompt
 from peft_ref.contracts import Additive, LowRank
@@ -91,6 +92,8 @@ def right_answer(case: Case, lift: Lift = float64) -> dict[str, Array]:
     """The right answer, computed in the lifted numbers."""
     if case.operation in PROMPT_OPERATIONS:
         return solve_prompt(pose_prompt(case, lift), case.operation)
+    if case.operation in TRAINING_OPERATIONS:
+        return training.solve(case, lift)
     return solve(pose(case, lift), case.operation)
 
 
@@ -124,7 +127,9 @@ def _weights(layer: Layer, W: Array, b: Array | None) -> dict[str, Array]:
 
 
 def null_answer(case: Case) -> Answer:
-    """What a port answers that has no adapters at all: the frozen layer, zero gradients."""
+    """What a port answers that has no adapters at all: the frozen layer, zero gradients; or that does nothing when it trains."""
+    if case.operation in TRAINING_OPERATIONS:
+        return training.nothing_done(case)
     if case.operation in ("forward", "merge"):
         return solve(pose(case)._replace(adapters=()), case.operation)
     if case.operation == "unmerge":

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case, decode, to_json
+from peft_ref.check import training
+from peft_ref.check.case import ARRAY_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, decode, to_json
 from peft_ref.check.port import Answered, BrokenPort, Failed, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from peft_ref.check.tolerance import PRECISION
@@ -88,8 +89,10 @@ def flatten(answer: Mapping[str, Any]) -> Answer:
 
     null means absent.
     """
-    out: Answer = {}
+    out: Answer = {name: _array(name, value) for name, value in training.flat(answer)}
     for name, value in answer.items():
+        if name in (*training.TREES, training.STEPS):
+            continue
         if name == "adapters":
             for i, tensors in enumerate(value):
                 out.update({f"{i}.{key}": _array(key, v) for key, v in tensors.items() if v is not None})
@@ -104,6 +107,8 @@ def nest(case: Case, flat: Mapping[str, Any]) -> dict[str, Any]:
     """The other way: arrays by name as the nested object a port sends."""
     if case.operation == "saved":
         return {"tensors": dict(flat)}
+    if case.operation in TRAINING_OPERATIONS:
+        return training.nested(flat)
     out: dict[str, Any] = {}
     adapters: list[dict[str, Any]] = [{} for _ in case.adapters]
     for name, value in flat.items():

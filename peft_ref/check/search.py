@@ -1,7 +1,7 @@
 """The smallest question on which a port is still wrong, found by asking it: dimensions first, then numbers.
 
 Hypothesis searches, from the smallest shapes upwards, through the port's own process; it shrinks what it finds towards zeros and ones.
-A convolution keeps its shape and loses its numbers.
+A convolution keeps its shape and loses its numbers, and a training its last steps and its numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, Answer, Case, CaseAdapter, NDArray, build_method, encode, to_json
+from peft_ref.check.case import (
+    LAYER_OPERATIONS,
+    TRAINING_OPERATIONS,
+    Answer,
+    Case,
+    CaseAdapter,
+    NDArray,
+    build_method,
+    encode,
+    map_arrays,
+    to_json,
+)
 from peft_ref.check.diagnose import expectation
 from peft_ref.check.port import Answered, Port
 from peft_ref.check.protocol import nest
@@ -30,13 +41,13 @@ SIDES, RANKS, ROWS = (1, 2, 3), (1, 2, 4), (1, 2)
 
 def smallest(port: Port, cases: Sequence[Case], dtype: str, seconds: float = SECONDS) -> Counterexample | None:
     """A smallest wrong case like the first of `cases` that is about arrays, found within `seconds`, or None."""
-    case = next((c for c in cases if c.operation in ARRAY_OPERATIONS and c.layer is not None), None)
-    if case is None or case.layer is None:
+    case = next((c for c in cases if c.operation in (*LAYER_OPERATIONS, *TRAINING_OPERATIONS)), None)
+    if case is None:
         return None
     asker = _Asker(port, dtype, time.monotonic() + seconds)
     found = _by_dimensions(asker, case) if isinstance(case.layer, Linear | Embedding) else None
     if found is None and asker.wrong(case):
-        found = _by_zeroing(asker, case)
+        found = _by_zeroing(asker, _shortened(asker, case))
     return None if found is None else asker.counterexample(found)
 
 
@@ -80,7 +91,7 @@ class _Asker:
             return None
         want = {k: encode(v) for k, v in expected.values.items()}
         told, right = worst.texts
-        text = f"{_numbers(case)} -> you {told}, want {right} at {worst.name}{list(worst.index)}"
+        text = f"{_numbers(case)} -> you {told}, want {right} at {worst.name}{list(worst.index) or ''}"
         return Counterexample(
             case=to_json(case),
             got=nest(case, {k: encode(v) for k, v in got.items()}),
@@ -127,6 +138,16 @@ def _sizes(case: Case) -> list[tuple[int, int, int, int]]:
     own = max((a.config.get("r", 1) for a in case.adapters), default=1)
     ranks = sorted({*(r for r in RANKS if r < own), own})
     return sorted(product(SIDES, SIDES, ranks, ROWS), key=lambda s: (sum(s), s))
+
+
+def _shortened(asker: _Asker, case: Case) -> Case:
+    """Without the steps of a training that are not needed, the last ones first."""
+    while len(steps := case.question.get("steps", ())) > 1:
+        tried = replace(case, id=f"{case.id.removesuffix('.smallest')}.smallest", question={**case.question, "steps": steps[:-1]})
+        if not asker.wrong(tried):
+            break
+        case = tried
+    return case
 
 
 def _by_zeroing(asker: _Asker, case: Case) -> Case:
@@ -184,6 +205,7 @@ def _arrays(case: Case) -> list[NDArray]:
     """Every float array of the case, in a fixed order; the adapters' first, because they should shrink last."""
     tensors = [v for a in case.adapters for v in a.tensors.values()]
     given = [case.x, case.dy, case.merged_weight, case.weight, case.bias, case.merged_bias]
+    map_arrays(given.append, case.question)
     return [*tensors, *(v for v in given if v is not None and v.dtype.kind == "f")]
 
 
@@ -202,11 +224,14 @@ def filled(case: Case, values: Sequence[float]) -> Case:
         tensors = {k: v for k, v in ((k, take(v)) for k, v in a.tensors.items()) if v is not None}
         adapters.append(replace(a, tensors=tensors))
     fields: dict[str, Any] = {n: take(getattr(case, n)) for n in ("x", "dy", "merged_weight", "weight", "bias", "merged_bias")}
-    return replace(case, adapters=tuple(adapters), **fields)
+    return replace(case, adapters=tuple(adapters), **fields, question=map_arrays(take, case.question))
 
 
 def _numbers(case: Case) -> str:
     """The question in one line."""
+    if case.operation in TRAINING_OPERATIONS:
+        asked = map_arrays(encode, {k: v for k, v in case.question.items() if k != "adapter_config"})
+        return json.dumps(asked).replace(".0", "").replace(" ", "")
     parts = [f"W={_short(case.weight)}"]
     parts += [] if case.bias is None else [f"b={_short(case.bias)}"]
     for a in case.adapters:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
 
     cases = _selected(options)
     for path in (options.junit, options.html, options.json if options.json != "-" else None):
-        _check_writable(path)
+        check_writable(path)
     progress = terminal.progress(sys.stderr)
     report = judge(_port(options, program), cases, progress=progress.step, search=not options.no_search)
     progress.done()
@@ -90,7 +90,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _check_writable(path: Path | str | None) -> None:
+def check_writable(path: Path | str | None) -> None:
     """Said before the port is asked, which may take minutes."""
     if path is None:
         return

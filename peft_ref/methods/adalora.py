@@ -119,7 +119,8 @@ class AdaLoRA(LowRank[Params]):
     def orthogonality(self, params: Mapping[str, Params]) -> Array:
         """The penalty that is added to the loss, over all modules of a model."""
         norms = [_norm(M) for p in params.values() for M in _excess(p)]
-        return self.orth_reg_weight / len(norms) * sum(norms[1:], start=norms[0])
+        total = self.orth_reg_weight / len(norms) * sum(norms[1:], start=norms[0])
+        return namespace(total).reshape(total, ())
 
     def orthogonality_vjp(self, params: Mapping[str, Params], d: Array | float) -> dict[str, Params]:
         """The gradient of `orthogonality`, given that of the loss for it."""
@@ -138,8 +139,9 @@ def _excess(p: Params) -> tuple[Array, Array]:
 
 
 def _norm(M: Array) -> Array:
+    """Frobenius's norm, (1, 1)."""
     xp = namespace(M)
-    return xp.sqrt(xp.sum(M * M))
+    return xp.sqrt(xp.sum(M * M, axis=(0, 1), keepdims=True))
 
 
 def _direction(M: Array) -> Array:

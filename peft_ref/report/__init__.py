@@ -19,6 +19,7 @@ NAMELESS = "?"  # the port was broken before it said anything
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
 # Of a configuration, what changes the answer to one question.
 HYPERPARAMETERS = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora", "is_feedforward")
+SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "total_step", "beta1", "beta2")
 
 
 class Group(NamedTuple):
@@ -189,15 +190,29 @@ def arrays(case: Mapping[str, Any]) -> Iterator[tuple[str, NDArray]]:
         given += [(f"{where}dropout mask", adapter["dropout"]["mask"])] if adapter.get("dropout") else []
     given += [("x", case.get("x")), ("dy", case.get("dy"))]
     given += [("merged W", merged.get("weight")), ("merged b", merged.get("bias"))]
+    given += list(_of_modules(case.get("parameters") or {}, ""))
+    for step in case.get("steps") or ():
+        given += [
+            *_of_modules(step["parameters"], f"step {step['step']} "),
+            *_of_modules(step["gradients"], f"step {step['step']} gradient of "),
+        ]
     for name, value in given:
         if (array := decode(value)) is not None:
             yield name, array
 
 
+def _of_modules(modules: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Of a training everything that is not zero."""
+    for module, tensors in modules.items():
+        yield from ((f"{where}{module}.{key}", value) for key, value in tensors.items() if np.any(decode(value)))
+
+
 def settings(case: Mapping[str, Any]) -> list[str]:
     """The hyper-parameters of a question that matter: "r=2"."""
     adapters = case.get("adapters") or []
-    out = []
+    asked = {"allocate": SCHEDULE, "aux_loss": ("orth_reg_weight",)}.get(str(case.get("operation")), ())
+    out = [f"{k}={case['adapter_config'][k]}" for k in asked]
+    out += ["all else zero"] if asked else []
     for i, adapter in enumerate(adapters):
         where = f"{i}." if len(adapters) > 1 else ""
         out += [f"{where}{k}={v}" for k, v in adapter["config"].items() if k in HYPERPARAMETERS and v is not False]

@@ -8,7 +8,7 @@ A ratio of infinity means that bits have to match and do not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import numpy as np
@@ -49,15 +49,19 @@ def separation(method: str, dtype: str) -> Mapping[str, Mapping[str, float]]:
     return rows
 
 
-def between(method: str, first: str, second: str, dtype: str) -> dict[str, float]:
-    """case -> how many tolerances two mistakes' answers are apart."""
-    one, other = replays(method)[first], replays(method)[second]
-    apart = {}
+@cache
+def rounded_replays(method: str, dtype: str) -> Mapping[str, Mapping[str, Answer]]:
+    return {name: {case: rounded(a, dtype) for case, a in answers.items()} for name, answers in replays(method).items()}
+
+
+def between(method: str, first: str, second: str, dtype: str) -> Iterator[float]:
+    """How many tolerances two mistakes' answers are apart, case by case, where one of them has an answer of its own."""
+    one, other = (rounded_replays(method, dtype)[name] for name in (first, second))
     for case in array_cases(method):
-        expected = expected_answer(case, dtype)
-        a, b = (answers.get(case.id, expected.values) for answers in (one, other))
-        apart[case.id] = _distance(rounded(a, dtype), rounded(b, dtype), expected)
-    return apart
+        if case.id in one or case.id in other:
+            expected = expected_answer(case, dtype)
+            a, b = (answers.get(case.id) or rounded(expected.values, dtype) for answers in (one, other))
+            yield _distance(a, b, expected)
 
 
 def _distance(a: Answer, b: Answer, expected: Expected) -> float:

@@ -22,7 +22,7 @@ FEW = ("--method", "lora", "--case", "lora.linear.plain", "--no-search")
 RIGHT = ("--", sys.executable, "-S", str(PORTS / "port.py"))
 WRONG = ("--", sys.executable, "-S", str(PORTS / "planted.py"))
 MISBEHAVING = ("--", sys.executable, "-S", str(Path(__file__).parent / "ports" / "misbehaving.py"))
-VERBS = ("check", "cases")
+VERBS = ("check", "cases", "ranks")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -239,6 +239,13 @@ NONSENSE = {
     "no verb": ((), "VERB"),
     "export to nowhere": (("cases", "export"), "name the folder"),
     "export into a file": (("cases", "export", __file__), "File exists"),
+    "a schedule with no step to allocate in": (("ranks", "--tinit", "300"), "no step is left"),
+    "a module with nothing below": (("ranks", "--learn", "-1"), "rank -1"),
+    "a rank that no module has room for": (("ranks", "--learn", "3", "19"), "rank 19"),
+    "a trace that is no JSON": (("ranks", "--trace", __file__), "cannot be read as JSON"),
+    "a trace that is not there": (("ranks", "--trace", "/nowhere/trace.json"), "No such file"),
+    "a trace with a schedule beside it": (("ranks", "--trace", "t.json", "--tinit", "3"), "--tinit is for a training of our own"),
+    "a picture in a folder that is not there": (("ranks", "--total-step", "120", "--svg", "/nowhere/ranks.svg"), "cannot be written"),
 }
 
 

@@ -119,6 +119,7 @@ def _operator(name: str) -> Any:
 for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"):
     setattr(Rational, _name, _operator(_name))
 Rational.__neg__ = lambda self: Rational(-Fraction(self))  # type: ignore[method-assign]
+Rational.__abs__ = lambda self: Rational(abs(Fraction(self)))  # type: ignore[method-assign]
 
 
 def rational(array: Host) -> Host:
@@ -131,10 +132,10 @@ def rational(array: Host) -> Host:
 
 def _transcends(case: Case) -> bool:
     """Whether a root or a tangent is taken."""
-    config = case.adapters[0].config
+    config = case.adapters[0].config if case.adapters else {}
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
-    return case.method == "dora" or bool(encodes and through_tanh)
+    return case.method == "dora" or case.operation == "aux_loss" or bool(encodes and through_tanh)
 
 
 WITHOUT_ROOTS = [c for c in corpus() if c.operation in ARRAY_OPERATIONS and not _transcends(c)]

@@ -225,6 +225,23 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("magnitude", lambda c, v, rng: np.ones_like(v)),
         "init-magnitude",
     ),
+    "AdaLoRA's E like A and B": (
+        "adalora.linear.init-default",
+        replaced("_E", lambda c, v, rng: rng.normal(0, 0.02, v.shape)),
+        "init-E-random",
+    ),
+    "AdaLoRA's E of ones": ("adalora.conv2d.init-default", replaced("_E", lambda c, v, rng: np.ones_like(v)), "init-E-random"),
+    "AdaLoRA's B zero, as LoRA's": ("adalora.linear.init-default", replaced("_B", lambda c, v, rng: v * 0), "init-zero"),
+    "AdaLoRA's A uniform, as LoRA's": (
+        "adalora.linear.init-default",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(fan_in(c))),
+        "init-wrong-law",
+    ),
+    "AdaLoRA's False ignored": (
+        "adalora.linear.init-false",
+        replaced("_A", lambda c, v, rng: rng.normal(0, 0.02, v.shape)),
+        "init-wrong-law",
+    ),
     "LoHa's w2_b random": ("loha.linear.init-default", replaced("w2_b", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
     "LoHa's w1_a as LyCORIS draws it": (
         "loha.linear.init-default",

@@ -9,7 +9,8 @@ from typing import Any
 
 from peft_ref.arrays import Array
 from peft_ref.check import lora_family as lora
-from peft_ref.check.case import Answer, Case
+from peft_ref.check.allocator_mistakes import ALLOCATOR
+from peft_ref.check.case import LAYER_OPERATIONS, Answer, Case
 from peft_ref.check.mistake import (
     Formula,
     Mistake,
@@ -27,6 +28,8 @@ from peft_ref.check.mistake import (
     unmerge_that_merges,
 )
 from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.penalty_mistakes import PENALTY
+from peft_ref.check.training_cases import training_cases
 from peft_ref.check.variants import Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.adalora import EPSILON, AdaLoRA, Params
@@ -99,6 +102,8 @@ def other_delta(delta: Callable[[AdaLoRA, Params], Array], where: Callable[[AdaL
     formula = Formula(weight=one_by_one(step), unmerge=unmerge)
 
     def replay(case: Case) -> Answer | None:
+        if case.operation not in LAYER_OPERATIONS:
+            return None
         p = pose(case)
         if not any(where(_method(a)) for a in p.adapters):
             return None
@@ -273,5 +278,8 @@ SUITE = Suite(
             sentence="unmerge adds the delta again instead of taking it out",
             replay=only(unmerge=unmerge_that_merges),
         ),
+        *PENALTY,
+        *ALLOCATOR,
     ),
+    cases=training_cases(),
 )

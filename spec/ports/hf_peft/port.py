@@ -4,7 +4,7 @@
 
 Needs the extra `hf` (torch, peft, transformers). What PEFT refuses, or crashes on, is skipped with the reason; nothing here computes
 anything that PEFT computes. `model.py` builds the layer and puts the adapters on it, `text.py` answers the operations about names,
-`prompts.py` everything about prompts.
+`prompts.py` everything about prompts, `training.py` those about a whole training.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import prompts  # noqa: E402
 import torch  # noqa: E402
 from model import DTYPES, NotInPeft, adapted, array, fresh, gradients, nested  # noqa: E402
 from text import TEXT_OPERATIONS  # noqa: E402
+from training import TRAINING_OPERATIONS  # noqa: E402
 
 Json = dict[str, Any]
 
@@ -79,7 +80,15 @@ def init(case: Json, dtype: torch.dtype) -> Json:
     return {"draws": [fresh(case, dtype) for _ in range(case["draws"])]}
 
 
-OPERATIONS = {"forward": forward, "backward": backward, "delta": delta, "merge": merge, "unmerge": unmerge, "init": init}
+OPERATIONS = {
+    "forward": forward,
+    "backward": backward,
+    "delta": delta,
+    "merge": merge,
+    "unmerge": unmerge,
+    "init": init,
+    **TRAINING_OPERATIONS,
+}
 
 
 def reply(case: Json, dtype: torch.dtype) -> Json:
