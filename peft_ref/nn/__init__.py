@@ -7,14 +7,16 @@ load, graph  a folder of HF's as a model; a model as a graph
 """
 
 from peft_ref.nn.attention import KeyValue
+from peft_ref.nn.blocks import Blocks, Decoder
 from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.load import ARCHITECTURES, Loaded, load, model_of
-from peft_ref.nn.model import Cache, Decoder, Inputs, Model, ModelGradients, Output, OutputGradient
+from peft_ref.nn.model import Cache, Inputs, Model, ModelGradients, Output, OutputGradient
 from peft_ref.nn.net import Gradients, Net
 
 __all__ = [
     "ARCHITECTURES",
+    "Blocks",
     "Cache",
     "Decoder",
     "Gradients",
