@@ -22,7 +22,7 @@ IGNORED = -100
 def cross_entropy(logits: Array, labels: Array, *, ignored: int = IGNORED) -> Array:
     """The mean over the counted rows of logits (..., classes), labels (...); no axes."""
     xp = namespace(logits)
-    z, counted = as_rows(logits), _counted(logits, labels, ignored)
+    counted, z = _counted(logits, labels, ignored), as_rows(logits)
     chosen = xp.sum(z * one_hot(labels, z.shape[1], z), axis=1)
     each = xp.reshape(log_sum_exp(z), (-1,)) - chosen
     return xp.sum(each * counted) / xp.sum(counted)
@@ -38,6 +38,8 @@ def cross_entropy_vjp(logits: Array, labels: Array, dloss: Array | float, *, ign
 def _counted(logits: Array, labels: Array, ignored: int) -> Array:
     """1 for a row that counts, 0 for one that does not, shape (rows,)."""
     xp = namespace(logits)
+    if math.prod(labels.shape) != math.prod(logits.shape[:-1]):
+        raise ShapeError(f"labels are {tuple(labels.shape)}, expected one for each row of the logits: {tuple(logits.shape[:-1])}.")
     return xp.astype(xp.reshape(labels, (-1,)) != ignored, logits.dtype)
 
 
