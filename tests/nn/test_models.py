@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from peft_ref.backend import Backend
-from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.nn import Gradients, Inputs, KeyValue, Net, Output, OutputGradient
 from tests.nn.tiny import DECODERS, ENCODERS, IDS, LABELS, LLAMA, MASK, MODELS, arrays, mapped, prefix, random_net, with_every_method
 
@@ -238,3 +238,13 @@ def test_refusals() -> None:
         LLAMA.vjp(net, Inputs(input_ids=IDS), OutputGradient(loss=1.0))
     with pytest.raises(KeyMismatchError, match="no layer 'lm_tail'"):
         net.apply("lm_tail", IDS)
+    with pytest.raises(ShapeError, match="GPT2 has 9 positions, and there are 10 tokens, those in front counted in"):
+        MODELS["gpt2"].forward(random_net(MODELS["gpt2"]), Inputs(inputs_embeds=np.zeros((2, 8, 8)), past=prefix("gpt2")))
+    bert = random_net(MODELS["bert"])
+    with pytest.raises(ConfigError, match="BertModel has no loss, and the inputs have labels"):
+        MODELS["bert"].forward(bert, Inputs(input_ids=IDS, labels=IDS))
+    with pytest.raises(ConfigError, match="a gradient came for the logits, and BertModel returns none"):
+        MODELS["bert"].vjp(bert, Inputs(input_ids=IDS), OutputGradient(logits=np.ones((2, 5, 11))))
+    tokens = MODELS["bert tokens"]
+    with pytest.raises(ConfigError, match="BertForTokenClassification was given past keys and values"):
+        tokens.forward(random_net(tokens), Inputs(input_ids=IDS, past=prefix("bert")))
