@@ -2,19 +2,36 @@
 
 functions    softmax, norms, activations                     net      the numbers: apply and vjp of a named module
 attention    heads, rotary positions, cache, masks           model    what an architecture states, and what follows
-loss         cross-entropy                                   llama    an architecture
+loss         the losses of HF's models                       blocks   the same for a row of blocks: decoders and encoders
+modules      norms and feed-forward maps by name             llama, gpt2, bert, bert_heads    architectures
 load, graph  a folder of HF's as a model; a model as a graph
 """
 
 from peft_ref.nn.attention import KeyValue
+from peft_ref.nn.bert_heads import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from peft_ref.nn.blocks import Blocks, Decoder
+from peft_ref.nn.gpt2 import GPT2
 from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.load import ARCHITECTURES, Loaded, load, model_of
-from peft_ref.nn.model import Cache, Decoder, Inputs, Model, ModelGradients, Output, OutputGradient
+from peft_ref.nn.model import Cache, Inputs, Model, ModelGradients, Output, OutputGradient
 from peft_ref.nn.net import Gradients, Net
 
 __all__ = [
     "ARCHITECTURES",
+    "GPT2",
+    "BertForMaskedLM",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "Blocks",
     "Cache",
     "Decoder",
     "Gradients",

@@ -32,8 +32,9 @@ from peft_ref.nn.attention import (
     rotate_vjp,
     split_heads,
 )
+from peft_ref.nn.blocks import Context, Decoder
 from peft_ref.nn.functions import activation, rms_norm, rms_norm_vjp
-from peft_ref.nn.model import Context, Decoder, Part, known
+from peft_ref.nn.model import Output, OutputGradient, Part, known
 from peft_ref.nn.net import Gradients, Net
 from peft_ref.nn.rope import Rope
 
@@ -119,6 +120,10 @@ class Llama(Decoder):
     def output_head(self) -> str:
         return "lm_head"
 
+    @property
+    def position_count(self) -> None:
+        return None  # angles, no table
+
     def block_names(self) -> tuple[str, ...]:
         return tuple(f"model.layers.{n}" for n in range(self.num_hidden_layers))
 
@@ -150,11 +155,11 @@ class Llama(Decoder):
         dx, of_n = self._norm_vjp(net, f"{name}.input_layernorm", x, dn)
         return dh + dx, dpast, of_mlp + of_m + of_attention + of_n
 
-    def leave(self, net: Net, x: Array) -> Array:
-        return net.apply("lm_head", self._norm_of(net, "model.norm", x))
+    def leave(self, net: Net, x: Array) -> Output:
+        return Output(logits=net.apply("lm_head", self._norm_of(net, "model.norm", x)))
 
-    def leave_vjp(self, net: Net, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        dn, of_head = net.vjp("lm_head", self._norm_of(net, "model.norm", x), dy)
+    def leave_vjp(self, net: Net, x: Array, d: OutputGradient) -> tuple[Array, Gradients]:
+        dn, of_head = net.vjp("lm_head", self._norm_of(net, "model.norm", x), d.logits)
         dx, of_norm = self._norm_vjp(net, "model.norm", x, dn)
         return dx, of_head + of_norm
 

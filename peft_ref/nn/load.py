@@ -2,7 +2,7 @@
 
 Tensors are read one by one. What the file has beside the model's own parameters is not read, as in HF (old files hold inv_freq); what it
 lacks is an error. A file of the bare base model lacks the prefix ("layers.0..." for "model.layers.0..."), and a file may hold a tied
-parameter under its second name.
+parameter under its second name. The first BERTs call a LayerNorm's weight gamma and its bias beta.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.graph.checkpoint import CheckpointGraph
+from peft_ref.nn.bert_heads import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from peft_ref.nn.gpt2 import GPT2
 from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.model import Model
@@ -28,7 +36,15 @@ class Architecture(Protocol):
     def from_config(self, config: Mapping[str, Any]) -> Model: ...
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Llama}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "BertForMaskedLM": BertForMaskedLM,
+    "BertForQuestionAnswering": BertForQuestionAnswering,
+    "BertForSequenceClassification": BertForSequenceClassification,
+    "BertForTokenClassification": BertForTokenClassification,
+    "BertModel": BertModel,
+    "GPT2LMHeadModel": GPT2,
+    "LlamaForCausalLM": Llama,
+}
 
 
 class Loaded(NamedTuple):
@@ -62,6 +78,7 @@ def load(folder: str | os.PathLike[str], hold: Callable[[Host], Array] = in_work
 def _read(file: CheckpointGraph, model: Model, name: str, shape: tuple[int, ...]) -> Host:
     names = [name, *(second for second, first in model.ties().items() if first == name)]
     stored = [n for full in names for n in (full, full.removeprefix(f"{model.base_model_prefix}."))]
+    stored += [old for n in stored if (old := _before_2019(n)) != n]
     found = next((n for n in stored if n in file.parameters()), None)
     if found is None:
         raise KeyMismatchError(
@@ -71,3 +88,10 @@ def _read(file: CheckpointGraph, model: Model, name: str, shape: tuple[int, ...]
         raise ShapeError(f"{file.folder}: {found} is {got}, expected {shape}.\n  config.json and the weights do not belong together.")
     array: Host = file.weight(found)
     return array
+
+
+def _before_2019(name: str) -> str:
+    for new, old in (("weight", "gamma"), ("bias", "beta")):
+        if name.endswith(f"LayerNorm.{new}"):
+            return name.removesuffix(new) + old
+    return name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ import peft
 import torch
 import transformers
 
-from peft_ref.files.adapter import AdapterFile, AdapterModule, load_adapter, state_dict
+from peft_ref.contracts import WeightMethod
+from peft_ref.files.adapter import AdapterFile, AdapterModule, load_adapter, load_config, state_dict
+from peft_ref.files.keys import PREFIX
 from peft_ref.graph import match
 from peft_ref.nn import Gradients, Model, ModelGraph, Net, model_of
 from peft_ref.stack import Adapter
@@ -83,11 +86,15 @@ def adapted(plain: Pair, config: Any, folder: Path) -> Pair:
         live = peft.get_peft_model(plain.live, config).eval()
         scatter(live, 2)
         live.save_pretrained(folder, save_embedding_layers=False)
-    read = load_adapter(folder)
-    found = match(read.config.targets, plain.graph, peft_type=read.config.method.peft_type, kinds=read.config.method.kinds)
-    assert set(found.modules) == set(read.modules)
-    adapters = {name: (Adapter(read.config.method_for(name), m.params),) for name, m in read.modules.items()}
-    net = Net(weights=plain.net.weights, layers=plain.net.layers, ties=plain.net.ties, adapters=adapters)
+    said = load_config(folder)
+    assert isinstance(said.method, WeightMethod)
+    found = match(said.targets, plain.graph, peft_type=said.method.peft_type, kinds=said.method.kinds)
+    read = load_adapter(folder, layers={name: plain.net.layers[name] for name in found.modules})
+    adapters = {name: (Adapter(m.method, m.params),) for name, m in read.modules.items()}
+    # What PEFT trains whole, a classifier's head say, is a weight of ours.
+    whole = {key.removeprefix(PREFIX): tensor for key, tensor in read.modules_to_save.items()}
+    assert whole.keys() <= plain.net.weights.keys()
+    net = replace(plain.net, weights={**plain.net.weights, **whole}, adapters=adapters, trainable=frozenset(whole))
     return Pair(live, plain.model, net, plain.graph, read)
 
 
@@ -106,7 +113,11 @@ def our_gradients(both: Pair, gradients: Gradients) -> dict[str, Host]:
     for name, (params,) in gradients.adapters.items():
         m = both.adapter.modules[name]
         modules[name] = AdapterModule(m.method, m.layer, params)
-    return state_dict(modules)
+    return {**state_dict(modules), **{PREFIX + name: d for name, d in gradients.weights.items()}}
+
+
+def to_torch(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.tensor(value) for name, value in given.items()}
 
 
 def close(got: Any, expected: Any, what: str, rounding: float = CLOSE) -> None:

@@ -24,6 +24,8 @@ def numbers(*shape: int) -> Host:
 
 
 LABELS = np.asarray([[3, -100, 0, 4], [-100, -100, 1, 2]])
+TARGETS = np.asarray([[1.0, 0.0, 0.25], [0.0, 0.5, 2.0]])
+SPANS = np.asarray([0, 7, -3]), np.asarray([3, 2, 4])  # of 4 tokens: one behind them, one before
 SEEN = np.where(RNG.random((2, 1, 3, 5)) < 0.7, 0.0, np.finfo(float).min)
 POSITIONS = np.asarray([[0, 2, 9]])
 FREQUENCIES = Rope(rope_theta=30.0).frequencies(6)
@@ -73,6 +75,35 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Host, ...]]
         lambda z, d: loss.next_token_loss_vjp(z, LABELS, d),
         (numbers(2, 4, 5),),
     ),
+    "cross_entropy, 3 ignored": (
+        lambda z: loss.cross_entropy(z, LABELS, ignored=3),
+        lambda z, d: loss.cross_entropy_vjp(z, LABELS, d, ignored=3),
+        (numbers(2, 4, 5),),
+    ),
+    "binary_cross_entropy": (
+        lambda z: loss.binary_cross_entropy(z, TARGETS),
+        lambda z, d: loss.binary_cross_entropy_vjp(z, TARGETS, d),
+        (3 * numbers(2, 3),),
+    ),
+    "mean_squared_error": (
+        lambda z: loss.mean_squared_error(z, TARGETS),
+        lambda z, d: loss.mean_squared_error_vjp(z, TARGETS, d),
+        (numbers(2, 3),),
+    ),
+    **{
+        f"classification_loss, {kind}": (
+            lambda z, kind=kind, y=y: loss.classification_loss(z, y, kind),
+            lambda z, d, kind=kind, y=y: loss.classification_loss_vjp(z, y, kind, d),
+            (numbers(2, 3),),
+        )
+        for kind, y in zip(loss.PROBLEM_TYPES, (TARGETS, np.asarray([2, 0]), TARGETS), strict=True)
+    },
+    "classification_loss, one class": (
+        lambda z: loss.classification_loss(z, TARGETS[:, 0], loss.REGRESSION),
+        lambda z, d: loss.classification_loss_vjp(z, TARGETS[:, 0], loss.REGRESSION, d),
+        (numbers(2, 1),),
+    ),
+    "span_loss": (lambda z: loss.span_loss(z, *SPANS), lambda z, d: loss.span_loss_vjp(z, *SPANS, d), (numbers(3, 4, 2),)),
     "broadcasting": (lambda x: np.broadcast_to(x, (2, 3, 4)) + 0, lambda x, d: fn.sum_to(d, x.shape), (numbers(3, 1),)),
     "split_heads": (lambda x: at.split_heads(x, 3), lambda x, d: at.join_heads(d), (numbers(2, 4, 6),)),
     "join_heads": (at.join_heads, lambda x, d: at.split_heads(d, 3), (numbers(2, 3, 4, 2),)),
@@ -122,6 +153,23 @@ def test_softmax_and_loss_stand_large_numbers() -> None:
     with np.errstate(all="raise", under="ignore"):
         assert fn.softmax(np.asarray([1e4, 1e4, -1e4])).tolist() == [0.5, 0.5, 0.0]
         assert loss.cross_entropy(np.asarray([[1e4, 0.0]]), np.asarray([1])) == 1e4
+        assert loss.binary_cross_entropy(np.asarray([[1e4, -1e4]]), np.asarray([[0.0, 0.0]])) == 0.5e4
+
+
+def test_losses_by_hand() -> None:
+    even = np.zeros((2, 4, 2))
+    assert loss.span_loss(even, np.asarray([1, 9]), np.asarray([-1, 0])) == pytest.approx(math.log(4), rel=1e-14)
+    assert loss.binary_cross_entropy(np.zeros((2, 3)), TARGETS) == pytest.approx(math.log(2), rel=1e-14)
+    assert loss.mean_squared_error(TARGETS + 2, TARGETS) == 4
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(loss.span_loss(even, np.asarray([9, 9]), np.asarray([1, 1])))
+
+
+def test_labels_say_what_a_classifier_is_for() -> None:
+    three, one = np.zeros((2, 3)), np.zeros((2, 1))
+    assert loss.problem_type_of(one, np.asarray([1, 0])) == "regression"
+    assert loss.problem_type_of(three, np.asarray([1, 0])) == "single_label_classification"
+    assert loss.problem_type_of(three, TARGETS) == "multi_label_classification"
 
 
 def test_attention_on_equal_keys_averages_the_values() -> None:
@@ -159,6 +207,10 @@ def test_a_mask_lets_nobody_look_ahead_or_at_padding() -> None:
 def test_refusals() -> None:
     with pytest.raises(ShapeError, match=r"attention_mask is \(2, 3\), expected .* = \(2, 4\)"):
         at.mask_bias(np.zeros((2, 3, 1)), np.ones((2, 3)), 1, causal=True)
+    with pytest.raises(ShapeError, match=r"labels are \(2, 4\), expected one for each row of the logits: \(2, 6\)"):
+        loss.cross_entropy(np.zeros((2, 6, 5)), LABELS)  # a prompt in front, and labels without it
+    with pytest.raises(ShapeError, match=r"labels are \(2,\), expected the logits' shape \(2, 3\)"):
+        loss.mean_squared_error(np.zeros((2, 3)), np.zeros(2))
     with pytest.raises(ConfigError, match="activation 'mish' is not known"):
         fn.activation("mish")
     with pytest.raises(ConfigError, match="rope_type='yarn'"):

@@ -21,10 +21,19 @@ from peft_ref.graph import Targets, TorchGraph, match  # noqa: E402
 from peft_ref.nn import ARCHITECTURES, ModelGraph, model_of  # noqa: E402
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 17, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 9}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SIZES),
     "llama tied, gelu": ("LlamaForCausalLM", {**SIZES, "tie_word_embeddings": True, "hidden_act": "gelu"}),
     "llama with biases": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2 untied, wide": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 10, "activation_function": "relu"}),
+    "bert": ("BertModel", SIZES),
+    "bert classifier": ("BertForSequenceClassification", {**SIZES, "num_labels": 3, "type_vocab_size": 4}),
+    "bert tokens": ("BertForTokenClassification", {**SIZES, "num_labels": 5, "hidden_act": "gelu_new"}),
+    "bert questions": ("BertForQuestionAnswering", SIZES),
+    "bert masked": ("BertForMaskedLM", SIZES),
+    "bert masked, untied": ("BertForMaskedLM", {**SIZES, "tie_word_embeddings": False, "hidden_act": "relu"}),
 }
 
 
@@ -59,8 +68,14 @@ TARGETS: dict[str, dict[str, Any]] = {
     "PEFT's own for the architecture": {},
     "all linear": {"target_modules": "all-linear"},
     "one layer": {"target_modules": ["q_proj", "c_attn", "query", "q"], "layers_to_transform": [1]},
-    "head and embedding": {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
-    "regex": {"target_modules": r".*\.(0|1)\..*(up_proj|k_proj)", "exclude_modules": [r"layers.0.mlp.up_proj"]},
+    "head and embedding": {
+        "target_modules": ["lm_head", "embed_tokens", "q_proj", "wte", "wpe", "word_embeddings", "qa_outputs", "decoder"]
+    },
+    "names that end alike": {"target_modules": ["dense", "mlp.c_proj", "down_proj"]},
+    "regex": {
+        "target_modules": r".*\.(0|1)\..*(up_proj|k_proj|c_fc|key|intermediate\.dense)",
+        "exclude_modules": [r"layers.0.mlp.up_proj", "h.0.mlp.c_fc", "layer.0.attention.self.key"],
+    },
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.safetensors import serialize
-from peft_ref.nn import Inputs, load
-from tests.nn.tiny import LLAMA, random_net
+from peft_ref.nn import Inputs, load, model_of
+from tests.nn.tiny import LLAMA, MODELS, random_net
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,6 +57,33 @@ def test_old_names_and_what_belongs_to_nobody(tmp_path: Path) -> None:
     net = load(write(tmp_path, tensors)).net
     assert net.weights.keys() == weights().keys()
     np.testing.assert_array_equal(net.weights["model.embed_tokens.weight"], weights()["model.embed_tokens.weight"])
+
+
+def test_a_bert_of_the_first_days_has_gammas_and_betas(tmp_path: Path) -> None:
+    model = MODELS["bert masked"]
+    held = dict(random_net(model).weights)
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): w for n, w in held.items()}
+    assert old.keys() != held.keys()
+    said = {k: getattr(model, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    found = load(write(tmp_path, old, architectures=["BertForMaskedLM"], model_type="bert", **said, max_position_embeddings=9))
+    assert found.model == model
+    for name, w in held.items():
+        np.testing.assert_array_equal(found.net.weights[name], w)
+
+
+def test_what_is_not_built_is_refused() -> None:
+    for architecture, said, message in (
+        ("GPT2LMHeadModel", {"add_cross_attention": True}, "looks at an encoder is not built"),
+        ("GPT2LMHeadModel", {"n_embd": 10}, "n_embd=10 must be a multiple of n_head=12"),
+        ("BertModel", {"is_decoder": True}, "a BERT that is a decoder is not built"),
+        ("BertModel", {"position_embedding_type": "relative_key"}, "'relative_key' is not built"),
+        ("BertModel", {"num_attention_heads": 7}, "multiple of num_attention_heads=7"),
+        ("BertForSequenceClassification", {"problem_type": "guess"}, "problem_type='guess' is not known"),
+        ("BertForQuestionAnswering", {"id2label": {"0": "a", "1": "b", "2": "c"}}, "num_labels=3: an answer has"),
+        ("BertModel", {"hidden_act": "mish"}, "activation 'mish'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            model_of({"architectures": [architecture], **said})
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small random network of ours, without torch."""
+"""Small random networks of ours, without torch, and what to call them with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 
 from peft_ref.methods import METHODS
-from peft_ref.nn import Llama, Model, Net
+from peft_ref.nn import (
+    GPT2,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Blocks,
+    KeyValue,
+    Llama,
+    Model,
+    Net,
+)
 from peft_ref.stack import Adapter
 from tests.required import made
 
@@ -25,7 +37,52 @@ LLAMA = Llama(
     attention_bias=True,
     tie_word_embeddings=True,
 )
-MODELS: Mapping[str, Model] = {"llama": LLAMA}
+_BERT: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 9,
+}
+MODELS: Mapping[str, Blocks] = {
+    "llama": LLAMA,
+    "gpt2": GPT2(vocab_size=11, n_positions=9, n_embd=8, n_layer=2, n_head=4, n_inner=6),
+    "bert": BertModel(**_BERT),
+    "bert classifier": BertForSequenceClassification(**_BERT, num_labels=3),
+    "bert regression": BertForSequenceClassification(**_BERT, num_labels=1),
+    "bert several labels": BertForSequenceClassification(**_BERT, num_labels=3),
+    "bert tokens": BertForTokenClassification(**_BERT, num_labels=3),
+    "bert questions": BertForQuestionAnswering(**_BERT),
+    "bert masked": BertForMaskedLM(**_BERT),
+}
+DECODERS = tuple(name for name, model in MODELS.items() if model.causal)
+ENCODERS = tuple(name for name, model in MODELS.items() if not model.causal)
+
+_RNG = np.random.default_rng(4)
+IDS = _RNG.integers(0, 11, (2, 5))
+MASK = np.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+_EACH = np.where(MASK == 0, -100, _RNG.integers(0, 11, (2, 5)))
+LABELS: Mapping[str, dict[str, Host]] = {
+    "llama": {"labels": _EACH},
+    "gpt2": {"labels": _EACH},
+    "bert masked": {"labels": _EACH},
+    "bert": {},
+    "bert classifier": {"labels": np.asarray([2, 0])},
+    "bert regression": {"labels": np.asarray([0.5, -1.0])},
+    "bert several labels": {"labels": np.asarray([[1.0, 0.0, 1.0], [0.0, 0.5, 0.0]])},
+    "bert tokens": {"labels": np.where(_EACH < 0, _EACH, _EACH % 3)},
+    "bert questions": {"start_positions": np.asarray([1, 9]), "end_positions": np.asarray([3, 2])},
+}
+
+
+def prefix(name: str, length: int = 2) -> tuple[KeyValue, ...] | None:
+    """Keys and values for both layers, where the model takes them: `length` places for two examples."""
+    if not MODELS[name].takes_past:
+        return None
+    groups = LLAMA.num_key_value_heads if name == "llama" else 4
+    rng = np.random.default_rng(6)
+    return tuple(KeyValue(*rng.normal(size=(2, 2, groups, length, 2))) for _ in range(2))
 
 
 def random_net(model: Model, seed: int = 1) -> Net:
@@ -56,8 +113,10 @@ def mapped(net: Net, f: Any) -> Net:
 
 def arrays(gradients: Any) -> dict[str, Any]:
     """Every array of a ModelGradients by a name of its own."""
-    found = {"logits": gradients.output.logits, "loss": gradients.output.loss, "inputs_embeds": gradients.inputs_embeds}
-    found |= {f"cache {n}.{kv}": a for n, both in enumerate(gradients.output.cache) for kv, a in zip("kv", both, strict=True)}
+    output = gradients.output
+    found = {name: getattr(output, name) for name in ("logits", "loss", "hidden", "pooled") if getattr(output, name) is not None}
+    found |= {f"cache {n}.{kv}": a for n, both in enumerate(output.cache or ()) for kv, a in zip("kv", both, strict=True)}
+    found["inputs_embeds"] = gradients.inputs_embeds
     found |= {f"past {n}.{kv}": a for n, both in enumerate(gradients.past or ()) for kv, a in zip("kv", both, strict=True)}
     found |= dict(gradients.net.weights)
     for name, stack in gradients.net.adapters.items():

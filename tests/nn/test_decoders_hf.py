@@ -1,4 +1,4 @@
-"""Llama computes what transformers' does, and its gradients are PEFT's, in float64 to nine digits and more."""
+"""Llama and GPT-2 compute what transformers' do, and their gradients are PEFT's, in float64 to nine digits and more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from peft_ref.nn import Inputs, KeyValue, Net, OutputGradient  # noqa: E402
-from tests.nn.beside_hf import Pair, adapted, all_close, close, float64, live_gradients, our_gradients, pair  # noqa: E402
+from tests.nn.beside_hf import Pair, adapted, all_close, close, float64, live_gradients, our_gradients, pair, to_torch  # noqa: E402
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "pad_token_id": None}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}  # heads of 2 numbers: the least that can turn
@@ -32,7 +32,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 40,  # so that the six waves fit 6.4 to 0.2 times
 }
-CONFIGS: dict[str, dict[str, Any]] = {
+LLAMAS: dict[str, dict[str, Any]] = {
     "grouped": HEADS,
     "tied": {**HEADS, "tie_word_embeddings": True},
     "biases": {**HEADS, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-2},
@@ -40,6 +40,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "linear rope": {"num_attention_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
     "llama3 rope": {"num_attention_heads": 1, "rope_parameters": LLAMA3},
 }
+GPT2 = {"vocab_size": 17, "n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 31, "pad_token_id": None}
+GPT2S: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2 untied": {"tie_word_embeddings": False, "n_inner": 7, "activation_function": "relu", "layer_norm_epsilon": 1e-2},
+    "gpt2 scales": {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu"},
+    "gpt2 no scale": {"scale_attn_weights": False, "reorder_and_upcast_attn": True},
+}
+CONFIGS = [*LLAMAS, *GPT2S]
 PADDING = {
     "none": None,
     "left": [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
@@ -55,7 +63,9 @@ def plain(name: str) -> Pair:
 
 
 def fresh(name: str) -> Pair:
-    return pair(transformers.LlamaForCausalLM, **SIZES, **CONFIGS[name])
+    if name in GPT2S:
+        return pair(transformers.GPT2LMHeadModel, **GPT2, **GPT2S[name])
+    return pair(transformers.LlamaForCausalLM, **SIZES, **LLAMAS[name])
 
 
 def tokens(padding: str = "none", seed: int = 3) -> dict[str, Any]:
@@ -64,10 +74,6 @@ def tokens(padding: str = "none", seed: int = 3) -> dict[str, Any]:
     labels[0, :3] = labels[2, 4] = -100
     mask = PADDING[padding]
     return {"input_ids": ids, "labels": labels} | ({} if mask is None else {"attention_mask": np.asarray(mask)})
-
-
-def to_torch(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.tensor(value) for name, value in given.items()}
 
 
 @pytest.mark.parametrize("padding", PADDING)
@@ -81,8 +87,9 @@ def test_logits_and_loss(name: str, padding: str) -> None:
     close(got.loss, expected.loss, "loss", 1e-12)
 
 
-def test_position_ids_and_a_mask_of_four_axes_are_taken_as_they_are() -> None:
-    both, given = plain("grouped"), tokens()
+@pytest.mark.parametrize("name", ["grouped", "gpt2"])
+def test_position_ids_and_a_mask_of_four_axes_are_taken_as_they_are(name: str) -> None:
+    both, given = plain(name), tokens()
     rng = np.random.default_rng(5)
     given |= {"position_ids": rng.integers(0, 30, (3, 5)), "attention_mask": rng.normal(size=(3, 1, 5, 5))}
     with float64(), torch.no_grad():
@@ -114,6 +121,7 @@ def test_float32_is_near_what_transformers_computes_when_nothing_is_changed() ->
 
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONV1D = ["c_attn", "c_proj", "c_fc"]
 ADAPTERS: dict[str, Any] = {
     "lora": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=EVERY, task_type="CAUSAL_LM"),
     "lora on embedding and head": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj", "lm_head"]),
@@ -123,12 +131,21 @@ ADAPTERS: dict[str, Any] = {
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=[*EVERY, "lm_head"]),
 }
+ON_GPT2: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=CONV1D, fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    "lora on positions": lambda: peft.LoraConfig(r=2, target_modules=["wpe", "wte"]),
+    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=["wpe", "wte", "lm_head", *CONV1D]),
+    "loha on the head": lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["lm_head"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=CONV1D, fan_in_fan_out=True),
+}
+PLACED = [(name, adapter) for name in ("grouped", "tied", "biases") for adapter in ADAPTERS]
+PLACED += [(name, adapter) for name in ("gpt2", "gpt2 untied") for adapter in ON_GPT2]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("name", ["grouped", "tied", "biases"])
+@pytest.mark.parametrize(("name", "adapter"), PLACED)
 def test_every_adapter_gradient(name: str, adapter: str, tmp_path: Path) -> None:
-    both = adapted(fresh(name), ADAPTERS[adapter](), tmp_path)
+    both = adapted(fresh(name), (ON_GPT2 if name in GPT2S else ADAPTERS)[adapter](), tmp_path)
     given = tokens("left")
     with float64():
         expected = both.inner(**to_torch(given))
@@ -146,7 +163,7 @@ def test_gradients_for_every_base_parameter_the_embeddings_and_a_prefix(name: st
     """The output's gradient is given for the logits and for the loss at once."""
     both, given = plain(name), tokens(padding)
     rng = np.random.default_rng(7)
-    groups, d = both.live.config.num_key_value_heads, both.live.config.head_dim
+    groups, d = (3, 4) if name in GPT2S else (both.live.config.num_key_value_heads, both.live.config.head_dim)
     prefix = [rng.normal(size=(3, groups, 2, d)) for _ in range(4)]
     dlogits = rng.normal(size=(3, 5, 17))
     del given["input_ids"]
@@ -175,18 +192,24 @@ def test_gradients_for_every_base_parameter_the_embeddings_and_a_prefix(name: st
     # No token was looked up, so only a tied head asks anything of the table.
     grads = {n: p.grad.numpy() for n, p in both.live.named_parameters() if p.grad is not None}
     all_close(dict(got.net.weights), grads)
-    assert len(grads) == len(net.weights) - (name != "tied")
+    assert len(grads) == len(net.weights) - (not both.net.ties)
 
 
-@pytest.mark.parametrize("name", ["grouped", "tied"])
+@pytest.mark.parametrize("name", ["grouped", "tied", "gpt2", "gpt2 untied"])
 def test_the_gradient_of_the_embedding_table_from_its_tokens(name: str) -> None:
+    """GPT-2 looks its token types up in the same table."""
     both, given = plain(name), tokens("right")
-    net = Net(weights=both.net.weights, layers=both.net.layers, ties=both.net.ties, trainable=frozenset({"model.embed_tokens.weight"}))
+    if name in GPT2S:
+        given["token_type_ids"] = np.random.default_rng(6).integers(0, 17, (3, 5))
+    table = f"{both.model.embedding}.weight"  # type: ignore[attr-defined]
+    net = Net(weights=both.net.weights, layers=both.net.layers, ties=both.net.ties, trainable=frozenset({table}))
     with float64():
         both.live.zero_grad()
-        both.live(**to_torch(given)).loss.backward()
+        expected = both.live(**to_torch(given))
+        expected.loss.backward()
     got = both.model.vjp(net, Inputs(**given), OutputGradient(loss=1.0))
-    all_close(dict(got.net.weights), {"model.embed_tokens.weight": both.live.model.embed_tokens.weight.grad})
+    close(got.output.logits, expected.logits.detach(), "logits", 1e-12)
+    all_close(dict(got.net.weights), {table: both.live.get_input_embeddings().weight.grad})
 
 
 def test_biases_trained_beside_an_adapter(tmp_path: Path) -> None:
@@ -211,7 +234,7 @@ def test_biases_trained_beside_an_adapter(tmp_path: Path) -> None:
     assert len(live) == 4
 
 
-@pytest.mark.parametrize("name", ["grouped", "llama3 rope"])
+@pytest.mark.parametrize("name", ["grouped", "llama3 rope", "gpt2", "gpt2 scales"])
 def test_one_token_after_another_with_a_cache_as_transformers_does(name: str) -> None:
     both, given = plain(name), tokens("left")
     ids, mask = given["input_ids"], given["attention_mask"]

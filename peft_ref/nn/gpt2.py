@@ -1,0 +1,189 @@
+"""GPT-2: a decoder of pre-normalised blocks with learned positions.
+
+    x = wte(ids) + wpe(positions)                      and + wte(token types), where they are given
+    h = x + c_proj(attention(q, k, v))                 q, k, v = c_attn(layer_norm(x)) in three parts
+    y = h + c_proj(f(c_fc(layer_norm(h))))             f is gelu_new
+    logits = lm_head(layer_norm(x))                    lm_head is the table wte itself (tie_word_embeddings)
+
+c_attn, c_proj and c_fc are HF's `Conv1D`: linear maps whose weight is stored (in, out). Scores are scaled by 1 / sqrt(d), and by
+1 / (l + 1) in block l with scale_attn_by_inverse_layer_idx.
+
+Paper   Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+HF      transformers.GPT2LMHeadModel. reorder_and_upcast_attn changes the order of rounding alone: read and not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+from peft_ref.arrays import Array, namespace
+from peft_ref.errors import ConfigError
+from peft_ref.layers import Embedding, Linear
+from peft_ref.nn.attention import KeyValue, append, append_vjp, attention, attention_vjp, join_heads, split_heads
+from peft_ref.nn.blocks import Context, Decoder
+from peft_ref.nn.functions import activation, sum_to
+from peft_ref.nn.model import Output, OutputGradient, Part, known
+from peft_ref.nn.modules import feed_forward, feed_forward_vjp, norm, norm_vjp
+from peft_ref.nn.net import Gradients, Net
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GPT2(Decoder):
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # 4 n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    base_model_prefix: ClassVar[str] = "transformer"
+    embedding: ClassVar[str] = "transformer.wte"
+
+    def __post_init__(self) -> None:
+        activation(self.activation_function)
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GPT2:
+        """From HF's config.json; what it leaves out has GPT2Config's default."""
+        if config.get("add_cross_attention"):
+            raise ConfigError("add_cross_attention=True: a GPT-2 that looks at an encoder is not built here.")
+        return cls(**known(config, cls.__dataclass_fields__))
+
+    def parts(self) -> Mapping[str, Part]:
+        def table(rows: int) -> Part:
+            return Part("Embedding", Embedding(num_embeddings=rows, embedding_dim=self.n_embd))
+
+        parts = {
+            "transformer": Part("GPT2Model"),
+            self.embedding: table(self.vocab_size),
+            "transformer.wpe": table(self.n_positions),
+            "transformer.drop": Part("Dropout"),
+            "transformer.h": Part("ModuleList"),
+        }
+        for name in self.block_names():
+            parts |= {name + inner: part for inner, part in self._block_parts().items()}
+        head = Part("Linear", Linear(in_features=self.n_embd, out_features=self.vocab_size))
+        return {**parts, "transformer.ln_f": self._norm, "lm_head": head}
+
+    def _block_parts(self) -> dict[str, Part]:
+        def conv1d(n_in: int, out: int) -> Part:
+            return Part("Conv1D", Linear(in_features=n_in, out_features=out, transposed=True), bias=True)
+
+        width, inner = self.n_embd, self.n_inner or 4 * self.n_embd
+        return {
+            "": Part("GPT2Block"),
+            ".ln_1": self._norm,
+            ".attn": Part("GPT2Attention"),
+            ".attn.c_attn": conv1d(width, 3 * width),
+            ".attn.c_proj": conv1d(width, width),
+            ".attn.attn_dropout": Part("Dropout"),
+            ".attn.resid_dropout": Part("Dropout"),
+            ".ln_2": self._norm,
+            ".mlp": Part("GPT2MLP"),
+            ".mlp.c_fc": conv1d(width, inner),
+            ".mlp.c_proj": conv1d(inner, width),
+            ".mlp.act": Part(activation(self.activation_function).class_name),
+            ".mlp.dropout": Part("Dropout"),
+        }
+
+    @property
+    def _norm(self) -> Part:
+        return Part("LayerNorm", own={"weight": (self.n_embd,), "bias": (self.n_embd,)})
+
+    def ties(self) -> Mapping[str, str]:
+        return {"lm_head.weight": f"{self.embedding}.weight"} if self.tie_word_embeddings else {}
+
+    @property
+    def output_head(self) -> str:
+        return "lm_head"
+
+    @property
+    def position_count(self) -> int:
+        return self.n_positions
+
+    def block_names(self) -> tuple[str, ...]:
+        return tuple(f"transformer.h.{n}" for n in range(self.n_layer))
+
+    def enter(self, net: Net, x: Array, context: Context) -> Array:
+        x = x + net.apply("transformer.wpe", context.positions)
+        return x if context.token_types is None else x + net.apply(self.embedding, context.token_types)
+
+    def enter_vjp(self, net: Net, x: Array, context: Context, dy: Array) -> tuple[Array, Gradients]:
+        found = net.vjp("transformer.wpe", context.positions, sum_to(dy, (*context.positions.shape, self.n_embd)))[1]
+        if context.token_types is not None:
+            found = found + net.vjp(self.embedding, context.token_types, dy)[1]
+        return dy, found
+
+    def block(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
+        y, kept = self._attend(net, name, self._norm_of(net, f"{name}.ln_1", x), context, past)
+        h = x + y
+        return h + self._mlp(net, name, self._norm_of(net, f"{name}.ln_2", h)), kept
+
+    def block_vjp(
+        self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
+    ) -> tuple[Array, KeyValue | None, Gradients]:
+        n = self._norm_of(net, f"{name}.ln_1", x)
+        h = x + self._attend(net, name, n, context, past)[0]
+        dm, of_mlp = self._mlp_vjp(net, name, self._norm_of(net, f"{name}.ln_2", h), dy)
+        dh, of_m = self._norm_vjp(net, f"{name}.ln_2", h, dm)
+        dh = dy + dh
+        dn, dpast, of_attention = self._attend_vjp(net, name, n, context, past, dh)
+        dx, of_n = self._norm_vjp(net, f"{name}.ln_1", x, dn)
+        return dh + dx, dpast, of_mlp + of_m + of_attention + of_n
+
+    def leave(self, net: Net, x: Array) -> Output:
+        return Output(logits=net.apply("lm_head", self._norm_of(net, "transformer.ln_f", x)))
+
+    def leave_vjp(self, net: Net, x: Array, d: OutputGradient) -> tuple[Array, Gradients]:
+        dn, of_head = net.vjp("lm_head", self._norm_of(net, "transformer.ln_f", x), d.logits)
+        dx, of_norm = self._norm_vjp(net, "transformer.ln_f", x, dn)
+        return dx, of_head + of_norm
+
+    def _norm_of(self, net: Net, name: str, x: Array) -> Array:
+        return norm(net, name, x, self.layer_norm_epsilon)
+
+    def _norm_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+        return norm_vjp(net, name, x, self.layer_norm_epsilon, dy)
+
+    def _mlp(self, net: Net, name: str, x: Array) -> Array:
+        return feed_forward(net, f"{name}.mlp.c_fc", f"{name}.mlp.c_proj", activation(self.activation_function), x)
+
+    def _mlp_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+        return feed_forward_vjp(net, f"{name}.mlp.c_fc", f"{name}.mlp.c_proj", activation(self.activation_function), x, dy)
+
+    def _scale(self, name: str) -> float:
+        scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
+        return scale / (self.block_names().index(name) + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    def _queries_keys_values(self, net: Net, name: str, x: Array) -> tuple[Array, KeyValue]:
+        fused, n = net.apply(f"{name}.attn.c_attn", x), self.n_embd
+        q, k, v = (split_heads(fused[..., i * n : (i + 1) * n], self.n_head) for i in range(3))
+        return q, KeyValue(k, v)
+
+    def _attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
+        q, new = self._queries_keys_values(net, name, x)
+        kv = append(past, new)
+        return net.apply(f"{name}.attn.c_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self._scale(name)))), kv
+
+    def _attend_vjp(
+        self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
+    ) -> tuple[Array, KeyValue | None, Gradients]:
+        q, new = self._queries_keys_values(net, name, x)
+        kv, scale = append(past, new), self._scale(name)
+        y = attention(q, kv.k, kv.v, context.bias, scale)
+        d_joined, of_proj = net.vjp(f"{name}.attn.c_proj", join_heads(y), dy)
+        d = attention_vjp(q, kv.k, kv.v, context.bias, scale, split_heads(d_joined, self.n_head))
+        dpast, dnew = append_vjp(past, new, KeyValue(d.k, d.v))
+        dfused = namespace(x).concat([join_heads(part) for part in (d.q, dnew.k, dnew.v)], axis=-1)
+        dx, of_attn = net.vjp(f"{name}.attn.c_attn", x, dfused)
+        return dx, dpast, of_proj + of_attn
