@@ -114,6 +114,15 @@ class KeyValue(NamedTuple):
         return int(self.k.shape[2])
 
 
+def as_cache(key_values: Array) -> tuple[KeyValue, ...]:
+    """Keys and values in one array (layers, 2, batch, groups, S, d), as `splice.key_values` gives a prefix, layer by layer."""
+    return tuple(KeyValue(key_values[layer, 0, ...], key_values[layer, 1, ...]) for layer in range(key_values.shape[0]))
+
+
+def as_cache_vjp(key_values: Array, d: tuple[KeyValue, ...]) -> Array:
+    return namespace(key_values).stack([namespace(key_values).stack([*of], axis=0) for of in d], axis=0)
+
+
 def append(past: KeyValue | None, new: KeyValue) -> KeyValue:
     """`past` and behind it `new`."""
     if past is None:

@@ -20,6 +20,7 @@ from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.model import Model
 from peft_ref.nn.net import Net
+from peft_ref.nn.t5 import T5
 
 Host = np.ndarray[Any, Any]
 
@@ -28,7 +29,7 @@ class Architecture(Protocol):
     def from_config(self, config: Mapping[str, Any]) -> Model: ...
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Llama}
+ARCHITECTURES: Mapping[str, Architecture] = {"LlamaForCausalLM": Llama, "T5ForConditionalGeneration": T5}
 
 
 class Loaded(NamedTuple):

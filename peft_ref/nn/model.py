@@ -56,6 +56,11 @@ class Inputs:
     token_type_ids: Array | None = None
     labels: Array | None = None  # -100 does not count
     past: Cache | None = None  # a cache, or a prefix: keys and values in front, one per layer
+    # Of an encoder-decoder, whose `past` is the decoder's, and whose mask and ids above are the encoder's:
+    decoder_input_ids: Array | None = None
+    decoder_inputs_embeds: Array | None = None
+    decoder_attention_mask: Array | None = None  # (batch, past + T)
+    cross: Cache | None = None  # what the decoder sees of the encoder: an earlier call's, and no encoder runs
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,6 +68,7 @@ class Output:
     logits: Array
     loss: Array | None = None  # with labels
     cache: Cache | None = None  # the past and the new tokens behind it; give it as `past` of the next call
+    cross: Cache | None = None  # of an encoder-decoder; give it as `cross` of the next call
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,8 +83,10 @@ class OutputGradient:
 class ModelGradients:
     output: Output  # what `forward` returns; it came along
     net: Gradients
-    inputs_embeds: Array  # whether they were given or looked up
+    inputs_embeds: Array | None  # whether they were given or looked up; None where `cross` stood for them
     past: Cache | None = None
+    decoder_inputs_embeds: Array | None = None
+    cross: Cache | None = None  # where it was given
 
 
 class Model(ABC):

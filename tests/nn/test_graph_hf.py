@@ -21,10 +21,14 @@ from peft_ref.graph import Targets, TorchGraph, match  # noqa: E402
 from peft_ref.nn import ARCHITECTURES, ModelGraph, model_of  # noqa: E402
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"vocab_size": 17, "d_model": 12, "d_kv": 5, "d_ff": 10, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SIZES),
     "llama tied, gelu": ("LlamaForCausalLM", {**SIZES, "tie_word_embeddings": True, "hidden_act": "gelu"}),
     "llama with biases": ("LlamaForCausalLM", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "t5": ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 3}),
+    "t5 gated": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5 gated silu": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-silu"}),
 }
 
 
@@ -60,7 +64,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "all linear": {"target_modules": "all-linear"},
     "one layer": {"target_modules": ["q_proj", "c_attn", "query", "q"], "layers_to_transform": [1]},
     "head and embedding": {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
-    "regex": {"target_modules": r".*\.(0|1)\..*(up_proj|k_proj)", "exclude_modules": [r"layers.0.mlp.up_proj"]},
+    "regex": {"target_modules": r".*\.(0|1)\..*(up_proj|k_proj|wi_0|wi|EncDec.*k)", "exclude_modules": [r"layers.0.mlp.up_proj"]},
+    "feed-forward and tables": {"target_modules": ["wo", "gate_proj", "lm_head", "relative_attention_bias", "shared"]},
 }
 
 
