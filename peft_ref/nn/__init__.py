@@ -6,17 +6,20 @@ loss         cross-entropy                                   llama    an archite
 load, graph  a folder of HF's as a model; a model as a graph
 """
 
-from peft_ref.nn.attention import KeyValue
+from peft_ref.nn.attention import KeyValue, as_cache, as_cache_vjp
+from peft_ref.nn.encoder_decoder import EncoderDecoder
 from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.load import ARCHITECTURES, Loaded, load, model_of
 from peft_ref.nn.model import Cache, Decoder, Inputs, Model, ModelGradients, Output, OutputGradient
 from peft_ref.nn.net import Gradients, Net
+from peft_ref.nn.t5 import T5
 
 __all__ = [
     "ARCHITECTURES",
     "Cache",
     "Decoder",
+    "EncoderDecoder",
     "Gradients",
     "Inputs",
     "KeyValue",
@@ -28,6 +31,9 @@ __all__ = [
     "Net",
     "Output",
     "OutputGradient",
+    "T5",
+    "as_cache",
+    "as_cache_vjp",
     "load",
     "model_of",
 ]

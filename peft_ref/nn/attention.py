@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_ref.arrays import Array, device, namespace, to
+from peft_ref.arrays import Array, device, namespace, pad, to
 from peft_ref.errors import ShapeError
 from peft_ref.nn.functions import softmax, softmax_vjp, sum_to
 
@@ -114,13 +114,22 @@ class KeyValue(NamedTuple):
         return int(self.k.shape[2])
 
 
-def as_cache(key_values: Array) -> tuple[KeyValue, ...]:
-    """Keys and values in one array (layers, 2, batch, groups, S, d), as `splice.key_values` gives a prefix, layer by layer."""
-    return tuple(KeyValue(key_values[layer, 0, ...], key_values[layer, 1, ...]) for layer in range(key_values.shape[0]))
+def as_cache(key_values: Array, layers: int) -> tuple[KeyValue, ...]:
+    """Keys and values in one array (layers, 2, batch, groups, S, d), as `splice.key_values` gives a prefix, for the first `layers` layers.
+
+    PEFT makes as many as the encoder of an encoder-decoder has. A decoder of fewer layers leaves the others alone; one of more is an error.
+    """
+    if layers > key_values.shape[0]:
+        raise ShapeError(
+            f"keys and values {tuple(key_values.shape)} are for {key_values.shape[0]} layers, the model has {layers}.\n"
+            "  The first axis is the layers; give the method `num_layers`."
+        )
+    return tuple(KeyValue(key_values[layer, 0, ...], key_values[layer, 1, ...]) for layer in range(layers))
 
 
-def as_cache_vjp(key_values: Array, d: tuple[KeyValue, ...]) -> Array:
-    return namespace(key_values).stack([namespace(key_values).stack([*of], axis=0) for of in d], axis=0)
+def as_cache_vjp(key_values: Array, layers: int, d: tuple[KeyValue, ...]) -> Array:
+    xp = namespace(key_values)
+    return pad(xp.stack([xp.stack([*of], axis=0) for of in d], axis=0), 0, 0, key_values.shape[0] - layers)
 
 
 def append(past: KeyValue | None, new: KeyValue) -> KeyValue:
