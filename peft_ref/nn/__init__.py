@@ -3,6 +3,7 @@
 functions    softmax, norms, activations                     net      the numbers: apply and vjp of a named module
 attention    heads, rotary positions, cache, masks           model    what an architecture states, and what follows
 loss         cross-entropy                                   llama    an architecture
+relative     T5's bias of distances                          encoder_decoder, t5    one with two stacks
 load, graph  a folder of HF's as a model; a model as a graph
 """
 
@@ -17,6 +18,7 @@ from peft_ref.nn.t5 import T5
 
 __all__ = [
     "ARCHITECTURES",
+    "T5",
     "Cache",
     "Decoder",
     "EncoderDecoder",
@@ -31,7 +33,6 @@ __all__ = [
     "Net",
     "Output",
     "OutputGradient",
-    "T5",
     "as_cache",
     "as_cache_vjp",
     "load",

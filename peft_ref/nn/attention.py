@@ -153,7 +153,7 @@ def positions_from(start: int, length: int, like: Array) -> Array:
     return xp.expand_dims(xp.arange(start, start + length, device=None if xp is np else device(like)), axis=0)
 
 
-def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: bool) -> Array:
+def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: bool, what: str = "attention_mask") -> Array:
     """What is added to the scores of the tokens x (batch, T, ...) behind `past` earlier places: 0, or the lowest number where not to look.
 
     attention_mask (batch, past + T) is 0 at padding; one of four axes is taken as it is. With `causal` nobody looks ahead. The tokens'
@@ -170,7 +170,7 @@ def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: 
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (batch, S):
             raise ShapeError(
-                f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, earlier + new tokens) = {(batch, S)}.\n"
+                f"{what} is {tuple(attention_mask.shape)}, expected (batch, earlier + new tokens) = {(batch, S)}.\n"
                 f"  {past} places are in front of the {T} tokens given (a cache or a prefix); they need a mask too."
             )
         seen = seen & xp.reshape(xp.astype(attention_mask, xp.bool), (batch, 1, 1, S))

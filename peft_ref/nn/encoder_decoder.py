@@ -2,7 +2,7 @@
 
     e = embed(ids)                  e = block_l(e; M_e)  for every l of the encoder                          E = leave(e)
     x = embed(decoder ids)          x = block_l(x; M_d, past_l, source_l(E), M)  for every l of the decoder  logits = leave(x)
-    M_e, M_d: the mask and the position bias of a stack's self-attention, one for all its blocks;  M: the encoder's mask, seen from the decoder
+    M_e, M_d: mask and position bias of a stack's self-attention, one for all its blocks;  M: the encoder's mask, seen from the decoder
     loss = cross-entropy of the logits at t and the label at t; without ids of its own the decoder gets the labels, shifted by one place
 
 The decoder reaches the encoder's output only through source_l(E), keys and values. So a cache of them stands for the encoder, and walking
@@ -112,24 +112,27 @@ class EncoderDecoder(Model):
 
     @final
     def _run(self, net: Net, inputs: Inputs) -> _Run:
-        names, encoder = self.block_names(DECODER), None
         if inputs.cross is None:
             encoder = self._stack(net, ENCODER, embed(net, self.encoder_embedding, inputs), inputs.attention_mask)
-            cross = tuple(self.source(net, name, encoder.y) for name in names)
-        elif inputs.input_ids is not None or inputs.inputs_embeds is not None:
-            raise ConfigError("`cross` was given, and inputs of the encoder too.\n  `cross` stands for them: give it alone, or leave it out.")
+            cross = tuple(self.source(net, name, encoder.y) for name in self.block_names(DECODER))
         else:
-            cross = inputs.cross
+            encoder, cross = None, self._for_every_layer("cross", inputs.cross)
+            if inputs.input_ids is not None or inputs.inputs_embeds is not None:
+                raise ConfigError("`cross` was given, and inputs of the encoder too.\n  It stands for them: give one or the other.")
         ids = self._decoder_ids(inputs)
         embedded = embed(net, self.decoder_embedding, Inputs(input_ids=ids, inputs_embeds=inputs.decoder_inputs_embeds))
-        for what, given in (("past", inputs.past or cross), ("cross", cross)):
-            if len(given) != len(names):
-                raise ConfigError(f"{what} has keys and values for {len(given)} layers, the decoder has {len(names)}.")
         seen = mask_bias(join_heads(cross[0].k), inputs.attention_mask, causal=False)
         sources = [Source(kv, seen) for kv in cross]
-        decoder = self._stack(net, DECODER, embedded, inputs.decoder_attention_mask, inputs.past, sources)
+        past = None if inputs.past is None else self._for_every_layer("past", inputs.past)
+        decoder = self._stack(net, DECODER, embedded, inputs.decoder_attention_mask, past, sources)
         loss = None if inputs.labels is None else cross_entropy(decoder.y, inputs.labels)
         return _Run(Output(logits=decoder.y, loss=loss, cache=decoder.cache, cross=cross), encoder, decoder, ids)
+
+    @final
+    def _for_every_layer(self, what: str, given: Cache) -> Cache:
+        if len(given) != (layers := len(self.block_names(DECODER))):
+            raise ConfigError(f"{what} has keys and values for {len(given)} layers, the decoder has {layers}.")
+        return given
 
     @final
     def _decoder_ids(self, inputs: Inputs) -> Array | None:
@@ -148,7 +151,8 @@ class EncoderDecoder(Model):
         names, start = self.block_names(stack), past[0].length if past else 0
         pasts: Sequence[KeyValue | None] = past or (None,) * len(names)
         sources: Sequence[Source | None] = given or (None,) * len(names)
-        bias = mask_bias(embedded, mask, start, causal=stack == DECODER) + self.position_bias(net, stack, embedded, start)
+        what = "decoder_attention_mask" if stack == DECODER else "attention_mask"
+        bias = mask_bias(embedded, mask, start, causal=stack == DECODER, what=what) + self.position_bias(net, stack, embedded, start)
         xs: list[Array] = [embedded]
         cache: list[KeyValue] = []
         for name, before, source in zip(names, pasts, sources, strict=True):

@@ -9,14 +9,13 @@ has all of them for the distance back, and puts keys ahead at distance 0. Of n b
     d >= m       bucket m + i where  m (D / m)^(i / (n - m)) <= d,  the largest such i, but at most n - 1       D the maximal distance
 
 Source  Raffel et al. 2020, arXiv:1910.10683, section 2.1; HF's T5Attention, which takes logarithms in float32. For powers of two that could
-        land on the wrong side; it does not, for any size that a test could find. Here whole numbers are compared, and nothing is rounded.
+        land on the wrong side; the tests find no size where it does. Here whole numbers are compared, and nothing is rounded.
 """
 
 from __future__ import annotations
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.errors import ConfigError
-
 
 
 def edges(n: int, max_distance: int) -> tuple[int, ...]:

@@ -222,7 +222,11 @@ def test_one_token_after_another_with_a_cache_as_transformers_does(name: str) ->
     cross: Any = None
     front = {"input_ids": given["input_ids"]}
     for t in range(T):
-        step = {"decoder_input_ids": ids[:, t : t + 1], "decoder_attention_mask": mask[:, : t + 1], "attention_mask": given["attention_mask"]}
+        step = {
+            "decoder_input_ids": ids[:, t : t + 1],
+            "decoder_attention_mask": mask[:, : t + 1],
+            "attention_mask": given["attention_mask"],
+        }
         with float64(), torch.no_grad():
             expected = both.live(cache=theirs, use_cache=True, input_ids=torch.tensor(given["input_ids"]), **to_torch(step))
             theirs = expected.cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from peft_ref.methods import METHODS
-from peft_ref.nn import Llama, Model, Net
+from peft_ref.nn import T5, Llama, Model, Net
 from peft_ref.stack import Adapter
 from tests.required import made
 
@@ -24,6 +24,20 @@ LLAMA = Llama(
     head_dim=2,
     attention_bias=True,
     tie_word_embeddings=True,
+)
+T5_MODEL = T5(
+    vocab_size=11,
+    d_model=8,
+    d_kv=3,
+    d_ff=6,
+    num_layers=1,
+    num_decoder_layers=2,
+    num_heads=2,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=5,
+    dense_act_fn="gelu_new",
+    is_gated_act=True,
+    decoder_start_token_id=0,
 )
 MODELS: Mapping[str, Model] = {"llama": LLAMA}
 
