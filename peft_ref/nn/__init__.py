@@ -4,10 +4,11 @@ functions    softmax, norms, activations                     net      the number
 attention    heads, rotary positions, cache, masks           model    what an architecture states, and what follows
 loss         the losses of HF's models                       blocks   the same for a row of blocks: decoders and encoders
 modules      norms and feed-forward maps by name             llama, gpt2, bert, bert_heads    architectures
+relative     T5's bias of distances                          encoder_decoder, t5    one with two stacks
 load, graph  a folder of HF's as a model; a model as a graph
 """
 
-from peft_ref.nn.attention import KeyValue
+from peft_ref.nn.attention import KeyValue, as_cache, as_cache_vjp
 from peft_ref.nn.bert_heads import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -16,16 +17,19 @@ from peft_ref.nn.bert_heads import (
     BertModel,
 )
 from peft_ref.nn.blocks import Blocks, Decoder
+from peft_ref.nn.encoder_decoder import EncoderDecoder
 from peft_ref.nn.gpt2 import GPT2
 from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.load import ARCHITECTURES, Loaded, load, model_of
 from peft_ref.nn.model import Cache, Inputs, Model, ModelGradients, Output, OutputGradient
 from peft_ref.nn.net import Gradients, Net
+from peft_ref.nn.t5 import T5
 
 __all__ = [
     "ARCHITECTURES",
     "GPT2",
+    "T5",
     "BertForMaskedLM",
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
@@ -34,6 +38,7 @@ __all__ = [
     "Blocks",
     "Cache",
     "Decoder",
+    "EncoderDecoder",
     "Gradients",
     "Inputs",
     "KeyValue",
@@ -45,6 +50,8 @@ __all__ = [
     "Net",
     "Output",
     "OutputGradient",
+    "as_cache",
+    "as_cache_vjp",
     "load",
     "model_of",
 ]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_ref.arrays import Array, device, namespace, to
+from peft_ref.arrays import Array, device, namespace, pad, to
 from peft_ref.errors import ShapeError
 from peft_ref.nn.functions import softmax, softmax_vjp, sum_to
 
@@ -114,6 +114,24 @@ class KeyValue(NamedTuple):
         return int(self.k.shape[2])
 
 
+def as_cache(key_values: Array, layers: int) -> tuple[KeyValue, ...]:
+    """Keys and values in one array (layers, 2, batch, groups, S, d), as `splice.key_values` gives a prefix, for the first `layers` layers.
+
+    PEFT makes as many as the encoder of an encoder-decoder has. A decoder of fewer layers leaves the others alone; one of more is an error.
+    """
+    if layers > key_values.shape[0]:
+        raise ShapeError(
+            f"keys and values {tuple(key_values.shape)} are for {key_values.shape[0]} layers, the model has {layers}.\n"
+            "  The first axis is the layers; give the method `num_layers`."
+        )
+    return tuple(KeyValue(key_values[layer, 0, ...], key_values[layer, 1, ...]) for layer in range(layers))
+
+
+def as_cache_vjp(key_values: Array, layers: int, d: tuple[KeyValue, ...]) -> Array:
+    xp = namespace(key_values)
+    return pad(xp.stack([xp.stack([*of], axis=0) for of in d], axis=0), 0, 0, key_values.shape[0] - layers)
+
+
 def append(past: KeyValue | None, new: KeyValue) -> KeyValue:
     """`past` and behind it `new`."""
     if past is None:
@@ -135,7 +153,7 @@ def positions_from(start: int, length: int, like: Array) -> Array:
     return xp.expand_dims(xp.arange(start, start + length, device=None if xp is np else device(like)), axis=0)
 
 
-def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: bool) -> Array:
+def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: bool, what: str = "attention_mask") -> Array:
     """What is added to the scores of the tokens x (batch, T, ...) behind `past` earlier places: 0, or the lowest number where not to look.
 
     attention_mask (batch, past + T) is 0 at padding; one of four axes is taken as it is. With `causal` nobody looks ahead. The tokens'
@@ -152,7 +170,7 @@ def mask_bias(x: Array, attention_mask: Array | None, past: int = 0, *, causal: 
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (batch, S):
             raise ShapeError(
-                f"attention_mask is {tuple(attention_mask.shape)}, expected (batch, earlier + new tokens) = {(batch, S)}.\n"
+                f"{what} is {tuple(attention_mask.shape)}, expected (batch, earlier + new tokens) = {(batch, S)}.\n"
                 f"  {past} places are in front of the {T} tokens given (a cache or a prefix); they need a mask too."
             )
         seen = seen & xp.reshape(xp.astype(attention_mask, xp.bool), (batch, 1, 1, S))

@@ -2,13 +2,15 @@
 
 Tensors are read one by one. What the file has beside the model's own parameters is not read, as in HF (old files hold inv_freq); what it
 lacks is an error. A file of the bare base model lacks the prefix ("layers.0..." for "model.layers.0..."), and a file may hold a tied
-parameter under its second name. The first BERTs call a LayerNorm's weight gamma and its bias beta.
+parameter under its second name. A head that the file holds beside the table it is tied to, with other numbers, is not tied, whatever
+config.json says: so transformers 5 reads T5 1.1. The first BERTs call a LayerNorm's weight gamma and its bias beta.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from peft_ref.nn.graph import ModelGraph
 from peft_ref.nn.llama import Llama
 from peft_ref.nn.model import Model
 from peft_ref.nn.net import Net
+from peft_ref.nn.t5 import T5
 
 Host = np.ndarray[Any, Any]
 
@@ -44,6 +47,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "BertModel": BertModel,
     "GPT2LMHeadModel": GPT2,
     "LlamaForCausalLM": Llama,
+    "T5ForConditionalGeneration": T5,
 }
 
 
@@ -70,16 +74,30 @@ def in_working_precision(array: Host) -> Host:
 def load(folder: str | os.PathLike[str], hold: Callable[[Host], Array] = in_working_precision) -> Loaded:
     """The model in `folder`; `hold` makes the array to compute with of what the file has (`lambda a: backend.from_numpy(a, "float32")`)."""
     file = CheckpointGraph(folder)
-    model = model_of(file.config)
+    model = _as_stored(file, model_of(file.config))
     weights = {name: hold(_read(file, model, name, shape)) for name, shape in model.shapes().items()}
     return Loaded(model, model.net(weights), ModelGraph(model=model, weights=weights, model_config=file.config))
 
 
-def _read(file: CheckpointGraph, model: Model, name: str, shape: tuple[int, ...]) -> Host:
-    names = [name, *(second for second, first in model.ties().items() if first == name)]
+def _as_stored(file: CheckpointGraph, model: Model) -> Model:
+    """The model, its head untied where the file has one of its own."""
+    head = f"{model.output_head}.weight"
+    table = model.ties().get(head)
+    found = None if table is None else (_stored(file, model, [head]), _stored(file, model, [table]))
+    if found is None or None in found or not is_dataclass(model):
+        return model
+    apart, shared = (file.weight(name) for name in found if name is not None)
+    return model if np.array_equal(apart, shared) else replace(model, tie_word_embeddings=False)
+
+
+def _stored(file: CheckpointGraph, model: Model, names: Iterable[str]) -> str | None:
+    """The first of the names that the file has, with the prefix or without."""
     stored = [n for full in names for n in (full, full.removeprefix(f"{model.base_model_prefix}."))]
-    stored += [old for n in stored if (old := _before_2019(n)) != n]
-    found = next((n for n in stored if n in file.parameters()), None)
+    return next((n for n in (*stored, *map(_before_2019, stored)) if n in file.parameters()), None)
+
+
+def _read(file: CheckpointGraph, model: Model, name: str, shape: tuple[int, ...]) -> Host:
+    found = _stored(file, model, [name, *(second for second, first in model.ties().items() if first == name)])
     if found is None:
         raise KeyMismatchError(
             f"{file.folder}: no tensor {name!r}, which {type(model).__name__} needs.\n  Is it a whole model of that class?"

@@ -55,6 +55,11 @@ class Inputs:
     start_positions: Array | None = None  # (batch,), the answer's first token in question answering, and its last
     end_positions: Array | None = None
     past: Cache | None = None  # a cache, or a prefix: keys and values in front, one per layer
+    # Of an encoder-decoder, whose `past` is the decoder's, and whose mask and ids above are the encoder's:
+    decoder_input_ids: Array | None = None
+    decoder_inputs_embeds: Array | None = None
+    decoder_attention_mask: Array | None = None  # (batch, past + T)
+    cross: Cache | None = None  # what the decoder sees of the encoder: an earlier call's, and no encoder runs
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,6 +71,7 @@ class Output:
     hidden: Array | None = None  # (batch, T, hidden), HF's last_hidden_state
     pooled: Array | None = None  # (batch, hidden), HF's pooler_output
     cache: Cache | None = None  # the past and the new tokens behind it; give it as `past` of the next call
+    cross: Cache | None = None  # of an encoder-decoder; give it as `cross` of the next call
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,8 +88,10 @@ class OutputGradient:
 class ModelGradients:
     output: Output  # what `forward` returns; it came along
     net: Gradients
-    inputs_embeds: Array  # whether they were given or looked up
+    inputs_embeds: Array | None  # whether they were given or looked up; None where `cross` stood for them
     past: Cache | None = None
+    decoder_inputs_embeds: Array | None = None
+    cross: Cache | None = None  # where it was given
 
 
 class Model(ABC):

@@ -22,6 +22,7 @@ from peft_ref.nn import ARCHITECTURES, ModelGraph, model_of  # noqa: E402
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"vocab_size": 17, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 9}
+T5 = {"vocab_size": 17, "d_model": 12, "d_kv": 5, "d_ff": 10, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SIZES),
     "llama tied, gelu": ("LlamaForCausalLM", {**SIZES, "tie_word_embeddings": True, "hidden_act": "gelu"}),
@@ -34,6 +35,9 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "bert questions": ("BertForQuestionAnswering", SIZES),
     "bert masked": ("BertForMaskedLM", SIZES),
     "bert masked, untied": ("BertForMaskedLM", {**SIZES, "tie_word_embeddings": False, "hidden_act": "relu"}),
+    "t5": ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 3}),
+    "t5 gated": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5 gated silu": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-silu"}),
 }
 
 
@@ -73,9 +77,10 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
     "names that end alike": {"target_modules": ["dense", "mlp.c_proj", "down_proj"]},
     "regex": {
-        "target_modules": r".*\.(0|1)\..*(up_proj|k_proj|c_fc|key|intermediate\.dense)",
+        "target_modules": r".*\.(0|1)\..*(up_proj|k_proj|c_fc|key|intermediate\.dense|wi_0|wi|EncDec.*k)",
         "exclude_modules": [r"layers.0.mlp.up_proj", "h.0.mlp.c_fc", "layer.0.attention.self.key"],
     },
+    "feed-forward and tables": {"target_modules": ["wo", "gate_proj", "lm_head", "relative_attention_bias", "shared", "output.dense", "c_fc"]},
 }
 
 

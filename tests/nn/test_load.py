@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_what_is_not_built_is_refused() -> None:
             model_of({"architectures": [architecture], **said})
 
 
+def test_a_head_with_numbers_of_its_own_is_not_tied_whatever_the_config_says(tmp_path: Path) -> None:
+    tied = weights()
+    copy = tied["model.embed_tokens.weight"]
+    assert load(write(tmp_path, {**tied, "lm_head.weight": copy})).model == LLAMA
+    model, net, graph = load(write(tmp_path, {**tied, "lm_head.weight": 2 * copy}))
+    assert model == replace(LLAMA, tie_word_embeddings=False)
+    assert graph.tied() == {}
+    np.testing.assert_allclose(
+        model.forward(net, Inputs(input_ids=IDS)).logits, 2 * LLAMA.forward(random_net(LLAMA), Inputs(input_ids=IDS)).logits, rtol=1e-12
+    )
+
+
 def test_refusals(tmp_path: Path) -> None:
     tensors = weights()
     with pytest.raises(ConfigError, match=r"architectures \['Nothing'\]"):
@@ -119,3 +132,55 @@ def test_as_transformers_saves_it(tmp_path: Path, shard: str) -> None:
             np.testing.assert_array_equal(net.weights[name], w)
         given = Inputs(input_ids=IDS)
         close(model.forward(net, given).logits, both.model.forward(both.net, given).logits, "logits", 0.0)
+
+
+T5 = {"vocab_size": 17, "d_model": 12, "d_kv": 5, "d_ff": 10, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("said", [True, False])  # what config.json says of tie_word_embeddings: to transformers 5, whether to scale
+@pytest.mark.parametrize("apart", [True, False])
+def test_t5_as_transformers_loads_it(tmp_path: Path, said: bool, apart: bool) -> None:
+    for module in ("torch", "peft", "transformers"):
+        pytest.importorskip(module)
+    import torch
+    import transformers
+
+    from tests.nn.beside_hf import close, float64, pair
+
+    both = pair(transformers.T5ForConditionalGeneration, **T5)
+    own = {"lm_head.weight": np.random.default_rng(5).normal(size=(17, 12))} if apart else {}
+    config = {k: v for k, v in both.graph.config.items() if k not in ("scale_decoder_outputs", "dtype")}  # a config.json of before
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": said}))
+    (tmp_path / "model.safetensors").write_bytes(serialize({**both.net.weights, **own}, {"format": "pt"}))
+    with float64(), torch.no_grad():
+        live = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float64)
+        expected = live(input_ids=torch.tensor(IDS), labels=torch.tensor(IDS))
+    model, net, graph = load(tmp_path)
+    close(model.forward(net, Inputs(input_ids=IDS, labels=IDS)).logits, expected.logits, "logits", 1e-12)
+    # The live model, shown as a graph, goes by its parameters.
+    assert ("lm_head.weight" in graph.tied()) == (live.lm_head.weight is live.shared.weight) == (not apart)
+
+    live.save_pretrained(tmp_path / "again")
+    model, net, _ = load(tmp_path / "again")
+    close(model.forward(net, Inputs(input_ids=IDS, labels=IDS)).logits, expected.logits, "logits after transformers wrote it", 1e-12)
+
+
+@pytest.mark.hf
+def test_t5_in_sixteen_bits_keeps_wo_in_thirty_two(tmp_path: Path) -> None:
+    for module in ("torch", "peft", "transformers"):
+        pytest.importorskip(module)
+    import torch
+    import transformers
+
+    from tests.nn.beside_hf import close, pair
+
+    pair(transformers.T5ForConditionalGeneration, **T5).live.to(torch.float32).save_pretrained(tmp_path)
+    half = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float16)
+    assert {p.dtype for n, p in half.named_parameters() if n.endswith("wo.weight")} == {torch.float32}
+    half.save_pretrained(tmp_path / "half")
+    model, net, _ = load(tmp_path / "half")
+    assert {w.dtype for w in net.weights.values()} == {np.dtype("float32")}
+    with torch.no_grad():
+        expected = half(input_ids=torch.tensor(IDS), labels=torch.tensor(IDS)).logits.float()
+    close(model.forward(net, Inputs(input_ids=IDS, labels=IDS)).logits, expected, "logits", 2e-2)

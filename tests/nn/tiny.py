@@ -11,6 +11,7 @@ import numpy as np
 from peft_ref.methods import METHODS
 from peft_ref.nn import (
     GPT2,
+    T5,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -83,6 +84,22 @@ def prefix(name: str, length: int = 2) -> tuple[KeyValue, ...] | None:
     groups = LLAMA.num_key_value_heads if name == "llama" else 4
     rng = np.random.default_rng(6)
     return tuple(KeyValue(*rng.normal(size=(2, 2, groups, length, 2))) for _ in range(2))
+
+
+T5_MODEL = T5(
+    vocab_size=11,
+    d_model=8,
+    d_kv=3,
+    d_ff=6,
+    num_layers=1,
+    num_decoder_layers=2,
+    num_heads=2,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=5,
+    dense_act_fn="gelu_new",
+    is_gated_act=True,
+    decoder_start_token_id=0,
+)
 
 
 def random_net(model: Model, seed: int = 1) -> Net:
