@@ -73,9 +73,9 @@ TARGETS: dict[str, dict[str, Any]] = {
     "all linear": {"target_modules": "all-linear"},
     "one layer": {"target_modules": ["q_proj", "c_attn", "query", "q"], "layers_to_transform": [1]},
     "head and embedding": {
-        "target_modules": ["lm_head", "embed_tokens", "q_proj", "wte", "wpe", "word_embeddings", "qa_outputs", "decoder"]
+        "target_modules": ["lm_head", "embed_tokens", "q_proj", "wte", "wpe", "word_embeddings", "qa_outputs", "predictions.decoder"]
     },
-    "names that end alike": {"target_modules": ["dense", "mlp.c_proj", "down_proj"]},
+    "names that end alike": {"target_modules": ["dense", "mlp.c_proj", "down_proj", "wo"]},
     "regex": {
         "target_modules": r".*\.(0|1)\..*(up_proj|k_proj|c_fc|key|intermediate\.dense|wi_0|wi|EncDec.*k)",
         "exclude_modules": [r"layers.0.mlp.up_proj", "h.0.mlp.c_fc", "layer.0.attention.self.key"],
