@@ -10,7 +10,7 @@ import pytest
 
 from peft_ref.backend import Backend
 from peft_ref.errors import ConfigError, ShapeError
-from peft_ref.nn import T5, Inputs, KeyValue, ModelGradients, OutputGradient, as_cache, as_cache_vjp, model_of
+from peft_ref.nn import T5, Inputs, KeyValue, ModelGradients, Net, OutputGradient, as_cache, as_cache_vjp, model_of
 from peft_ref.nn.relative import buckets, edges
 from tests.nn.tiny import T5_MODEL, arrays, mapped, random_net, with_every_method
 
@@ -20,6 +20,12 @@ MASK = np.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
 DECODER_MASK = np.asarray([[0, 1, 1, 1], [1, 1, 1, 1]])
 LABELS = np.where(DECODER_MASK == 0, -100, RNG.integers(0, 11, (2, 4)))
 HALF = T5_MODEL.num_heads, T5_MODEL.d_kv
+
+
+def adapted_net() -> Net:
+    """T5 does not scale its scores, and these adapters are large: small norms keep the softmax away from 0 and 1."""
+    net = with_every_method(random_net(T5_MODEL))
+    return replace(net, weights={n: 0.03 * w if n.endswith(".layer_norm.weight") else w for n, w in net.weights.items()})
 
 
 def prefix(length: int = 2) -> tuple[KeyValue, ...]:
@@ -32,7 +38,7 @@ def every(d: ModelGradients) -> dict[str, Any]:
 
 
 def test_in_pieces_with_a_cache_as_in_one_pass() -> None:
-    net = with_every_method(random_net(T5_MODEL))
+    net = adapted_net()
     front = {"input_ids": IDS, "attention_mask": MASK}
     whole = T5_MODEL.forward(net, Inputs(decoder_input_ids=DECODER_IDS, decoder_attention_mask=DECODER_MASK, **front))
     past, cross, pieces = None, None, []
@@ -60,7 +66,7 @@ def test_padding_on_the_left_changes_nothing() -> None:
 @pytest.mark.parametrize("from_cross", [False, True])
 def test_every_gradient_is_the_derivative_of_the_loss(from_cross: bool) -> None:
     """Along one direction through every array that has a gradient, DoRA's detached norm left out."""
-    net = with_every_method(random_net(T5_MODEL))
+    net = adapted_net()
     held = {n: a for n, a in net.adapters.items() if type(a[0].method).__name__ != "DoRA" and n != "shared"}
     free = frozenset(net.weights) - {net.ties.get(f"{n}.weight", f"{n}.weight") for n in held}
     net = replace(net, adapters=held, trainable=free)
@@ -94,7 +100,7 @@ def test_every_gradient_is_the_derivative_of_the_loss(from_cross: bool) -> None:
         there |= {name: moved(getattr(inputs, name), h) for name in ("inputs_embeds", "decoder_inputs_embeds")}
         return float(T5_MODEL.forward(replace(net, weights=weights, adapters=adapters), replace(inputs, **there)).loss)
 
-    h = 2e-4
+    h = 1e-5
     expected = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
     pairs = [(got.inputs_embeds, inputs.inputs_embeds), (got.decoder_inputs_embeds, inputs.decoder_inputs_embeds)]
     for of_cache, cache in ((got.past, inputs.past), (got.cross, inputs.cross)):
@@ -114,7 +120,7 @@ def test_a_zero_gradient_gives_zeros_and_an_argument_is_never_written_into() -> 
         a.setflags(write=False)
         return a
 
-    net = mapped(with_every_method(random_net(T5_MODEL)), locked)
+    net = mapped(adapted_net(), locked)
     inputs = Inputs(input_ids=locked(IDS), attention_mask=locked(MASK), labels=locked(LABELS))
     for what, value in every(T5_MODEL.vjp(net, inputs, OutputGradient())).items():
         if what not in ("logits", "loss") and not what.startswith(("cache", "cross")) and value is not None:
@@ -122,15 +128,14 @@ def test_a_zero_gradient_gives_zeros_and_an_argument_is_never_written_into() -> 
 
 
 def test_a_backend_agrees_with_numpy(backend: Backend) -> None:
-    model, net = T5_MODEL, with_every_method(random_net(T5_MODEL))
+    model, net = T5_MODEL, adapted_net()
     if backend.name == "jax":  # It compiles every operation for every shape: few shapes, and its adapters are tested on layers.
         model = replace(T5_MODEL, d_model=6, num_decoder_layers=1)
         net = random_net(model)
     free = frozenset(net.weights) - {net.ties.get(f"{n}.weight", f"{n}.weight") for n in net.adapters}
     net = replace(net, trainable=free)
     behind = np.concat([np.ones((2, 2), dtype=int), DECODER_MASK], axis=1)
-    ids, mask = (np.concat([a[:, :1], a], axis=1) for a in (IDS, MASK))
-    given = {"input_ids": ids, "attention_mask": mask, "labels": LABELS, "decoder_attention_mask": behind}
+    given = {"input_ids": IDS[:, 1:], "attention_mask": DECODER_MASK, "labels": LABELS, "decoder_attention_mask": behind}
     front = prefix()[: model.num_decoder_layers]
     for dtype in backend.held[:1]:
         unit = np.finfo("float32" if backend.name == "mlx" else dtype).eps  # MLX's exp, sin and cos are right to float32 only
