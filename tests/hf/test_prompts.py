@@ -198,7 +198,7 @@ LIKE = np.zeros(())
 
 
 def test_random_rows_are_standard_normal_and_u_and_v_are_fifty_times_smaller() -> None:
-    method = MultitaskPromptTuning(num_virtual_tokens=40, num_tasks=5, num_ranks=7)
+    method = MultitaskPromptTuning(num_virtual_tokens=4000, num_tasks=50, num_ranks=7)
     made = prompted(method, "CAUSAL_LM")
     theirs = {name: p.detach().numpy() for name, p in made.prompt_encoder["default"].named_parameters()}
     sized = method.sized(made.get_base_model().config.to_dict(), "CAUSAL_LM")

@@ -224,22 +224,22 @@ def on(backend: Backend, case: Case, task: str, dtype: str) -> tuple[dict[str, A
 
 @EVERY
 def test_a_backend_agrees_with_numpy_in_float64_keeps_dtypes_and_writes_into_no_argument(backend: Backend, name: str) -> None:
-    for task, case in zip(("SEQ_2_SEQ_LM", "TOKEN_CLS"), awkward(name) * 2, strict=False):
-        for dtype in dict.fromkeys((backend.held[-1], backend.dtypes[-1])):
-            given, got = on(backend, case, task, dtype)
-            host = {name: backend.to_numpy(value, dtype) for name, value in given.items()}
-            for what, value in sent(case.tensors(), case, task).items():
-                assert_same_bits(host[what], backend.to_numpy(backend.from_numpy(value, dtype), dtype), f"the argument {what}")
-            expected = results(case, task, host)
-            assert got.keys() == expected.keys()
-            for what, want in expected.items():
-                if want.dtype.kind == "f":
-                    assert backend.dtype_of(got[what]) == compute_dtype(dtype), what
-                back = backend.to_numpy(got[what], dtype)
-                assert back.shape == want.shape, what
-                size = max(1.0, float(np.max(np.abs(want), initial=0.0)))
-                allowed = ROUNDINGS * UNIT[compute_dtype(dtype)] * size + (0.0 if dtype in backend.held else UNIT[dtype] * np.abs(want))
-                assert np.all(np.abs(back - want) <= allowed), f"{what} in {dtype}: got {back}, expected {want}"
+    tried = zip(awkward(name) * 2, ("SEQ_2_SEQ_LM", "TOKEN_CLS"), (backend.held[-1], backend.dtypes[-1]), strict=False)
+    for case, task, dtype in tried:
+        given, got = on(backend, case, task, dtype)
+        host = {name: backend.to_numpy(value, dtype) for name, value in given.items()}
+        for what, value in sent(case.tensors(), case, task).items():
+            assert_same_bits(host[what], backend.to_numpy(backend.from_numpy(value, dtype), dtype), f"the argument {what}")
+        expected = results(case, task, host)
+        assert got.keys() == expected.keys()
+        for what, want in expected.items():
+            if want.dtype.kind == "f":
+                assert backend.dtype_of(got[what]) == compute_dtype(dtype), what
+            back = backend.to_numpy(got[what], dtype)
+            assert back.shape == want.shape, what
+            size = max(1.0, float(np.max(np.abs(want), initial=0.0)))
+            allowed = ROUNDINGS * UNIT[compute_dtype(dtype)] * size + (0.0 if dtype in backend.held else UNIT[dtype] * np.abs(want))
+            assert np.all(np.abs(back - want) <= allowed), f"{what} in {dtype}: got {back}, expected {want}"
 
 
 @EVERY
