@@ -20,6 +20,7 @@ from peft_ref.check.tolerance import compare  # noqa: E402
 from peft_ref.methods import PrefixTuning, PTuning  # noqa: E402
 from peft_ref.prompts import EMBEDDING, SAVED, Context, Prompt  # noqa: E402
 from peft_ref.splice import key_values, key_values_vjp  # noqa: E402
+from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 TOLERANCE = 1e-12  # relative to the largest number of the array
@@ -251,6 +252,29 @@ def test_torchs_lstm_stays_within_the_tolerance_of_every_case(dtype: str) -> Non
             assert np.max(tolerance) <= 1e5 * unit * max(1.0, np.max(np.abs(expected.values[key]))), (case.id, key)
         seen += 1
     assert seen >= 8
+
+
+def worked() -> list[Any]:
+    """Every gradient worked out by hand on the two pages, with the page's own values at that place."""
+    found = []
+    for name in ("p_tuning", "prefix_tuning"):
+        for ran in run(METHOD_PAGES[name]):
+            if "grads =" in ran.block.source:
+                found.append(pytest.param(ran.names, id=f"{name}-line{ran.block.line}"))
+    return found
+
+
+@pytest.mark.parametrize("names", worked())
+def test_the_numbers_of_the_pages_are_those_of_hf(names: dict[str, Any]) -> None:
+    method, p, ctx, dy = (names[k] for k in ("method", "p", "ctx", "dy"))
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    encoder = (peft.PrefixEncoder if method.place == "cache" else peft.PromptEncoder)(getattr(peft, CONFIGS[method.peft_type])(**fields))
+    encoder.load_state_dict({k: torch.tensor(v) for k, v in p.items()})
+    out = encoder(torch.arange(method.table_shape[0])[None])
+    close(method.prompt(p, ctx), out)
+    out.backward(torch.tensor(dy))
+    for key, parameter in encoder.named_parameters():
+        close(names["grads"][key], parameter.grad)
 
 
 @pytest.mark.parametrize("cls", [PrefixTuning, PTuning])
