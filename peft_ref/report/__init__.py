@@ -190,7 +190,7 @@ def arrays(case: Mapping[str, Any]) -> Iterator[tuple[str, NDArray]]:
         given += [(f"{where}dropout mask", adapter["dropout"]["mask"])] if adapter.get("dropout") else []
     given += [("x", case.get("x")), ("dy", case.get("dy"))]
     given += [("merged W", merged.get("weight")), ("merged b", merged.get("bias"))]
-    given += list(_of_modules(case.get("parameters") or {}, ""))
+    given += [(f"{module}.{key}", value) for module, own in (case.get("parameters") or {}).items() for key, value in own.items()]
     for step in case.get("steps") or ():
         given += [
             *_of_modules(step["parameters"], f"step {step['step']} "),
@@ -202,7 +202,7 @@ def arrays(case: Mapping[str, Any]) -> Iterator[tuple[str, NDArray]]:
 
 
 def _of_modules(modules: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    """Of a training everything that is not zero."""
+    """Of the steps of a training everything that is not zero."""
     for module, tensors in modules.items():
         yield from ((f"{where}{module}.{key}", value) for key, value in tensors.items() if np.any(decode(value)))
 
@@ -212,7 +212,7 @@ def settings(case: Mapping[str, Any]) -> list[str]:
     adapters = case.get("adapters") or []
     asked = {"allocate": SCHEDULE, "aux_loss": ("orth_reg_weight",)}.get(str(case.get("operation")), ())
     out = [f"{k}={case['adapter_config'][k]}" for k in asked]
-    out += ["all else zero"] if asked else []
+    out += ["all else zero"] if case.get("steps") else []
     for i, adapter in enumerate(adapters):
         where = f"{i}." if len(adapters) > 1 else ""
         out += [f"{where}{k}={v}" for k, v in adapter["config"].items() if k in HYPERPARAMETERS and v is not False]

@@ -294,9 +294,10 @@ def test_a_training_shrinks_to_its_first_wrong_step_and_a_handful_of_ones(name: 
     assert found.got != found.want
     assert to_json(wrong[0])["adapter_config"] == found.case["adapter_config"]
     told = one_line(found)
-    assert "all else zero" in told
-    assert "layers.0" in example(found)
+    assert "layers." in told
+    assert "<b>" in example(found)
     if steps:
+        assert "all else zero" in told
         assert f"step {found.case['steps'][-1]['step']} " in told
         assert f"steps.{found.case['steps'][-1]['step']}." in told
 
