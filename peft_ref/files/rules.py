@@ -10,7 +10,7 @@ is left of it:
     mica                   holds B constant in training, which is another gradient: refused
 
 PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
-What PEFT and this accept otherwise is the table in tests/files/test_config_space.py.
+What PEFT and this accept otherwise is a table in tests/files/test_config_space.py, and in test_prompt_space.py.
 """
 
 from __future__ import annotations

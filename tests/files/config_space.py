@@ -6,9 +6,19 @@ other kinds of value, values out of range, words that contradict each other, nam
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Difference(NamedTuple):
+    """What somebody refuses alone."""
+
+    who: str  # "we" or "PEFT"
+    message: str  # a regex
+    why: str
+
 
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
@@ -105,3 +115,11 @@ def looked_at_by_none() -> list[dict[str, Any]]:
     odd = {**nowhere, "r": 3, "init_lora_weights": "orthogonal"}
     full = {**STARTS["LORA"], "target_modules": ["layers.0.q"], "layers_to_transform": ["0"]}
     return [*({**nowhere, word: value} for word, value in values.items()), odd, full]
+
+
+def explained(differences: tuple[Difference, ...], data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:
+    """The row that says why one refuses and the other does not."""
+    who, refusal = ("we", we_say) if isinstance(we_say, str) else ("PEFT", peft_says)
+    rows = [d for d in differences if d.who == who and re.search(d.message, refusal)]
+    assert rows, f"{data}\n  PEFT: {peft_says}\n  we:   {we_say}"
+    return rows[0]

@@ -7,11 +7,10 @@ targets on that model, and checking each layer. Where the two differ on purpose,
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ pytest.importorskip("transformers")
 from peft_ref.errors import PeftRefError  # noqa: E402
 from peft_ref.files.config import flatten, from_dict, parse, render  # noqa: E402
 from peft_ref.graph import TorchGraph, match  # noqa: E402
-from tests.files.config_space import STARTS, every_single_change, looked_at_by_none, random_config  # noqa: E402
+from tests.files.config_space import STARTS, Difference, every_single_change, explained, looked_at_by_none, random_config  # noqa: E402
 from tests.files.peft_models import Net, layer_of, tuned  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -37,13 +36,7 @@ class Model(Net):
     def _prepare_encoder_decoder_kwargs_for_generation(self) -> None: ...
 
 
-class Difference(NamedTuple):
-    who: str
-    message: str
-    why: str
-
-
-# What somebody refuses alone: "we" or "PEFT"; the message, a regex; why. spec/configs.md tells it to readers.
+# spec/configs.md tells it to readers.
 UNSEEN = "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same"
 DIFFERENCES = (
     Difference(
@@ -110,13 +103,6 @@ def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     return bool(same and (kind != "LORA" or bool(module.use_dora["default"]) == (type(method).__name__ == "DoRA")))
 
 
-def explained(data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:
-    who, refusal = ("we", we_say) if isinstance(we_say, str) else ("PEFT", peft_says)
-    rows = [d for d in DIFFERENCES if d.who == who and re.search(d.message, refusal)]
-    assert rows, f"{data}\n  PEFT: {peft_says}\n  we:   {we_say}"
-    return rows[0]
-
-
 def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -> None:
     rng = np.random.default_rng(17)
     configs = [*every_single_change(), *looked_at_by_none(), *(random_config(rng) for _ in range(RANDOM))]
@@ -125,7 +111,7 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -
     for data in configs:
         peft_says, we_say = theirs(data, base), ours(data, base)
         if isinstance(peft_says, str) != isinstance(we_say, str):
-            used.add(explained(data, peft_says, we_say))
+            used.add(explained(DIFFERENCES, data, peft_says, we_say))
         elif isinstance(we_say, dict):
             assert list(peft_says) == list(we_say), data
             for name, method in we_say.items():

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from peft_ref.errors import PeftRefError  # noqa: E402
 from peft_ref.files.config import flatten, from_dict, parse, render  # noqa: E402
 from peft_ref.files.safetensors import open_file, serialize  # noqa: E402
 from peft_ref.prompts import Prompt, Sources  # noqa: E402
+from tests.files.config_space import Difference, explained  # noqa: E402
 from tests.files.prompt_models import base  # noqa: E402
 from tests.files.prompt_space import PICKLED, SOURCE, STARTS, TOKENIZER, every_single_prompt_change, random_prompt_config  # noqa: E402
 
@@ -36,13 +36,7 @@ WORDS = {"[UNK]": 0, "say": 1, "it": 2}
 LIKE = np.zeros(0, dtype=np.float32)
 
 
-class Difference(NamedTuple):
-    who: str
-    message: str
-    why: str
-
-
-# What somebody refuses alone: "we" or "PEFT"; the message, a regex; why. spec/configs.md tells it to readers.
+# spec/configs.md tells it to readers.
 UNSEEN = "PEFT checks a value when an encoder asks for it, and here none did; a file is wrong all the same"
 ENCODER = r"encoder_(hidden_size|num_layers|dropout|reparameterization_type)"
 DIFFERENCES = (
@@ -130,13 +124,6 @@ def _read(path: str) -> dict[str, Any]:
     return {key: file.read(key) for key in file.entries}
 
 
-def explained(data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:
-    who, refusal = ("we", we_say) if isinstance(we_say, str) else ("PEFT", peft_says)
-    rows = [d for d in DIFFERENCES if d.who == who and re.search(d.message, refusal)]
-    assert rows, f"{data}\n  PEFT: {peft_says}\n  we:   {we_say}"
-    return rows[0]
-
-
 def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(folder: Path) -> None:
     rng = np.random.default_rng(17)
     outcomes: Counter[tuple[str, str, bool]] = Counter()
@@ -145,7 +132,7 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(folder: Path
     for data in configs:
         peft_says, we_say = theirs(data), ours(data)
         if isinstance(peft_says, str) != isinstance(we_say, str):
-            used.add(explained(data, peft_says, we_say))
+            used.add(explained(DIFFERENCES, data, peft_says, we_say))
         elif isinstance(we_say, dict):
             assert peft_says == we_say, data
         outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
