@@ -58,7 +58,7 @@ class HonestPrompt:
     def __init__(self, case: Case, a: Arithmetic) -> None:
         self.case, self.a, self.config = case, a, case.adapters[0].config
         self.t = {name: a.array(value) for name, value in case.adapters[0].tensors.items()}
-        self.E = self.t.get("embedding.weight")
+        self.E: Host = self.t.get("embedding.weight")
 
     def answer(self) -> Answer:
         operation = self.case.operation
