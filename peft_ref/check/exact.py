@@ -38,6 +38,10 @@ TANH_DEPTH = 15
 Scalar: TypeAlias = "Exact | int | float | np.generic"
 
 
+class Undecided(ArithmeticError):
+    """The right answer hangs on a comparison that an honest computation may decide either way."""
+
+
 class Exact:
     """A dyadic number with its error bound in a format of `p` significant bits; see the module."""
 
@@ -198,7 +202,13 @@ class Exact:
         return float(self - other) < 0
 
     def __gt__(self, other: Scalar) -> bool:
-        return float(self - other) > 0
+        """Raises `Undecided` where a plain number is nearer than an honest computation may be off: relu would be on either side."""
+        away = self - other
+        if not isinstance(other, Exact) and self.k + self.err > 0:
+            reach = ((self.k + 2) * self.gauge + self.err) * 2.0**-self.p
+            if abs(float(away)) <= reach:
+                raise Undecided(f"{self!r} may be on either side of {other!r}")
+        return float(away) > 0
 
     def __hash__(self) -> int:
         return hash(self.fraction)

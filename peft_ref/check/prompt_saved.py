@@ -19,12 +19,12 @@ from peft_ref.prompts import EMBEDDING, SAVED, Context, TablePrompt
 Named: TypeAlias = dict[str, tuple[str, Mapping[str, NDArray]]]
 
 
-def _read(question: Mapping[str, Any]) -> dict[str, NDArray]:
-    return {name: np.asarray(decode(value), dtype=np.float64) for name, value in question["tensors"].items()}
+def _read(tensors: Mapping[str, Any]) -> dict[str, NDArray]:
+    return {name: np.asarray(decode(value), dtype=np.float64) for name, value in tensors.items()}
 
 
 def right_saved(case: Case) -> dict[str, Any]:
-    saved = build_prompt(case.method, case.question["adapter_config"]).saved(_read(case.question))
+    saved = build_prompt(case.method, case.question["adapter_config"]).saved(_read(case.question["tensors"]))
     return {"tensors": {key: encode(value) for key, value in saved.items()}}
 
 
@@ -32,8 +32,7 @@ def grade_saved(case: Case, answer: Mapping[str, Any]) -> str:
     got = answer.get("tensors")
     if not isinstance(got, Mapping):
         return 'the answer must hold "tensors", an object of arrays under their keys'
-    saved = {key: decode(value) for key, value in got.items()}
-    right = {key: decode(value) for key, value in right_saved(case)["tensors"].items()}
+    saved, right = _read(got), _read(right_saved(case)["tensors"])
     if _equal(right, saved):
         return ""
     for name, (sentence, wrong) in saved_mistakes(case).items():
@@ -54,7 +53,7 @@ def _equal(want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
 
 def saved_mistakes(case: Case) -> Named:
     """By name, a sentence and what a port that makes the mistake saves; only where it is something else than the right tensors."""
-    adapter, given = case.question["adapter_name"], _read(case.question)
+    adapter, given = case.question["adapter_name"], _read(case.question["tensors"])
     method = build_prompt(case.method, case.question["adapter_config"])
     right = dict(method.saved(given))
     encoder = {name: value for name, value in given.items() if name not in (EMBEDDING, *right)}

@@ -1,14 +1,14 @@
 """The smallest question on which a port is still wrong, found by asking it: dimensions first, then numbers.
 
 Hypothesis searches, from the smallest shapes upwards, through the port's own process; it shrinks what it finds towards zeros and ones.
-A convolution keeps its shape and loses its numbers, and a training its last steps and its numbers.
+A convolution keeps its shape and loses its numbers, and so does a prompt; a training loses its last steps too.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from peft_ref.check.case import (
-    LAYER_OPERATIONS,
+    ARRAY_OPERATIONS,
     TRAINING_OPERATIONS,
     Answer,
     Case,
@@ -41,7 +41,7 @@ SIDES, RANKS, ROWS = (1, 2, 3), (1, 2, 4), (1, 2)
 
 def smallest(port: Port, cases: Sequence[Case], dtype: str, seconds: float = SECONDS) -> Counterexample | None:
     """A smallest wrong case like the first of `cases` that is about arrays, found within `seconds`, or None."""
-    case = next((c for c in cases if c.operation in (*LAYER_OPERATIONS, *TRAINING_OPERATIONS)), None)
+    case = next((c for c in cases if c.operation in ARRAY_OPERATIONS), None)
     if case is None:
         return None
     asker = _Asker(port, dtype, time.monotonic() + seconds)
@@ -232,7 +232,7 @@ def _numbers(case: Case) -> str:
     if case.operation in TRAINING_OPERATIONS:
         asked = map_arrays(encode, {k: v for k, v in case.question.items() if k != "adapter_config"})
         return json.dumps(asked).replace(".0", "").replace(" ", "")
-    parts = [f"W={_short(case.weight)}"]
+    parts = [] if case.weight is None else [f"W={_short(case.weight)}"]
     parts += [] if case.bias is None else [f"b={_short(case.bias)}"]
     for a in case.adapters:
         parts += [f"{k}={_short(v)}" for k, v in a.tensors.items()]
@@ -242,7 +242,15 @@ def _numbers(case: Case) -> str:
     for name in ("x", "dy", "merged_weight", "merged_bias"):
         value = getattr(case, name)
         parts += [] if value is None else [f"{name}={_short(value)}"]
-    return " ".join(parts)
+    return " ".join([*parts, *_asked(case.question)])
+
+
+def _asked(question: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in question.items():
+        if isinstance(value, Mapping):
+            yield from _asked(value)
+        else:
+            yield f"{name}={_short(value) if isinstance(value, np.ndarray) else value}"
 
 
 def _short(array: NDArray | None) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_ref.check.case import ARRAY_OPERATIONS, Case
 from peft_ref.check.corpus import corpus
-from peft_ref.check.exact import Exact, as_exact, exact_array
+from peft_ref.check.exact import Exact, Undecided, as_exact, exact_array
 from peft_ref.check.oracle import exact_answer, pose, right_answer
 from peft_ref.check.tolerance import PRECISION, compare, expect
 from tests.check.honest.arithmetic import DTYPES, ORDERS, Arithmetic
@@ -72,6 +72,20 @@ def test_the_root_of_a_square_is_its_size(a: float) -> None:
 def test_a_root_squares_back_to_two_hundred_bits(a: float) -> None:
     root = of(a).sqrt().fraction
     assert abs(root * root - Fraction(a)) <= Fraction(a) * LEFT_OVER
+
+
+def test_what_hangs_on_a_rounded_number_near_a_plain_one_is_undecided() -> None:
+    third = of(1.0, 8) / of(3.0, 8)
+    assert third > 0.25
+    assert not third > 0.375
+    near = third - of(0.33203125, 8)
+    for number in (0, 0.0):
+        with pytest.raises(Undecided):
+            _ = near > number
+    assert (of(1.0, 53) / of(3.0, 53) - of(0.33203125, 53)) > 0  # enough bits decide it
+    assert not of(0.0) > 0  # nothing was rounded
+    assert not (of(1.5) - of(1.5)) > 0
+    assert near > near - of(1.0, 8)  # two of these numbers are compared by their values
 
 
 def test_zero_has_a_root_and_negative_numbers_have_none() -> None:

@@ -159,6 +159,36 @@ def test_a_convolution_keeps_its_shape_and_loses_its_numbers() -> None:
     assert found.round_trips < 3000
 
 
+def doubled(name: str) -> Callable[[Case], Answer]:
+    """One array of the answer twice as large."""
+    return lambda case: {k: 2 * v if k == name else v for k, v in answer(case).items()}
+
+
+def test_a_prompt_keeps_its_shape_and_loses_its_numbers() -> None:
+    found = searched(FunctionPort(doubled("0.prefix_task_cols"), "float32"), "multitask_prompt_tuning.plain.prompt_backward", "float32")
+    assert found is not None
+    case = from_json(found.case)
+    tensors = case.adapters[0].tensors
+    assert case.dy is not None
+    left = [np.count_nonzero(v) for v in (tensors["embedding.weight"], tensors["prefix_task_rows"], case.dy)]
+    assert left == [1, 1, 1]
+    assert not np.any(tensors["prefix_task_cols"])
+    assert {v for array in (case.dy, *tensors.values()) for v in np.unique(array)} == {0.0, 1.0}
+    assert "task_ids=" in found.text
+
+
+def test_a_prompt_put_before_its_inputs_loses_all_numbers_that_are_not_wrong() -> None:
+    """Masks and labels are whole numbers and stay; of the floating point numbers one is enough."""
+    asked = CASES["prefix_tuning.splice-causal.splice"]
+    found = searched(FunctionPort(doubled("past_key_values"), "float64"), asked.id, "float64")
+    assert found is not None
+    question = from_json(found.case).question
+    assert np.count_nonzero(question["prompt"]) == 1
+    assert not np.any(question["inputs"]["embeddings"])
+    np.testing.assert_array_equal(question["inputs"]["labels"], asked.question["inputs"]["labels"])
+    assert "prompt=" in found.text
+
+
 RIGHT = (
     "lora.linear.plain.forward",
     "lora.embedding.plain.backward",
@@ -168,6 +198,8 @@ RIGHT = (
     "dora.linear.plain.backward",
     "dora.linear.two-adapters.unmerge",
     "dora.linear.dropout.forward",
+    "p_tuning.mlp.prompt_backward",
+    "prefix_tuning.splice-causal.splice",
 )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
+from peft_ref.check.prompting import make_prompt_case
 from peft_ref.check.variants import LAYERS, NUMBERS, make_case
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Embedding, Layer, Linear
@@ -21,6 +22,8 @@ def random_cases(seed: int, count: int, largest: int = 14) -> list[Case]:
 
 
 def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[Case]:
+    if name in METHODS.prompts:
+        return _prompts(name, label, rng)
     variants = SUITES[name].variants
     variant = variants[int(rng.integers(len(variants)))]
     layer_name = variant.layers[int(rng.integers(len(variant.layers)))]
@@ -39,6 +42,14 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
         other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
         cases.append(make_case(name, other, layer_name, layer, methods, operation))
     return cases
+
+
+def _prompts(name: str, label: str, rng: np.random.Generator) -> list[Case]:
+    """Splicing copies numbers, whatever they are: only what is computed is asked. Sizes hang together, so they stay."""
+    variants = [v for v in SUITES[name].prompts if v.operations != ("splice",)]
+    variant = variants[int(rng.integers(len(variants)))]
+    other = replace(variant, name=f"{variant.name}-{label}", numbers=str(rng.choice(sorted(NUMBERS))))
+    return [make_prompt_case(name, other, operation) for operation in variant.operations]
 
 
 def _resized(layer: Layer, rng: np.random.Generator, largest: int) -> Layer:

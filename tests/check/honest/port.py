@@ -13,10 +13,10 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from peft_ref.check.case import LAYER_OPERATIONS, TRAINING_OPERATIONS, Answer, Case
+from peft_ref.check.case import ARRAY_OPERATIONS, LAYER_OPERATIONS, PROMPT_OPERATIONS, Answer, Case
 from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
-from tests.check.honest import training
+from tests.check.honest import prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
@@ -33,11 +33,14 @@ class HonestPort(Port):
         return PortInfo(name=f"honest in {self._dtype}, seed {self._seed}", dtype=self._dtype)
 
     def ask(self, case: Case) -> Reply:
-        if case.method == "frozen" or case.operation not in (*LAYER_OPERATIONS, *TRAINING_OPERATIONS):
+        if case.method == "frozen" or case.operation not in ARRAY_OPERATIONS:
             return Skipped("no adapter's arithmetic: nothing to be honest about")
         rng = np.random.default_rng([zlib.crc32(case.id.encode()), self._seed])
         a = Arithmetic(self._dtype, rng, self._order)
-        out = Honest(case, a).answer() if case.operation in LAYER_OPERATIONS else training.answer(case, a)
+        if case.operation in LAYER_OPERATIONS:
+            out = Honest(case, a).answer()
+        else:
+            out = (prompts if case.operation in PROMPT_OPERATIONS else training).answer(case, a)
         return Answered({name: value.astype(np.float64) for name, value in out.items()})
 
     def forget(self) -> None:
