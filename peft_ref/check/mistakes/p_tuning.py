@@ -43,6 +43,15 @@ VARIANTS = (
         operations=GRADIENT,
         dropout=True,
     ),
+    # One row, walked in both directions alike; p = 1/2, which is 1 - p.
+    PromptVariant(
+        name="lstm-one-row",
+        clause="PTUNING-C5",
+        config={**LSTM, "num_virtual_tokens": 1, "encoder_num_layers": 1},
+        operations=GRADIENT,
+        batch=1,
+    ),
+    PromptVariant(name="lstm-half", clause="PTUNING-C10", config={**LSTM, "encoder_dropout": 0.5}, operations=("prompt",), dropout=True),
     PromptVariant(name="inference", clause="PTUNING-C12", config={**MLP, "inference_mode": True}),
     *splice_variants(MLP, "PROMPTTUNING-C6"),
 )

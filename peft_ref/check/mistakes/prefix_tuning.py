@@ -31,6 +31,14 @@ VARIANTS = (
     ),
     PromptVariant(name="projected", clause="PREFIXTUNING-C2", config=PROJECTED),
     PromptVariant(name="inference", clause="PREFIXTUNING-C3", config={**PROJECTED, "inference_mode": True}),
+    # One token, one head, one example: what mixes them up does not show.
+    PromptVariant(
+        name="one-of-each",
+        clause="PREFIXTUNING-C4",
+        config={**PLAIN, "num_virtual_tokens": 1, "num_attention_heads": 1, "num_layers": 3},
+        operations=("prompt", "prompt_backward"),
+        batch=1,
+    ),
     *splice_variants(PLAIN, "PREFIXTUNING-C11"),
 )
 
