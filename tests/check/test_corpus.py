@@ -279,12 +279,10 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    few_terms = {"multitask_prompt_tuning", "prompt_tuning"}  # no more than a narrow format rounds
-    for name in set(METHODS) - {"adalora", "dora"} - few_terms:  # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5
-        kinds = Counter(expected_answer(c, "float32").exact for c in ARRAYS if c.method == name)
-        assert kinds[True] > kinds[False] > 0, name
-    for name in few_terms:
-        kinds = Counter(expected_answer(c, "bfloat16").exact for c in ARRAYS if c.method == name)
+    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; prompt tuning only adds a few gradients up.
+    for name in set(METHODS) - {"adalora", "dora", "prompt_tuning"}:
+        narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
+        kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name
 
 
