@@ -22,6 +22,7 @@ from peft import (
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
     PromptTuningConfig,
     get_peft_model_state_dict,
 )
@@ -234,7 +235,10 @@ def wrapped(
     about: PretrainedConfig | None = None,
 ) -> Any:
     """PEFT's model for a task, or for none, around a recorder."""
-    own: Any = CONFIGS[method](task_type=task, **{k: v for k, v in given.items() if k != "peft_type"})
+    options = {k: v for k, v in given.items() if k != "peft_type"}
+    if "encoder_reparameterization_type" in options:  # of a text it asks for its `value` where it warns of encoder_num_layers, and raises
+        options["encoder_reparameterization_type"] = PromptEncoderReparameterizationType(options["encoder_reparameterization_type"])
+    own: Any = CONFIGS[method](task_type=task, **options)
     words = torch.zeros(VOCABULARY, own.token_dim or 1, dtype=dtype) if words is None else words
     about = about or PretrainedConfig(vocab_size=len(words))
     base = Recorder(about, words)
