@@ -110,8 +110,8 @@ def _forget_more(key: str, v: NDArray, config: Any) -> NDArray:
 
 def _other_masks(change: Callable[[list[NDArray]], list[NDArray]]) -> Replay:
     def changed(case: Case) -> Case | None:
-        masks = case.question.get("dropout", ())
-        if not len(masks):
+        masks = case.question.get("dropout")
+        if masks is None:
             return None
         wrong = change(list(masks))
         if len(wrong) == len(masks) and all(np.array_equal(a, b) for a, b in zip(wrong, masks, strict=True)):
@@ -125,7 +125,7 @@ def _other_rate(rate: Callable[[float], float]) -> Replay:
     """The masks' factors made of another probability."""
 
     def changed(case: Case) -> Case | None:
-        if not len(case.question.get("dropout", ())):
+        if "dropout" not in case.question:
             return None
         return with_config(case, lambda config: {**config, "encoder_dropout": rate(config["encoder_dropout"])})
 

@@ -172,7 +172,12 @@ def test_every_answer_is_numbers_that_differ() -> None:
 
 
 def _alike_on_purpose(case: Case, name: str) -> bool:
-    """A loss is one number, the penalty gives E nothing, an orthonormal factor has no gradient, and of a module all E may be pruned."""
+    """A loss is one number, the penalty gives E nothing, an orthonormal factor has no gradient, and of a module all E may be pruned.
+
+    Before its only row an LSTM has no output, so what is multiplied by it has no gradient.
+    """
+    if ".lstm-one-row." in case.id:
+        return "weight_hh" in name
     if case.operation == "aux_loss":
         return name == "loss" or name.endswith("lora_E") or ".orthogonal." in case.id
     return case.operation == "allocate" and name.startswith("steps.") and name.endswith("lora_E")
@@ -255,7 +260,8 @@ def test_every_prompt_is_asked_every_operation_and_spliced_into_every_task() -> 
 def test_the_sizes_of_a_prompt_differ_and_none_is_one() -> None:
     for case in ARRAYS:
         for name, v in case.adapters[0].tensors.items() if case.operation in PROMPT_OPERATIONS else ():
-            assert 1 not in v.shape, (case.id, name)
+            if not any(variant in case.id for variant in (".lstm-one-row.", ".one-of-each.")):  # one is what they are about
+                assert 1 not in v.shape, (case.id, name)
             assert v.ndim < 2 or len(set(v.shape)) == v.ndim or "lstm" in name or "mlp_head" in name, (case.id, name)
 
 
