@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from peft_ref.arrays import Array, device, namespace
+from peft_ref.files.safetensors import RawTensor
 from peft_ref.graph.mapping import dtype_name
 
 HALF = ("F16", "BF16")
@@ -34,6 +35,17 @@ def brought(tensor: Any, like: Array) -> Array:
         array = array.astype(np.float64 if dtype_name(like.dtype) == "F64" else np.float32, copy=False)
     xp = namespace(like)
     return array if xp is np else xp.asarray(array, device=device(like))
+
+
+def to_file(x: Any) -> Any:
+    """An array as NumPy's, for a file; what a file brought that NumPy has no dtype for stays as it is."""
+    if isinstance(x, np.ndarray | RawTensor):
+        return x
+    if dtype_name(x.dtype) != "BF16":
+        return np.asarray(x)
+    import ml_dtypes
+
+    return np.asarray(wide(x)).astype(ml_dtypes.bfloat16)  # exact: it came from there
 
 
 def is_finite(x: Array | None) -> bool:

@@ -42,7 +42,7 @@ from peft_ref.graph.patterns import Matcher
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import joined, started, weight_name
 from peft_ref.model.lazy import LazyModules
-from peft_ref.model.numbers import as_stored, brought
+from peft_ref.model.numbers import as_stored, brought, to_file
 from peft_ref.model.placing import Placed, bias_of, check_new, place
 from peft_ref.model.ties import Ties
 
@@ -94,9 +94,9 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     return AdapterFile(
         config=config,
         modules=adapter.modules,
-        modules_to_save={f"{PREFIX}{key}": np.asarray(copy) for key, copy in adapter.saved.items()},
-        biases={_stored_key(model, key): np.asarray(model.frozen(key)) for key in _biases(model, config, adapter.saved)},
-        embeddings={_stored_key(model, key): np.asarray(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
+        modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in adapter.saved.items()},
+        biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, adapter.saved)},
+        embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
     )
 
 

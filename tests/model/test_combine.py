@@ -121,6 +121,9 @@ def test_a_combination_is_pefts(kind: str, combination: str, masks: list[Any]) -
         agree(theirs, ours, method)
         assert ours.adapters[method].config.targets.target_modules == config_of(theirs.peft_config[method]).targets.target_modules
         assert not ours.adapters[method].trainable
+        their_sizes = {key: p.numel() for key, p in theirs.base_model.model.named_parameters() if f".{method}" in key and "lora_" in key}
+        found = [p for made in ours.adapters[method].modules.values() for p in made.params if p is not None]
+        assert sorted(their_sizes.values()) == sorted(p.size for p in found)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0, 1.5])

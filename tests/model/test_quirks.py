@@ -18,6 +18,7 @@ from peft_ref.model.combine import add_weighted
 from peft_ref.model.exact import add_exact
 from peft_ref.model.merging import merge, merge_and_unload
 from peft_ref.model.running import forward
+from peft_ref.model.status import count
 from peft_ref.model.storing import load, save, state_dict
 from peft_ref.model.switching import activate, disable, enable
 from tests.model.live import config_of, frozen_graph, inputs, layer_output, mirrored, net, peft, randomise, torch
@@ -63,8 +64,11 @@ def test_a_dora_that_is_added_while_another_is_merged_measures_the_frozen_weight
     ours = mirrored(graph, theirs, ("a",))
     theirs.merge_adapter()
     theirs.add_adapter("b", dora)
+    assert theirs.base_model.model.layers[0]["q"].merged_adapters == []
+    ours = add(merge(ours), "b", config_of(dora), RNG)
+    assert ours.merged.names == ()
     theirs.set_adapter("b")
-    ours = activate(add(merge(ours), "b", config_of(dora), RNG), "b")
+    ours = activate(ours, "b")
     np.testing.assert_allclose(forward(ours, Q, X[Q]), base, rtol=1e-12)
     assert not np.allclose(layer_output(theirs, Q, X[Q]), base)
 
@@ -108,6 +112,21 @@ def test_after_a_deletion_one_adapter_is_active_with_its_copy_and_on_every_modul
     assert theirs.base_model.model.head.active_adapters == []
     assert theirs.active_adapters == ["a"]
     np.testing.assert_array_equal(ours.weight("head.weight"), ours.adapters["a"].saved["head.weight"])
+
+
+def test_the_heir_of_a_deleted_adapter_is_the_first_by_name_as_in_peft() -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["q"])
+    theirs = peft.get_peft_model(net(), lora, adapter_name="b")
+    ours = add(adapt(frozen_graph(net())), "b", config_of(lora), RNG)
+    for name in "dca":
+        theirs.add_adapter(name, lora)
+        ours = add(ours, name, config_of(lora), RNG)
+        assert tuple(count(ours)) == theirs.get_nb_trainable_parameters()
+    for name in ("b", "a", "c"):
+        theirs.delete_adapter(name)
+        ours = delete(ours, name)
+        assert list(ours.active_names) == theirs.active_adapters
+        assert tuple(count(ours)) == theirs.get_nb_trainable_parameters()
 
 
 def test_two_names_for_one_adapter_act_twice_in_peft_and_are_refused_here() -> None:

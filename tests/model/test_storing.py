@@ -12,6 +12,7 @@ import pytest
 from peft_ref.errors import KeyMismatchError, PeftRefError, ShapeError
 from peft_ref.files.adapter import open_adapter
 from peft_ref.files.safetensors import SafetensorsFile
+from peft_ref.graph import TorchGraph
 from peft_ref.model.adapted import adapt
 from peft_ref.model.attaching import add
 from peft_ref.model.lazy import LazyModules
@@ -34,6 +35,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "loha": lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=["q", "up", "conv"]),
     "adalora": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q", "up", "conv"]),
 }
+EVERY = ["q", "up", "conv", "table"]
 FLOAT32 = ("pissa", "olora")  # whose inits PEFT computes in float32, or not at all
 
 
@@ -62,6 +64,7 @@ def test_what_peft_saved_computes_here_what_it_computes_there(kind: str, name: s
     theirs.save_pretrained(tmp_path)
     ours = load(adapt(frozen_graph(base_of(kind))), tmp_path, name, subfolder=name, lazy=lazy)
     assert isinstance(ours.adapters[name].modules, LazyModules) == lazy
+    assert set(ours.adapters[name].saved) == ({"head.weight", "head.bias"} if "copy" in kind else set())
     tolerance = 2e-5 if kind in FLOAT32 else 1e-12
     for module in INPUTS:
         x = X[module].astype(np.float32) if kind in FLOAT32 and module != "table" else X[module]
@@ -128,6 +131,24 @@ def test_a_fresh_adapter_that_takes_a_part_off_the_weight_leaves_the_layers_outp
     for module in ("layers.0.q", "layers.1.up"):
         assert not np.allclose(ours.weight(f"{module}.weight"), graph.weight(f"{module}.weight"))
         np.testing.assert_allclose(forward(ours, module, X[module]), forward(adapt(graph), module, X[module]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_live_torch_model_in_bfloat16_is_adapted_merged_and_stored_and_never_written_to(tmp_path: Path) -> None:
+    model = net().to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = peft.LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=EVERY, modules_to_save=["head"], bias="all")
+    ours = add(adapt(TorchGraph(model)), "a", config_of(config), np.random.default_rng(0))
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    merged = merge(ours, safe=True)
+    assert merged.weight("layers.0.q.weight").dtype == torch.bfloat16
+    y, z = forward(ours, "layers.0.q", x), forward(merged, "layers.0.q", x)
+    assert float((y - z).abs().max()) <= 2**-6 * float(y.abs().max())
+    save(ours, tmp_path, "a")
+    again = load(adapt(TorchGraph(model)), tmp_path, "b", subfolder="a")
+    assert torch.equal(forward(again, "layers.0.q", x), y)
+    assert again.weight("head.weight").dtype == torch.bfloat16
+    peft.PeftModel.from_pretrained(net().to(torch.bfloat16), tmp_path / "a")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_name_that_is_taken_or_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def test_bfloat16_weights_are_kept_and_computed_in_float32() -> None:
     model = add(
         adapt(MappingGraph(arrays=arrays, layers=LAYERS)), "a", config("dora", r=2, init_lora_weights=False), np.random.default_rng(0)
     )
+    assert {p.dtype for found in model.adapters["a"].modules.values() for p in found.params} == {np.dtype(np.float32)}
     wide = adapt(MappingGraph(arrays={key: array.astype(np.float32) for key, array in arrays.items()}, layers=LAYERS))
     wide = replace(wide, adapters=model.adapters, active_names=("a",))
     for key in BASE:
