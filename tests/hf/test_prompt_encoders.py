@@ -229,8 +229,10 @@ def test_torchs_lstm_stays_within_the_tolerance_of_every_case(dtype: str) -> Non
     """An honest LSTM of other hands: the judge's bounds hold for it, and they are no more than some thousand roundings wide."""
     seen = 0
     for case in corpus("p_tuning"):
+        if case.operation not in ("prompt", "prompt_backward"):
+            continue
         config = case.adapters[0].config
-        if case.operation not in ("prompt", "prompt_backward") or config["encoder_reparameterization_type"] != "LSTM":
+        if config["encoder_reparameterization_type"] != "LSTM" or config["inference_mode"]:
             continue
         made_of = {k: v for k, v in config.items() if k != "peft_type"}
         encoder = peft.PromptEncoder(peft.PromptEncoderConfig(**made_of)).to(getattr(torch, dtype))

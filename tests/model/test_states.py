@@ -85,10 +85,12 @@ class Model(RuleBasedStateMachine):
         self.merged: list[str] = []
         self.enabled = True
 
-    @initialize(kind=st.sampled_from(sorted({cls.peft_type for cls in METHODS.values()})))
+    @initialize(kind=st.sampled_from(sorted({cls.peft_type for cls in METHODS.weights.values()})))
     def choose_type(self, kind: str) -> None:
         wanted = MIXABLE if self.mixed else {kind}
-        self.kinds = tuple(name for name, cls in METHODS.items() if cls.peft_type in wanted and not cls.__module__.startswith("tests"))
+        self.kinds = tuple(
+            name for name, cls in METHODS.weights.items() if cls.peft_type in wanted and not cls.__module__.startswith("tests")
+        )
 
     @precondition(lambda self: len(self.raw) < len(NAMES))
     @rule(name=names, modules=st.sets(st.sampled_from(ADAPTED), min_size=1), saves=st.booleans(), seed=seeds, data=st.data())
