@@ -22,7 +22,7 @@ from peft_ref.contracts import WeightMethod
 from peft_ref.files.adapter import AdapterFile, AdapterModule, load_adapter, load_config, state_dict
 from peft_ref.files.keys import PREFIX
 from peft_ref.graph import match
-from peft_ref.nn import Gradients, Model, ModelGraph, Net, model_of
+from peft_ref.nn import Gradients, Inputs, Model, ModelGraph, Net, model_of
 from peft_ref.stack import Adapter
 
 Host = np.ndarray[Any, Any]
@@ -133,3 +133,12 @@ def all_close(got: dict[str, Any], expected: dict[str, Any], rounding: float = C
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         close(got[name], value, name, rounding)
+
+
+def check_outputs(both: Pair, given: dict[str, Any]) -> None:
+    """Logits and loss are the live model's."""
+    with float64(), torch.no_grad():
+        expected = both.live(**to_torch(given))
+    got = both.model.forward(both.net, Inputs(**given))
+    close(got.logits, expected.logits, "logits", 1e-12)
+    close(got.loss, expected.loss, "loss", 1e-12)

@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from peft_ref.nn import Inputs, KeyValue, Net, OutputGradient  # noqa: E402
-from tests.nn.beside_hf import Pair, adapted, all_close, close, float64, live_gradients, our_gradients, pair, to_torch  # noqa: E402
+from tests.nn.beside_hf import Pair, adapted, all_close, check_outputs, close, float64, live_gradients, our_gradients, pair, to_torch  # noqa: E402
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "pad_token_id": None}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}  # heads of 2 numbers: the least that can turn
@@ -79,12 +79,7 @@ def tokens(padding: str = "none", seed: int = 3) -> dict[str, Any]:
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_loss(name: str, padding: str) -> None:
-    both, given = plain(name), tokens(padding)
-    with float64(), torch.no_grad():
-        expected = both.live(**to_torch(given))
-    got = both.model.forward(both.net, Inputs(**given))
-    close(got.logits, expected.logits, "logits", 1e-12)
-    close(got.loss, expected.loss, "loss", 1e-12)
+    check_outputs(plain(name), tokens(padding))
 
 
 @pytest.mark.parametrize("name", ["grouped", "gpt2"])

@@ -24,7 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 from peft_ref.nn import Inputs, KeyValue, OutputGradient  # noqa: E402
 from peft_ref.nn.relative import buckets  # noqa: E402
-from tests.nn.beside_hf import Pair, adapted, all_close, close, float64, live_gradients, our_gradients, pair  # noqa: E402
+from tests.nn.beside_hf import Pair, adapted, all_close, check_outputs, close, float64, live_gradients, our_gradients, pair, to_torch  # noqa: E402
 
 S, T, VOCABULARY, WIDTH, HEADS, HEAD = 7, 5, 17, 12, 2, 5
 SIZES = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": HEAD, "d_ff": 10, "num_heads": HEADS, "decoder_start_token_id": 2}
@@ -61,20 +61,11 @@ def tokens(padding: str = "none", seed: int = 3) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels} | {name: np.asarray(m) for name, m in masks if m is not None}
 
 
-def to_torch(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: torch.tensor(value) for name, value in given.items()}
-
-
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_loss(name: str, padding: str) -> None:
     """The decoder gets the labels shifted, in which -100 has become the padding token."""
-    both, given = plain(name), tokens(padding)
-    with float64(), torch.no_grad():
-        expected = both.live(**to_torch(given))
-    got = both.model.forward(both.net, Inputs(**given))
-    close(got.logits, expected.logits, "logits", 1e-12)
-    close(got.loss, expected.loss, "loss", 1e-12)
+    check_outputs(plain(name), tokens(padding))
 
 
 @pytest.mark.parametrize("name", ["relu", "gated gelu, unscaled"])
