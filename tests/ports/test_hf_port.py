@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,10 @@ pytest.importorskip("transformers")
 from peft_ref.check.corpus import corpus
 from peft_ref.check.judge import judge
 from peft_ref.check.program import ProgramPort
+from peft_ref.check.prompting import INTEGERS, PromptVariant, make_prompt_case
 from peft_ref.check.result import Report
+from peft_ref.methods import METHODS
+from peft_ref.splice import SEQ_2_SEQ, TASKS
 from tests.ports.page import PORTS
 
 pytestmark = pytest.mark.hf
@@ -55,3 +60,19 @@ def test_only_what_peft_is_known_not_to_do_is_skipped(report: Report) -> None:
 def test_the_only_dialect_is_ia3s_unmerge_and_float32_hides_it(report: Report) -> None:
     assert ids(report, "dialect") == (EPSILON if report.port.dtype == "float64" else set())
     assert {d.mistakes for d in report.diagnoses} == ({("ia3-unmerge-epsilon",)} if report.port.dtype == "float64" else set())
+
+
+def test_what_a_model_receives_is_pefts_for_every_task_and_number_of_submodules() -> None:
+    """Also where a configuration gives two to a task that has one, or one to an encoder-decoder."""
+    sizes = {"num_virtual_tokens": 3, "token_dim": 6, "num_attention_heads": 2, "num_layers": 5}
+    own: dict[str, dict[str, Any]] = {"multitask_prompt_tuning": {"num_tasks": 2}, "p_tuning": {"encoder_hidden_size": 4}}
+    asked = []
+    for name, task, n in product(METHODS.prompts, TASKS, (1, 2)):
+        config = {**sizes, **own.get(name, {}), "num_transformer_submodules": n}
+        inputs = ("attention_mask", "labels") if task == SEQ_2_SEQ else INTEGERS
+        variant = PromptVariant(name=f"{task}-{n}", clause="", config=config, operations=("splice",), task_type=task, inputs=inputs)
+        asked.append(make_prompt_case(name, variant, "splice"))
+    report = judge(ProgramPort([sys.executable, str(PORTS / "hf_peft/port.py")], start_timeout=120, validate=True), asked, search=False)
+    skipped = {f"multitask_prompt_tuning.{task}-{n}.splice" for task in ("QUESTION_ANS", "FEATURE_EXTRACTION") for n in (1, 2)}
+    assert ids(report, "skipped") == skipped
+    assert ids(report, "right") == {c.id for c in asked} - skipped
