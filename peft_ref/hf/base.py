@@ -116,8 +116,8 @@ def as_output(graph: Graph, output: Output) -> ModelOutput:
         logits=None if spans else logits,
         start_logits=logits[..., 0] if spans else None,
         end_logits=logits[..., 1] if spans else None,
-        last_hidden_state=output.hidden,
-        pooler_output=output.pooled,
+        last_hidden_state=output.hidden if logits is None else None,  # HF's classes with a head do not return these
+        pooler_output=output.pooled if logits is None else None,
         past_key_values=output.cache,
     )
 

@@ -187,7 +187,8 @@ class Prompted(State):
         task = config.housekeeping.get("task_type")
         if task not in TASKS:
             raise ConfigError(f"task_type={task!r}: a prompt is put before the inputs of a task.\n  There are {', '.join(TASKS)}.")
-        whole = tuple(dict.fromkeys((*(config.targets.modules_to_save or ()), *SAVED_BY_TASK.get(task, ()))))
+        said, head = config.targets.modules_to_save or (), SAVED_BY_TASK.get(task, ())
+        whole = (*said, *(name for name in head if name not in said))
         targets = replace(config.targets, modules_to_save=whole) if whole else config.targets
         return replace(config, method=prompt_of(config).sized(self.graph.config, task), targets=targets)
 

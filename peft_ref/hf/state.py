@@ -21,6 +21,7 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import parameter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import run
+from peft_ref.methods import AdaLoRA
 from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, count, delete, disable, enable, load, update
 from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
@@ -161,9 +162,18 @@ class Layered(State):
     def output(self, inputs: Inputs, task_ids: Array | None, rows: Sequence[str] | None) -> Output:
         if task_ids is not None:
             raise ConfigError("task_ids are for a multitask prompt, and this model has none.\n  Leave them out.")
-        if rows is None:
-            return run(self.adapted, inputs)
-        return _of_rows(self.adapted, inputs, rows)
+        if rows is not None:
+            return _of_rows(self.adapted, inputs, rows)
+        output = run(self.adapted, inputs)
+        return output if output.loss is None else replace(output, loss=output.loss + self._penalty())
+
+    def _penalty(self) -> Array | float:
+        """What AdaLoRA adds to the loss for the adapter that is trained, whatever acts and whether any does, as in HF."""
+        for adapter in self.adapted.adapters.values():
+            method = adapter.config.method
+            if isinstance(method, AdaLoRA) and not adapter.config.housekeeping.get("inference_mode"):
+                return method.orthogonality({module: found.params for module, found in adapter.modules.items()})
+        return 0.0
 
 
 def _of_rows(model: Adapted, inputs: Inputs, rows: Sequence[str]) -> Output:

@@ -20,7 +20,7 @@ import transformers
 import peft_ref.hf
 from peft_ref.files.safetensors import open_file
 from peft_ref.hf import BaseModel
-from tests.nn.beside_hf import close, float64, pair, scatter, to_torch
+from tests.nn.beside_hf import CLOSE, close, float64, pair, scatter, to_torch
 
 SIZES = {"vocab_size": 17, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 3}
 GPT2 = {"vocab_size": 17, "n_embd": 12, "n_layer": 2, "n_head": 3, "n_positions": 9, "pad_token_id": None}
@@ -79,14 +79,14 @@ def called(name: str, **more: Any) -> dict[str, Any]:
     return {**GIVEN, **MODELS[name][3], **more}
 
 
-def same_output(theirs: Any, ours: Any, given: dict[str, Any], what: str = "") -> None:
+def same_output(theirs: Any, ours: Any, given: dict[str, Any], what: str = "", rounding: float = CLOSE) -> None:
     with live(), torch.no_grad():
         expected = theirs(**to_torch(given))
     got = ours(**given)
     seen = [key for key in OUTPUTS if expected.get(key) is not None]
     assert seen == [key for key in OUTPUTS if getattr(got, key) is not None], what
     for key in seen:
-        close(getattr(got, key), expected[key], f"{key} {what}")
+        close(getattr(got, key), expected[key], f"{key} {what}", rounding)
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def as_one_set(text: str) -> dict[str, Any]:
     return {**data, **lists}
 
 
-def same_folder(theirs: Path, ours: Path, exact: bool) -> None:
-    """The same two files: with `exact` the configuration to the byte, and the tensors to the bit."""
+def same_folder(theirs: Path, ours: Path, exact: bool, rounding: float = 0.0) -> None:
+    """The same two files: with `exact` the configuration to the byte, and the tensors to the bit where nothing is rounded."""
     their_text, our_text = ((place / "adapter_config.json").read_text() for place in (theirs, ours))
     if exact:
         assert our_text == their_text
@@ -109,7 +109,7 @@ def same_folder(theirs: Path, ours: Path, exact: bool) -> None:
     a, b = (open_file(place / "adapter_model.safetensors") for place in (theirs, ours))
     assert a.entries.keys() == b.entries.keys()
     for key in a.entries:
-        np.testing.assert_array_equal(a.tensor(key), b.tensor(key), err_msg=key)
+        np.testing.assert_allclose(b.tensor(key), a.tensor(key), rtol=rounding, atol=rounding, err_msg=key)
 
 
 def printed(model: Any, capsys: pytest.CaptureFixture[str]) -> str:

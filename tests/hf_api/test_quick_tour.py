@@ -28,6 +28,7 @@ from tests.hf_api.sides import (  # noqa: E402
     same_output,
     scatter,
     their_state,
+    to_torch,
 )
 
 PROMPT = {"num_virtual_tokens": 2}
@@ -60,6 +61,11 @@ def configs(method: str, model: str, **more: Any) -> tuple[Any, Any]:
     return getattr(peft, cls)(**said), getattr(hf, cls)(**said)
 
 
+def without_loss(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    bare = {key: value for key, value in given.items() if key not in ("labels", "start_positions", "end_positions")}
+    return {**bare, "decoder_input_ids": given["input_ids"]} if model == "t5" else bare
+
+
 def test_every_method_is_asked() -> None:
     assert METHOD.keys() == METHODS.keys()
 
@@ -87,10 +93,35 @@ def test_the_quick_tour(method: str, model: str, tmp_path: Path, capsys: pytest.
     read = hf.PeftModel.from_pretrained(ours_base, tmp_path / "theirs")
     assert type(read).__name__ == type(again).__name__
     assert printed(read, capsys) == printed(again, capsys)
-    same_output(again, read, given, "read again")
+    same_output(again, read, without_loss(model, given) if method == "adalora" else given, "read again")  # PEFT's raises there: see below
     read.save_pretrained(tmp_path / "read")
     same_folder(tmp_path / "theirs", tmp_path / "read", exact=True)
     (ours if method not in METHODS.prompts else read).save_pretrained(tmp_path / "ours")
     same_folder(tmp_path / "theirs", tmp_path / "ours", exact=method not in METHODS.prompts)
     with read.disable_adapter():
         same_output(made(model).live, read, {k: v for k, v in given.items() if k != "task_ids"}, "disabled")
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_a_fresh_adapter_of_ours_is_read_by_peft_and_does_the_same(method: str, tmp_path: Path) -> None:
+    """Also of a prompt whose encoder is still there: what it puts out now is what its file does in PEFT."""
+    base, ours_base = bases("llama")
+    ours = hf.get_peft_model(ours_base, configs(method, "llama")[1], rng=5)
+    given = {**called("llama"), **({"task_ids": np.asarray([1, 0])} if method == "multitask_prompt_tuning" else {})}
+    ours.save_pretrained(tmp_path)
+    with live():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    same_output(theirs, ours, without_loss("llama", given) if method == "adalora" else given)
+
+
+def test_the_penalty_of_adalora_is_in_the_loss_while_it_is_trained_and_peft_fails_once_it_is_read(tmp_path: Path) -> None:
+    base, ours_base = bases("llama")
+    ours = hf.get_peft_model(ours_base, configs("adalora", "llama")[1])
+    ours.save_pretrained(tmp_path)
+    read = hf.PeftModel.from_pretrained(ours_base, tmp_path)
+    given = called("llama")
+    assert ours(**given).loss > read(**given).loss == ours_base(**given).loss
+    with live():
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        with pytest.raises(AttributeError, match="trainable_adapter_name"):
+            theirs(**to_torch(given))
