@@ -6,15 +6,24 @@
     model.print_trainable_parameters()
     model.save_pretrained("adapter")
 
-A thin face over values: peft_ref.model (adapters on layers), peft_ref.prompts and peft_ref.splice (prompts), peft_ref.files, and peft_ref.nn
-(models that run). No mathematics is here. An argument that cannot be honoured is an error. What is the same as in PEFT, what is not and what
-is left out: spec/hf_api.md.
+A thin face over values: peft_ref.model (adapters on layers), peft_ref.prompts and peft_ref.splice (prompts), peft_ref.files, peft_ref.nn
+(models that run). No mathematics is here. An argument that cannot be honoured is an error. What is the same as in PEFT, what is not and
+what is left out: spec/hf_api.md.
 
 config, configs    the configurations        base       a model that runs, as HF's
 state, prompted    what a PeftModel holds    wrapped    what PeftModel and PeftMixedModel share
-peft_model, mixed, mapping                   the classes and functions
+peft_model, mixed, auto, mapping             the classes and functions
 """
 
+from peft_ref.hf.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from peft_ref.hf.base import BaseModel, ModelOutput
 from peft_ref.hf.config import (
     CLASSES as PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -63,6 +72,13 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaLoraConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BaseModel",
     "IA3Config",
     "LoHaConfig",

@@ -37,13 +37,15 @@ class ModelOutput:
 class BaseModel:
     """A model without PEFT around it: what `get_base_model`, `unload` and `merge_and_unload` return."""
 
-    def __init__(self, model: Loaded | Graph | BaseModel) -> None:
+    def __init__(self, model: Loaded | Graph | BaseModel, name: str | None = None) -> None:
         self.graph: Graph = model.graph if isinstance(model, Loaded | BaseModel) else model
+        known = model.name if isinstance(model, BaseModel) else self.graph.config.get("_name_or_path")
+        self.name: str | None = name or known or None  # where it came from, which an adapter notes as base_model_name_or_path
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str]) -> BaseModel:
         """The model in a folder that HF's `save_pretrained` wrote."""
-        return cls(load(pretrained_model_name_or_path))
+        return cls(load(pretrained_model_name_or_path), os.fspath(pretrained_model_name_or_path))
 
     def forward(
         self,

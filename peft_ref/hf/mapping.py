@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import DEFAULT, all_tensors, open_adapter
@@ -21,6 +21,38 @@ from peft_ref.model.ties import Ties
 from peft_ref.nn import Loaded
 
 
+@overload
+def get_peft_model(
+    model: Loaded | Graph | BaseModel,
+    peft_config: PeftConfig,
+    adapter_name: str = ...,
+    mixed: Literal[False] = ...,
+    autocast_adapter_dtype: bool = ...,
+    revision: str | None = ...,
+    low_cpu_mem_usage: bool = ...,
+    *,
+    rng: Seed = ...,
+    ties: Ties = ...,
+    tokenize: Tokenize | None = ...,
+) -> PeftModel: ...
+
+
+@overload
+def get_peft_model(
+    model: Loaded | Graph | BaseModel,
+    peft_config: PeftConfig,
+    adapter_name: str = ...,
+    *,
+    mixed: Literal[True],
+    autocast_adapter_dtype: bool = ...,
+    revision: str | None = ...,
+    low_cpu_mem_usage: bool = ...,
+    rng: Seed = ...,
+    ties: Ties = ...,
+    tokenize: Tokenize | None = ...,
+) -> PeftMixedModel: ...
+
+
 def get_peft_model(
     model: Loaded | Graph | BaseModel,
     peft_config: PeftConfig,
@@ -33,7 +65,7 @@ def get_peft_model(
     rng: Seed = None,
     ties: Ties = "refuse",
     tokenize: Tokenize | None = None,
-) -> Any:  # PEFT's users call PeftModel's methods on what comes; a mixed one has fewer
+) -> PeftModel | PeftMixedModel:
     """`model` with a fresh adapter drawn from `rng` (seed 0 where none is given). `model` itself stays as it is."""
     if revision is not None:
         peft_config.revision = revision

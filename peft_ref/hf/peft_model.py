@@ -10,11 +10,13 @@ from typing import Literal, final
 
 import numpy as np
 
+from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import DEFAULT, load_config, save_adapter
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import BaseModel, auto_mapping
 from peft_ref.hf.config import PeftConfig, as_kept, of
+from peft_ref.hf.prompted import Prompted
 from peft_ref.hf.state import Layered
 from peft_ref.hf.wrapped import Seed, Wrapped, refuse
 from peft_ref.methods import IA3
@@ -122,6 +124,13 @@ class PeftModel(Wrapped):
         return model_status(self._adapted("get_model_status"))
 
     @final
+    def get_prompt(self, batch_size: int, task_ids: Array | None = None) -> Array:
+        """What goes before the inputs: embeddings (batch, rows, dim), or keys and values (layers, 2, batch, heads, tokens, head_dim)."""
+        if not isinstance(self._state, Prompted):
+            raise ConfigError(f"{self.peft_type} has no prompt.")
+        return self._state.rows(self.active_adapters[0], batch_size, task_ids)
+
+    @final
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -160,8 +169,11 @@ class PeftModel(Wrapped):
                 majority_sign_method=majority_sign_method,
                 draw=None if density is None else bernoulli(generator, density),
             )
-        self._state = Layered(combined)
-        self._keep(adapter_name, of(self._state.config(adapter_name)))
+        made = combined.attached(adapter_name)
+        config = of(made.config)
+        whole = replace(made, config=config.frozen())  # every key that PEFT writes, where a combination has those it needs
+        self._state = Layered(replace(combined, adapters={**combined.adapters, adapter_name: whole}))
+        self._keep(adapter_name, config)
 
 
 @final

@@ -36,7 +36,7 @@ from peft_ref.model.ties import Ties
 from peft_ref.nn import Blocks, EncoderDecoder, Inputs, Model, Net, Output, as_cache
 from peft_ref.nn.model import embed
 from peft_ref.prompts import Context, Prompt, Sources, Tensors
-from peft_ref.splice import ANSWERING, SEQ_2_SEQ, TASKS, WITH_TOKEN_TYPES, splice
+from peft_ref.splice import ANSWERING, SEQ_2_SEQ, TASKS, WITH_TOKEN_TYPES, key_values, splice
 from peft_ref.splice import Inputs as Spliced
 
 
@@ -156,6 +156,12 @@ class Prompted(State):
             total += own + copies
             trainable += own + (copies if adapter.trainable else 0)
         return Count(trainable, total)
+
+    def rows(self, name: str, batch: int, task_ids: Array | None) -> Array:
+        """What the prompt `name` is for a batch."""
+        adapter = self._adapter(name)
+        prompt = adapter.method.prompt(adapter.tensors, Context(batch=batch, task_ids=task_ids))
+        return key_values(adapter.method, prompt) if adapter.method.place == "cache" else prompt
 
     def output(self, inputs: Inputs, task_ids: Array | None, rows: Sequence[str] | None) -> Output:
         if rows is not None:

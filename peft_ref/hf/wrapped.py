@@ -24,7 +24,7 @@ from peft_ref.hf.base import BaseModel, ModelOutput, as_output
 from peft_ref.hf.config import PeftConfig, of
 from peft_ref.hf.prompted import Prompted
 from peft_ref.hf.state import Layered, Start, State
-from peft_ref.model import Adapted, adapt, merge, merge_and_unload, unload, unmerge
+from peft_ref.model import Adapted, adapt, disable, enable, merge, merge_and_unload, unload, unmerge
 from peft_ref.model.numbers import HALF
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Cache, Inputs, Loaded
@@ -54,7 +54,8 @@ class Wrapped:
 
     def _begin(self, model: Loaded | Graph | BaseModel, prompts: bool, rng: Seed) -> None:
         """Start with no adapter."""
-        graph = BaseModel(model).graph
+        base = BaseModel(model)
+        graph, self._name = base.graph, base.name
         if isinstance(graph, Adapted) and graph.adapters:
             raise ConfigError(
                 f"the model has adapters already: {', '.join(graph.adapters)}.\n  Add to them with add_adapter, or unload them first."
@@ -155,6 +156,14 @@ class Wrapped:
         del self._configs[adapter_name]
 
     @final
+    def disable_adapter_layers(self) -> None:
+        self._state = Layered(disable(self._adapted("disable_adapter_layers")))
+
+    @final
+    def enable_adapter_layers(self) -> None:
+        self._state = Layered(enable(self._adapted("enable_adapter_layers")))
+
+    @final
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's own output inside of it. What is merged is unmerged, as PEFT's next forward does."""
@@ -185,17 +194,18 @@ class Wrapped:
     ) -> BaseModel:
         """The model with these adapters, or the active ones, in its weights. This one stays as it was."""
         refuse({"progressbar": progressbar})
-        return BaseModel(merge_and_unload(self._adapted("merge_and_unload"), adapter_names, safe=safe_merge, ties=ties))
+        bare = merge_and_unload(self._adapted("merge_and_unload"), adapter_names, safe=safe_merge, ties=ties)
+        return BaseModel(bare, self._name)
 
     @final
     def unload(self) -> BaseModel:
         """The model without adapters. This one stays as it was."""
-        return BaseModel(unload(self._adapted("unload")))
+        return BaseModel(unload(self._adapted("unload")), self._name)
 
     @final
     def get_base_model(self) -> BaseModel:
         """The model that was wrapped, which no adapter changes."""
-        return BaseModel(self._state.base)
+        return BaseModel(self._state.base, self._name)
 
     @final
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -323,9 +333,10 @@ class Wrapped:
 
     @final
     def _named(self, config: AdapterConfig) -> AdapterConfig:
-        """`config` with the name that the model's own config says, as PEFT notes it."""
-        name = self.config.get("_name_or_path")
-        return replace(config, housekeeping={**config.housekeeping, "base_model_name_or_path": name}) if name else config
+        """`config` with the name of the model, where it says none itself. PEFT notes the model's in any case."""
+        if self._name is None or config.housekeeping.get("base_model_name_or_path"):
+            return config
+        return replace(config, housekeeping={**config.housekeeping, "base_model_name_or_path": self._name})
 
     @final
     def _keep(self, name: str, config: PeftConfig) -> None:
