@@ -111,15 +111,18 @@ def run(graph: Graph, inputs: Inputs) -> Output:
 
 
 def as_output(graph: Graph, output: Output) -> ModelOutput:
-    logits: Any = output.logits
-    spans = logits is not None and isinstance(model_in(graph), BertForQuestionAnswering)
+    logits, start, end = output.logits, None, None
+    if logits is not None and isinstance(model_in(graph), BertForQuestionAnswering):
+        start, end = logits[..., 0], logits[..., 1]
+        logits = None
+    bare = output.logits is None  # HF's classes with a head return none of the next two
     return ModelOutput(
         loss=output.loss,
-        logits=None if spans else logits,
-        start_logits=logits[..., 0] if spans else None,
-        end_logits=logits[..., 1] if spans else None,
-        last_hidden_state=output.hidden if logits is None else None,  # HF's classes with a head do not return these
-        pooler_output=output.pooled if logits is None else None,
+        logits=logits,
+        start_logits=start,
+        end_logits=end,
+        last_hidden_state=output.hidden if bare else None,
+        pooler_output=output.pooled if bare else None,
         past_key_values=output.cache,
     )
 

@@ -50,7 +50,7 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by its name."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json alone."""
@@ -89,7 +89,7 @@ class PeftConfig:
         """Take over what a model added: sizes, targets, modules_to_save. PEFT writes it into the same object, too."""
         said = flatten(config)
         for f in fields(self):
-            if f.name in said and _plain(getattr(self, f.name)) != said[f.name]:
+            if f.name in said and plain(getattr(self, f.name)) != said[f.name]:
                 setattr(self, f.name, said[f.name])
 
 
@@ -136,7 +136,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
 def as_kept(config: PeftConfig, attached: AdapterConfig) -> AdapterConfig:
     """`attached` with what was written into `config` since. Only what computes nothing can be."""
     before = of(attached)
-    changed = {f.name: value for f in fields(before) if (value := _plain(getattr(config, f.name))) != _plain(getattr(before, f.name))}
+    changed = {f.name: value for f in fields(before) if (value := plain(getattr(config, f.name))) != plain(getattr(before, f.name))}
     if fixed := sorted(changed.keys() - {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}):
         raise ConfigError(
             f"{fixed[0]} was changed to {changed[fixed[0]]!r:.60} after the adapter was made, which would belie its numbers.\n"
@@ -146,8 +146,8 @@ def as_kept(config: PeftConfig, attached: AdapterConfig) -> AdapterConfig:
 
 
 def _class(peft_type: Any) -> type[PeftConfig]:
-    if (found := CLASSES.get(str(peft_type))) is None:
-        raise ConfigError(f"peft_type={str(peft_type)!r:.60} has no configuration class here.\n  There are {', '.join(sorted(CLASSES))}.")
+    if (found := CLASSES.get(plain(peft_type))) is None:
+        raise ConfigError(f"peft_type={plain(peft_type)!r:.60} has no configuration class here.\n  There are {', '.join(sorted(CLASSES))}.")
     return found
 
 
@@ -155,7 +155,8 @@ def _folder(path: str | os.PathLike[str], subfolder: str | None) -> Path:
     return Path(path) if subfolder is None else Path(path) / subfolder
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it: an enumeration's word as text, PEFT's own too."""
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, set | frozenset):

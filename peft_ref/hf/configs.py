@@ -57,7 +57,7 @@ class LoraConfig(PeftConfig):
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
-    kind: ClassVar[PeftType] = PeftType.LORA
+    kind: ClassVar[PeftType | None] = PeftType.LORA
     unused: ClassVar[tuple[str, ...]] = (
         "megatron_config",
         "ensure_weight_tying",
@@ -82,7 +82,7 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
 
-    kind: ClassVar[PeftType] = PeftType.ADALORA
+    kind: ClassVar[PeftType | None] = PeftType.ADALORA
 
 
 @registered
@@ -95,7 +95,7 @@ class IA3Config(PeftConfig):
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
-    kind: ClassVar[PeftType] = PeftType.IA3
+    kind: ClassVar[PeftType | None] = PeftType.IA3
 
 
 @registered
@@ -115,7 +115,7 @@ class LoHaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
-    kind: ClassVar[PeftType] = PeftType.LOHA
+    kind: ClassVar[PeftType | None] = PeftType.LOHA
 
 
 @registered
@@ -126,7 +126,7 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
-    kind: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+    kind: ClassVar[PeftType | None] = PeftType.PROMPT_TUNING
 
 
 @registered
@@ -137,7 +137,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     num_ranks: int = 1
     num_tasks: int = 1
 
-    kind: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
+    kind: ClassVar[PeftType | None] = PeftType.MULTITASK_PROMPT_TUNING
 
 
 @registered
@@ -147,7 +147,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
-    kind: ClassVar[PeftType] = PeftType.PREFIX_TUNING
+    kind: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
 
 
 @registered
@@ -158,4 +158,4 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
-    kind: ClassVar[PeftType] = PeftType.P_TUNING
+    kind: ClassVar[PeftType | None] = PeftType.P_TUNING

@@ -15,7 +15,7 @@ from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import DEFAULT, load_config, save_adapter
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import BaseModel, auto_mapping
-from peft_ref.hf.config import PeftConfig, as_kept, of
+from peft_ref.hf.config import PeftConfig, as_kept, of, plain
 from peft_ref.hf.prompted import Prompted
 from peft_ref.hf.state import Layered
 from peft_ref.hf.wrapped import Seed, Wrapped, refuse
@@ -222,4 +222,4 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 
 
 def class_for(task_type: str | None) -> type[PeftModel]:
-    return PeftModel if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[str(task_type)]
+    return PeftModel if task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[plain(task_type)]

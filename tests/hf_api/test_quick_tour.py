@@ -125,3 +125,24 @@ def test_the_penalty_of_adalora_is_in_the_loss_while_it_is_trained_and_peft_fail
         theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
         with pytest.raises(AttributeError, match="trainable_adapter_name"):
             theirs(**to_torch(given))
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "classifier", "t5"])
+def test_what_a_configuration_leaves_to_the_model_is_written_into_it(method: str, model: str, tmp_path: Path) -> None:
+    """Targets, how the weights are stored, and, where there is no task type, the model's class."""
+    cls = METHOD[method][0]
+    base, ours_base = bases(model)
+    theirs_config, ours_config = getattr(peft, cls)(), getattr(hf, cls)()
+    with live():
+        theirs = peft.get_peft_model(base, theirs_config)
+        scatter(theirs, 2)
+        theirs.save_pretrained(tmp_path / "theirs")
+    ours = hf.get_peft_model(ours_base, ours_config)
+    assert type(ours) is hf.PeftModel
+    hf.set_peft_model_state_dict(ours, their_state(theirs))
+    ours.save_pretrained(tmp_path / "ours")
+    same_folder(tmp_path / "theirs", tmp_path / "ours", exact=(method, model) == ("lora", "gpt2"))  # several targets are a set there
+    assert set(ours_config.target_modules) == theirs_config.target_modules
+    assert ours.peft_config["default"] is ours_config
+    assert ours_config.to_dict().keys() == theirs_config.to_dict().keys()
