@@ -102,8 +102,7 @@ def net_of(graph: Graph) -> Net:
     model = model_in(graph)
     adapters = graph.injection() if isinstance(graph, Adapted) else {}
     weights = {name: graph.weight(name) for name in graph.parameters()}
-    copies = graph.copies if isinstance(graph, Adapted) else {}
-    return Net(weights={**weights, **copies}, layers=model.layers(), ties=graph.tied(), adapters=adapters)
+    return Net(weights=weights, layers=model.layers(), ties=graph.tied(), adapters=adapters)
 
 
 def run(graph: Graph, inputs: Inputs) -> Output:

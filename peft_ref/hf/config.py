@@ -35,7 +35,7 @@ class PeftConfig:
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None
     auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = PEFT_VERSION
+    peft_version: str | None = None  # PEFT_VERSION where none is said
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
@@ -44,6 +44,7 @@ class PeftConfig:
     unused: ClassVar[tuple[str, ...]] = ()  # fields that PEFT acts upon when it makes an adapter, and nothing here does
 
     def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or PEFT_VERSION
         if self.kind is not None:
             self.peft_type = self.kind
             self.frozen()
@@ -120,9 +121,7 @@ def of(config: AdapterConfig) -> PeftConfig:
     """A frozen configuration as one of PEFT's classes. What its class has no field for stays with the frozen one."""
     said = flatten(config)
     cls = _class(said["peft_type"])
-    made = cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
-    made.peft_version = said.get("peft_version")
-    return made
+    return cls(**{f.name: said[f.name] for f in fields(cls) if f.name in said})
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

@@ -109,7 +109,7 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """What the adapter's file holds, by key."""
     refuse({"state_dict": state_dict, "unwrap_compiled": unwrap_compiled})
-    state = Layered(_adapted(model)) if isinstance(model, BaseModel) else model.state
+    state = Layered(adapted=_adapted(model)) if isinstance(model, BaseModel) else model.state
     return all_tensors(state.file(adapter_name, save_embedding_layers))
 
 

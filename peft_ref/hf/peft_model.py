@@ -113,7 +113,7 @@ class PeftModel(Wrapped):
 
     @final
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        self._state = Layered(set_trainable(self._adapted("set_requires_grad"), adapter_names, requires_grad))
+        self._state = Layered(adapted=set_trainable(self._adapted("set_requires_grad"), adapter_names, requires_grad))
 
     @final
     def get_layer_status(self) -> list[LayerStatus]:
@@ -172,7 +172,7 @@ class PeftModel(Wrapped):
         made = combined.attached(adapter_name)
         config = of(made.config)
         whole = replace(made, config=config.frozen())  # every key that PEFT writes, where a combination has those it needs
-        self._state = Layered(replace(combined, adapters={**combined.adapters, adapter_name: whole}))
+        self._state = Layered(adapted=replace(combined, adapters={**combined.adapters, adapter_name: whole}))
         self._keep(adapter_name, config)
 
 

@@ -97,7 +97,7 @@ class State(ABC):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layered(State):
     adapted: Adapted
 
@@ -120,22 +120,22 @@ class Layered(State):
         return self.adapted.attached(name).config
 
     def added(self, name: str, config: AdapterConfig, start: Start) -> Layered:
-        return Layered(_said(add(self.adapted, name, config, start.rng, ties=start.ties), name))
+        return Layered(adapted=_said(add(self.adapted, name, config, start.rng, ties=start.ties), name))
 
     def loaded(self, folder: str | os.PathLike[str], name: str, subfolder: str, trainable: bool, lazy: bool, ties: Ties) -> Layered:
-        return Layered(load(self.adapted, folder, name, subfolder=subfolder, trainable=trainable, lazy=lazy, ties=ties))
+        return Layered(adapted=load(self.adapted, folder, name, subfolder=subfolder, trainable=trainable, lazy=lazy, ties=ties))
 
     def attached(self, name: str, file: AdapterFile, trainable: bool, ties: Ties) -> Layered:
-        return Layered(_said(attach(self.adapted, name, file, trainable=trainable, ties=ties), name))
+        return Layered(adapted=_said(attach(self.adapted, name, file, trainable=trainable, ties=ties), name))
 
     def activated(self, names: Sequence[str], inference: bool) -> Layered:
-        return Layered(activate(self.adapted, names, inference=inference))
+        return Layered(adapted=activate(self.adapted, names, inference=inference))
 
     def switched(self, on: bool) -> Layered:
-        return Layered(enable(self.adapted) if on else disable(self.adapted))
+        return Layered(adapted=enable(self.adapted) if on else disable(self.adapted))
 
     def deleted(self, name: str) -> Layered:
-        return Layered(delete(self.adapted, name))
+        return Layered(adapted=delete(self.adapted, name))
 
     def file(self, name: str, embeddings: bool | Literal["auto"]) -> AdapterFile:
         return adapter_file(self.adapted, name, embeddings=embeddings)
@@ -150,7 +150,7 @@ class Layered(State):
         saved = {parameter_name(key): tensor for key, tensor in read.modules_to_save.items()}
         frozen = {parameter_name(key): tensor for key, tensor in {**read.biases, **read.embeddings}.items()}
         biases = {self.base.resolve(key): self._like(key, tensor) for key, tensor in frozen.items()}
-        return Layered(update(self.adapted, name, params, saved={k: self._like(k, t) for k, t in saved.items()}, biases=biases))
+        return Layered(adapted=update(self.adapted, name, params, saved={k: self._like(k, t) for k, t in saved.items()}, biases=biases))
 
     def _like(self, name: str, tensor: Any) -> Array:
         frozen = self.adapted.frozen(name)

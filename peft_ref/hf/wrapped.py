@@ -60,7 +60,7 @@ class Wrapped:
             raise ConfigError(
                 f"the model has adapters already: {', '.join(graph.adapters)}.\n  Add to them with add_adapter, or unload them first."
             )
-        self._state: State = Prompted(graph=graph) if prompts else Layered(adapt(graph, mixed=self.mixed))
+        self._state: State = Prompted(graph=graph) if prompts else Layered(adapted=adapt(graph, mixed=self.mixed))
         self._configs: dict[str, PeftConfig] = {}
         self.rng = np.random.default_rng(0 if rng is None else rng)
 
@@ -157,11 +157,11 @@ class Wrapped:
 
     @final
     def disable_adapter_layers(self) -> None:
-        self._state = Layered(disable(self._adapted("disable_adapter_layers")))
+        self._state = Layered(adapted=disable(self._adapted("disable_adapter_layers")))
 
     @final
     def enable_adapter_layers(self) -> None:
-        self._state = Layered(enable(self._adapted("enable_adapter_layers")))
+        self._state = Layered(adapted=enable(self._adapted("enable_adapter_layers")))
 
     @final
     @contextmanager
@@ -177,11 +177,11 @@ class Wrapped:
 
     @final
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, ties: Ties = "refuse") -> None:
-        self._state = Layered(merge(self._adapted("merge_adapter"), adapter_names, safe=safe_merge, ties=ties))
+        self._state = Layered(adapted=merge(self._adapted("merge_adapter"), adapter_names, safe=safe_merge, ties=ties))
 
     @final
     def unmerge_adapter(self) -> None:
-        self._state = Layered(unmerge(self._adapted("unmerge_adapter")))
+        self._state = Layered(adapted=unmerge(self._adapted("unmerge_adapter")))
 
     @final
     def merge_and_unload(
@@ -333,8 +333,8 @@ class Wrapped:
 
     @final
     def _named(self, config: AdapterConfig) -> AdapterConfig:
-        """`config` with the name of the model, where it says none itself. PEFT notes the model's in any case."""
-        if self._name is None or config.housekeeping.get("base_model_name_or_path"):
+        """`config` with the name of the model, whatever it said before. PEFT also forgets what it said where the model has none."""
+        if self._name is None:
             return config
         return replace(config, housekeeping={**config.housekeeping, "base_model_name_or_path": self._name})
 

@@ -51,7 +51,7 @@ def test_fields_and_defaults_are_pefts(name: str) -> None:
     ours, theirs = fields(getattr(hf, name)), fields(getattr(peft, name))
     default = {f.name: f.default if f.default_factory is not dict else dict for f in ours}
     expected = {f.name: f.default if f.default_factory is not dict else dict for f in theirs if f.name != "runtime_config"}
-    assert default == {**expected, "peft_version": peft.__version__}
+    assert default == expected
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -66,6 +66,12 @@ def test_a_configuration_is_written_to_the_byte_and_read_on_both_sides(name: str
     assert read == ours
     assert hf.get_peft_config(theirs.to_dict()).to_dict() == ours.to_dict()
     assert peft.PeftConfig.from_pretrained(tmp_path / "ours") == theirs
+
+
+def test_the_version_is_pefts_where_none_is_said_and_the_one_that_was_said_else() -> None:
+    for side in (peft, hf):
+        assert side.LoraConfig().peft_version == side.LoraConfig(peft_version=None).peft_version == peft.__version__
+        assert side.LoraConfig(peft_version="0.1").peft_version == "0.1"
 
 
 def test_words_are_pefts() -> None:

@@ -153,7 +153,10 @@ def test_an_adapter_knows_its_model(tmp_path: Path) -> None:
     base, _ = bases("llama")
     base.save_pretrained(tmp_path / "base")
     ours_base = hf.BaseModel.from_pretrained(tmp_path / "base")
-    model = hf.get_peft_model(ours_base, hf.LoraConfig(**LORA))
+    config = hf.LoraConfig(**LORA, base_model_name_or_path="another")
+    hf.get_peft_model(bases("llama")[1], config)
+    assert config.base_model_name_or_path == "another"  # PEFT makes it null
+    model = hf.get_peft_model(ours_base, config)
     model.save_pretrained(tmp_path / "adapter")
     assert hf.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
     again = hf.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")

@@ -157,6 +157,7 @@ def test_several_prompts() -> None:
     with live():
         theirs = peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
         theirs.add_adapter("other", peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+        fresh = theirs.get_nb_trainable_parameters()
         for name in ("default", "other"):
             theirs.set_adapter(name)
             scatter(theirs, 4)
@@ -164,6 +165,7 @@ def test_several_prompts() -> None:
         theirs.eval()
     ours = hf.get_peft_model(ours_base, hf.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
     ours.add_adapter("other", hf.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"))
+    assert ours.get_nb_trainable_parameters() == fresh
     for name in ("default", "other"):
         hf.set_peft_model_state_dict(ours, their_state(theirs, name), name)
     for name in ("default", "other", "default"):
@@ -172,6 +174,10 @@ def test_several_prompts() -> None:
         same_output(theirs, ours, called("classifier"), name)
         assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     for model in (theirs, ours):
+        model.set_adapter("other", inference_mode=True)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    for model in (theirs, ours):
+        model.set_adapter("default")
         model.delete_adapter("default")
     assert ours.active_adapters == theirs.active_adapters == ["other"]
     same_output(theirs, ours, called("classifier"), "after deletion")

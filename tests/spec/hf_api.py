@@ -62,8 +62,8 @@ NAMES: dict[str, Row] = {
     "get_peft_config": Same(),
     # models
     "get_peft_model": Different(
-        "of a graph or a loaded model of peft_ref.nn, which stays as it is; draws from `rng`, seed 0 without one; a"
-        " base_model_name_or_path that the configuration says is kept; a second call on a model that has adapters is refused"
+        "of a graph or a loaded model of peft_ref.nn, which stays as it is; draws from `rng`, seed 0 without one; the"
+        " configuration's base_model_name_or_path is kept where the model has no name; a second call on a model that has adapters is refused"
     ),
     "PeftModel": Different("made of a graph, and no torch module; see its methods below"),
     "PeftMixedModel": Different("made of a graph; neither saved nor asked for a status, as in PEFT"),
