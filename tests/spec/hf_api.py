@@ -63,7 +63,7 @@ NAMES: dict[str, Row] = {
     # models
     "get_peft_model": Different(
         "of a graph or a loaded model of peft_ref.nn, which stays as it is; draws from `rng`, seed 0 without one; the"
-        " configuration's base_model_name_or_path is kept where the model has no name; a second call on a model that has adapters is refused"
+        " configuration's base_model_name_or_path is kept where the model has no name; adapters upon adapters are refused"
     ),
     "PeftModel": Different("made of a graph, and no torch module; see its methods below"),
     "PeftMixedModel": Different("made of a graph; neither saved nor asked for a status, as in PEFT"),
