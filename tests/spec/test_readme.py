@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistakes import SUITES
 from peft_ref.contracts import WeightMethod
+from peft_ref.files.safetensors import serialize
 from peft_ref.methods import METHODS
+from peft_ref.nn import model_of
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- methods: written by tests/spec/test_readme.py, do not edit -->", "<!-- end of methods -->"
@@ -37,6 +45,28 @@ def test_the_table_of_methods_is_what_the_code_says() -> None:
     text = README.read_text(encoding="utf-8")
     written = text.partition(BEGIN)[2].partition(END)[0].strip()
     assert written == table(), "run: python tests/spec/test_readme.py"
+
+
+def test_whoever_knows_peft_goes_on_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 7, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(size=shape) for name, shape in model_of(config).shapes().items()}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "model.safetensors").write_bytes(serialize(weights, {"format": "pt"}))
+    monkeypatch.chdir(tmp_path)
+    section = README.read_text(encoding="utf-8").partition("## If you know PEFT")[2].partition("\n## ")[0]
+    code = textwrap.dedent("\n".join(line for line in section.splitlines() if line.startswith("    ")))
+    scope: dict[str, Any] = {"np": np}
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 3, 7)
+    total = sum(w.size for w in weights.values())
+    trained = 2 * 8 * (8 + 8)  # two layers, rank 8, from 8 to 8
+    share = 100 * trained / (total + trained)
+    assert capsys.readouterr().out == f"trainable params: {trained} || all params: {total + trained:,} || trainable%: {share:.4f}\n"
 
 
 if __name__ == "__main__":
