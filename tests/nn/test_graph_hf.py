@@ -80,7 +80,9 @@ TARGETS: dict[str, dict[str, Any]] = {
         "target_modules": r".*\.(0|1)\..*(up_proj|k_proj|c_fc|key|intermediate\.dense|wi_0|wi|EncDec.*k)",
         "exclude_modules": [r"layers.0.mlp.up_proj", "h.0.mlp.c_fc", "layer.0.attention.self.key"],
     },
-    "feed-forward and tables": {"target_modules": ["wo", "gate_proj", "lm_head", "relative_attention_bias", "shared", "output.dense", "c_fc"]},
+    "feed-forward and tables": {
+        "target_modules": ["wo", "gate_proj", "lm_head", "relative_attention_bias", "shared", "output.dense", "c_fc"]
+    },
 }
 
 
