@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def mapped(f: Callable[..., Any], tree: T, *others: Any) -> T:
-    """`f` of every array of `tree`, and of what the others have in its place; None stays None."""
+    """`f` of every array of `tree`, and of what the others have in its place, which may be None from some branch on. None stays None."""
     return _mapped(f, tree, others, "")
 
 
@@ -22,14 +22,20 @@ def _mapped(f: Callable[..., Any], tree: Any, others: tuple[Any, ...], where: st
     if tree is None:
         return None
     if isinstance(tree, Mapping):
-        if wrong := next((o for o in others if not isinstance(o, Mapping) or o.keys() != tree.keys()), None):
+        if wrong := next((o for o in others if o is not None and (not isinstance(o, Mapping) or o.keys() != tree.keys())), None):
             came = sorted(set(tree) ^ set(wrong)) if isinstance(wrong, Mapping) else type(wrong).__name__
             raise KeyMismatchError(f"trees differ at {where or 'the root'}: {came}.\n  Parameters and gradients need the same names.")
-        return {name: _mapped(f, part, tuple(o[name] for o in others), f"{where}/{name}") for name, part in tree.items()}
+        return {
+            name: _mapped(f, part, tuple(None if o is None else o[name] for o in others), f"{where}/{name}") for name, part in tree.items()
+        }
     if isinstance(tree, tuple):
-        parts = [_mapped(f, part, tuple(o[n] for o in others), f"{where}/{n}") for n, part in enumerate(tree)]
+        parts = [_mapped(f, part, _inside(others, n), f"{where}/{n}") for n, part in enumerate(tree)]
         return tuple(parts) if type(tree) is tuple else type(tree)(*parts)  # a NamedTuple takes its fields apart
     return f(tree, *others)
+
+
+def _inside(trees: tuple[Any, ...], name: Any) -> tuple[Any, ...]:
+    return tuple(None if tree is None else tree[name] for tree in trees)
 
 
 def leaves(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
