@@ -25,9 +25,7 @@ def _mapped(f: Callable[..., Any], tree: Any, others: tuple[Any, ...], where: st
         if wrong := next((o for o in others if o is not None and (not isinstance(o, Mapping) or o.keys() != tree.keys())), None):
             came = sorted(set(tree) ^ set(wrong)) if isinstance(wrong, Mapping) else type(wrong).__name__
             raise KeyMismatchError(f"trees differ at {where or 'the root'}: {came}.\n  Parameters and gradients need the same names.")
-        return {
-            name: _mapped(f, part, tuple(None if o is None else o[name] for o in others), f"{where}/{name}") for name, part in tree.items()
-        }
+        return {name: _mapped(f, part, _inside(others, name), f"{where}/{name}") for name, part in tree.items()}
     if isinstance(tree, tuple):
         parts = [_mapped(f, part, _inside(others, n), f"{where}/{n}") for n, part in enumerate(tree)]
         return tuple(parts) if type(tree) is tuple else type(tree)(*parts)  # a NamedTuple takes its fields apart
