@@ -12,6 +12,7 @@ import numpy as np
 from peft_ref.arrays import Array, device, namespace
 from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.nn import Inputs
+from peft_ref.prompts import Context
 from peft_ref.train.learner import Batch
 
 Tokens: TypeAlias = np.ndarray[Any, Any]
@@ -38,9 +39,9 @@ def check_tokens(tokens: Tokens, length: int, vocabulary: int) -> None:
 
 
 def windows(tokens: Tokens, length: int, count: int, rng: np.random.Generator, like: Array) -> Batch:
-    """`count` windows from anywhere, as a batch in `like`'s library; every token but a window's first is to be predicted."""
+    """`count` windows from anywhere, as a batch in `like`'s library; every token but the first is to be predicted. All are of task 0."""
     starts = rng.integers(0, len(tokens) - length + 1, count)
     drawn = np.stack([tokens[start : start + length] for start in starts])
     xp = namespace(like)
-    held = drawn if xp is np else xp.asarray(drawn, device=device(like))
-    return Batch(inputs=Inputs(input_ids=held, labels=held))
+    held, tasks = (a if xp is np else xp.asarray(a, device=device(like)) for a in (drawn, np.zeros(count, dtype=np.int64)))
+    return Batch(inputs=Inputs(input_ids=held, labels=held), context=Context(batch=count, task_ids=tasks))
