@@ -125,6 +125,8 @@ def generate(
         if step:
             call = rows.next(call, output, said[:, -1:]) if use_cache and output is not None else rows.whole(said)
         output = model.forward(net, call)
+        if output.logits is None:
+            raise ConfigError(f"{type(model).__name__} has no logits to take a next token from.\n  Take a language model.")
         chosen = xp.astype(choose(output.logits[:, -1, :], step), ids.dtype)
         chosen = xp.where(going, chosen, filler)
         said = xp.concat([said, xp.expand_dims(chosen, axis=1)], axis=1)

@@ -6,7 +6,7 @@ What is trained is one, its gradients are another of the same form, and so is wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peft_ref.errors import KeyMismatchError
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def mapped(f: Callable[..., Any], tree: T, *others: Any) -> T:
     """`f` of every array of `tree`, and of what the others have in its place, which may be None from some branch on. None stays None."""
-    return _mapped(f, tree, others, "")
+    return cast(T, _mapped(f, tree, others, ""))
 
 
 def _mapped(f: Callable[..., Any], tree: Any, others: tuple[Any, ...], where: str) -> Any:
