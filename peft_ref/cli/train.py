@@ -27,23 +27,24 @@ exit codes: 0 done, 1 the loss is finite no longer, 2 the call, a file or the co
 """
 INTERRUPTED = 130
 LISTS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
-SETTINGS: dict[str, tuple[type, str, str]] = {
-    "steps": (int, "N", "optimiser steps"),
-    "batch": (int, "N", "windows of a micro-batch"),
-    "accumulate": (int, "N", "micro-batches of a step"),
-    "length": (int, "N", "tokens of a window"),
-    "lr": (float, "X", "learning rate of AdamW"),
-    "schedule": (str, "NAME", "constant, linear or cosine"),
-    "warmup": (int, "N", "steps until the rate is reached"),
-    "weight_decay": (float, "X", "of AdamW"),
-    "clip": (float, "X", "the gradient's largest norm"),
-    "seed": (int, "N", "of the start, of the windows and of dropout"),
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "feedforward_modules", "bias")
+DERIVED = ("is_feedforward", "live_r")  # what patterns decide, module by module
+SETTINGS: dict[str, tuple[Any, str, str]] = {  # the defaults of peft_ref.train.run.Plan, which is not imported for --help
+    "steps": (100, "N", "optimiser steps"),
+    "batch": (8, "N", "windows of a micro-batch"),
+    "accumulate": (1, "N", "micro-batches of a step"),
+    "length": (64, "N", "tokens of a window"),
+    "lr": (1e-3, "X", "learning rate of AdamW"),
+    "schedule": ("linear", "NAME", "constant, linear or cosine"),
+    "warmup": (0, "N", "steps until the rate is reached"),
+    "weight_decay": (0.0, "X", "of AdamW"),
+    "clip": (1.0, "X", "the gradient's largest norm"),
+    "seed": (0, "N", "of the start, of the windows and of dropout"),
 }
 
 
 def add_parser(verbs: Any) -> None:
     from peft_ref.methods import METHODS
-    from peft_ref.train.run import Plan
 
     parser = verbs.add_parser(
         "train",
@@ -62,22 +63,15 @@ def add_parser(verbs: Any) -> None:
     method = parser.add_mutually_exclusive_group(required=True)
     method.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json")
     method.add_argument("--method", choices=list(METHODS), metavar="NAME", help=f"or a method by name: {', '.join(METHODS)}")
-    for name, (kind, metavar, what) in SETTINGS.items():
-        default = getattr(Plan, name)
-        parser.add_argument(
-            _option(name),
-            dest=name,
-            type=kind,
-            default=default,
-            metavar=metavar,
-            help=f"{what} (default: {default:g})" if kind is not str else f"{what} (default: {default})",
-        )
+    for name, (default, metavar, what) in SETTINGS.items():
+        told = f"{what} (default: {default})"
+        parser.add_argument(option(name), dest=name, type=type(default), default=default, metavar=metavar, help=told)
     parser.add_argument("--every", type=int, default=0, metavar="N", help="write a checkpoint to OUT/checkpoint every N steps")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint, with the same numbers as if never stopped")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="the loss over the steps as an SVG file")
     parser.add_argument("--json", action="store_true", help="the losses and where the adapter lies as JSON on standard output")
-    for name in _keys():
-        parser.add_argument(*dict.fromkeys((_option(name), f"--{name}")), dest=f"key:{name}", nargs="+", help=argparse.SUPPRESS)
+    for name in keys():
+        parser.add_argument(*dict.fromkeys((option(name), f"--{name}")), dest=f"key:{name}", nargs="+", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
@@ -89,6 +83,8 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     from peft_ref.train.session import prepared
 
     check_writable(options.picture)
+    if options.every < 0:
+        raise ConfigError(f"--every {options.every}: a number of steps, or 0 for no checkpoints.")
     plan = Plan(**{name: getattr(options, name) for name in SETTINGS})
     folder = options.out / "checkpoint"
     if not options.resume and checkpoint.exists(folder):
@@ -125,22 +121,25 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     return 0
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _keys() -> list[str]:
-    """The keys of adapter_config.json that an option may set."""
-    from peft_ref.train.session import method_keys
+def keys() -> list[str]:
+    """The keys of adapter_config.json that an option may set: of any method."""
+    from dataclasses import fields
 
-    return [name for name in method_keys() if name not in SETTINGS]
+    from peft_ref.methods import METHODS
+
+    own = {f.name for cls in METHODS.values() for f in fields(cls)}  # type: ignore[arg-type]  # every method is a dataclass
+    return sorted({*own, *PLACES} - {*DERIVED, *SETTINGS})
 
 
 def _config(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """The flat configuration that was asked for."""
     from peft_ref.train.session import named_config
 
-    given = {name: _value(name, words) for name in _keys() if (words := getattr(options, f"key:{name}")) is not None}
+    given = {name: _value(name, words) for name in keys() if (words := getattr(options, f"key:{name}")) is not None}
     if options.method is not None:
         return named_config(options.method, given, steps)
     try:

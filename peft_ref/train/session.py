@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_ref.errors import ConfigError
-from peft_ref.files.config import DERIVED, Patterns, flatten, from_dict
+from peft_ref.files.config import DERIVED, flatten, from_dict
 from peft_ref.files.rules import field_names
 from peft_ref.graph.targets import Targets
 from peft_ref.methods import METHODS
@@ -37,7 +37,7 @@ class Session(NamedTuple):
 def method_keys() -> list[str]:
     """The keys of adapter_config.json that choose what a method does and where, of all methods."""
     own = {name for cls in METHODS.values() for name in field_names(cls)}
-    return sorted((own | set(field_names(Targets)) | set(BESIDE)) - DERIVED - set(field_names(Patterns)) | {"feedforward_modules"})
+    return sorted((own | {*field_names(Targets), *BESIDE}) - DERIVED - {"target_parameters"})
 
 
 def named_config(name: str, given: Mapping[str, Any], steps: int) -> dict[str, Any]:

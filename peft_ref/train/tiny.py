@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_ref.errors import ConfigError
 from peft_ref.files.atomic import replace_files
 from peft_ref.files.safetensors import serialize
 from peft_ref.nn import model_of
@@ -34,7 +35,12 @@ DEVIATION = 0.1  # wider than a real start's, so that the blocks say something
 
 
 def write_tiny(folder: Path, seed: int) -> None:
+    """Write it, unless something else lies there."""
+    said = json.dumps(CONFIG, indent=2).encode()
+    there = folder / "config.json"
+    if folder.exists() and not (there.is_file() and there.read_bytes() == said):
+        raise ConfigError(f"{folder} exists, and is no tiny model that was made here: it is not written over.\n  Choose another --out.")
     rng = np.random.default_rng([seed, 2])
     shapes = model_of(CONFIG).shapes()
     tensors = {n: (rng.normal(0, DEVIATION, s) if len(s) > 1 else np.ones(s)).astype(np.float32) for n, s in shapes.items()}
-    replace_files(folder, {"model.safetensors": serialize(tensors, {"format": "pt"}), "config.json": json.dumps(CONFIG, indent=2).encode()})
+    replace_files(folder, {"model.safetensors": serialize(tensors, {"format": "pt"}), "config.json": said})

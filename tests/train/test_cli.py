@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import numpy as np
 import pytest
 
 from peft_ref.cli import main
+from peft_ref.cli import train as cli
 from peft_ref.files.adapter import CONFIG, WEIGHTS, load_adapter
 from peft_ref.methods import METHODS
 from peft_ref.train import checkpoint
+from peft_ref.train.run import Plan
+from peft_ref.train.session import method_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = bytes(range(97, 123)) * 8 + b"some words, and again some words. " * 8
@@ -152,6 +156,7 @@ WRONG = {
     "no ids": ((*LORA, "--ids"), "is no token id"),
     "no such file": ((*LORA, "--data", "nowhere"), "nowhere"),
     "another task": ((*LORA, "--config", "c.json"), "not allowed"),
+    "checkpoints backwards": ((*LORA, "--every", "-1"), "--every -1"),
     "no steps": ((*LORA, "--steps", "0"), "steps=0"),
 }
 
@@ -206,6 +211,19 @@ def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("peft_ref.cli.train._Teller.tell", stop)
     assert train(*LORA, "--every", "2") == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_the_options_are_those_of_the_plan_and_of_all_methods() -> None:
+    assert {name: default for name, (default, _, _) in cli.SETTINGS.items()} == asdict(Plan())
+    assert cli.keys() == method_keys()
+
+
+def test_a_folder_of_somebody_elses_is_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("run") / "base").mkdir(parents=True)
+    (Path("run") / "base" / "config.json").write_text("{}")
+    assert train(*LORA) == 2
+    assert "not written over" in capsys.readouterr().err
+    assert (Path("run") / "base" / "config.json").read_text() == "{}"
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
