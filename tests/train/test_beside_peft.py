@@ -27,6 +27,7 @@ from peft_ref.nn.optim import AdamW  # noqa: E402
 from peft_ref.nn.schedules import linear  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
+from peft_ref.train.dropout import with_dropout  # noqa: E402
 from tests.nn.beside_hf import all_close, close, float64, pair, scatter, to_torch  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
@@ -201,3 +202,35 @@ def compare(live: Any, training: Training, state: State) -> None:
         saved = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
     got = {key: np.asarray(value) for key, value in all_tensors(file_of(training, state)).items()}
     all_close(got, {key: value.detach().numpy() for key, value in saved.items()}, CLOSE)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_given_dropout_masks_do_what_pefts_dropout_does(dora: bool, tmp_path: Path) -> None:
+    case = Case(peft.LoraConfig, {**R, "target_modules": Q, "lora_dropout": 0.25, "use_dora": dora})
+    live, training = both(case, tmp_path)
+    live.train()  # else PEFT's DoRA does not ask its dropout; this Llama has none of its own
+    rng = np.random.default_rng(6)
+    given = example(case, rng)
+    drawn = with_dropout(training.learner, batch(given), rng, np.zeros(0))
+    for name, module in live.base_model.model.named_modules():
+        if name in drawn.dropout:
+            module.lora_dropout["default"] = Masked(drawn.dropout[name].mask / 0.75)
+    with float64():
+        loss = live(**to_torch(given)).loss
+        loss.backward()
+    found = training.learner.loss_vjp(training.params, [drawn])
+    close(found.loss, loss.detach(), "loss", 1e-12)
+    for name, params in found.gradients.adapters.items():
+        module = live.base_model.model.get_submodule(name)
+        close(params.A, module.lora_A["default"].weight.grad, f"{name} A")
+        close(params.B, module.lora_B["default"].weight.grad, f"{name} B")
+    assert abs(float(found.loss) - float(training.learner.loss(training.params, [batch(given)]))) > 1e-6
+
+
+class Masked(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
+    def __init__(self, factors: Any) -> None:
+        super().__init__()
+        self.factors = torch.tensor(factors)
+
+    def forward(self, x: Any) -> Any:
+        return x * self.factors
