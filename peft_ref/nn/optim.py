@@ -85,7 +85,7 @@ class SGD:
         """The state and the parameters after one step."""
         c, new = self.momentum, 1.0 if state.step == 0 else 1 - self.dampening
         full = mapped(lambda p, g: 0 * p if g is None else g + self.weight_decay * p, params, grads)
-        u = mapped(lambda u, g: c * u + new * g, state.u, full) if c else None
+        u = mapped(lambda u, g, d: u if g is None else c * u + new * d, state.u, grads, full) if c else None
         way = full if u is None else mapped(lambda g, u: g + c * u, full, u) if self.nesterov else u
         return SGDState(state.step + 1, u), mapped(lambda p, g, d: p if g is None else p - lr * d, params, grads, way)
 

@@ -227,9 +227,9 @@ def test_draws_follow_the_probabilities() -> None:
     probabilities = softmax(warp(logits, sampling))[0]
     drawn = draw(np.repeat(logits, n, axis=0), sampling, (np.arange(n) + 0.5) / n)
     assert np.all(np.abs(np.bincount(drawn, minlength=29) - n * probabilities) <= 1)
-    ends = draw(np.repeat(logits, 2, axis=0), sampling, np.asarray([0.0, np.nextafter(1.0, 0.0)]))
+    ends = draw(np.repeat(logits, 3, axis=0), sampling, np.asarray([0.0, np.nextafter(1.0, 0.0), 1.0]))  # 1 is what float32 makes of it
     possible = np.flatnonzero(probabilities)
-    assert ends.tolist() == [possible[0], possible[-1]]
+    assert ends.tolist() == [possible[0], possible[-1], possible[-1]]
 
 
 def test_sampled_tokens_are_possible_and_the_same_for_the_same_uniforms() -> None:

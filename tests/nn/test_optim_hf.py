@@ -17,7 +17,7 @@ import transformers  # noqa: E402
 
 from peft_ref.errors import ConfigError, KeyMismatchError  # noqa: E402
 from peft_ref.nn import schedules  # noqa: E402
-from peft_ref.nn.optim import SGD, AdamW, clip_by_global_norm  # noqa: E402
+from peft_ref.nn.optim import SGD, AdamW, clip_by_global_norm, global_norm  # noqa: E402
 from peft_ref.nn.tree import leaves, mapped  # noqa: E402
 
 STEPS = 60
@@ -70,19 +70,24 @@ def test_optimisers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_parameter_without_a_gradient_stays(name: str) -> None:
+def test_a_parameter_without_a_gradient_stays_and_so_does_what_is_remembered_of_it(name: str) -> None:
     ours = OPTIMISERS[name][0]
     params = {"moved": np.ones(2), "still": np.ones(2)}
-    state = ours.init(params)
+    state, before = ours.update(ours.init(params), params, params, 0.1)
+    remembered, after = state, before
     for _ in range(3):
-        state, params = ours.update(state, params, {"moved": np.ones(2), "still": None}, 0.1)
-    assert np.array_equal(params["still"], np.ones(2))
-    assert not np.array_equal(params["moved"], np.ones(2))
+        state, after = ours.update(state, after, {"moved": np.ones(2), "still": None}, 0.1)
+    assert np.array_equal(after["still"], before["still"])
+    assert not np.array_equal(after["moved"], before["moved"])
+    for old, new in zip(remembered[1:], state[1:], strict=True):
+        assert old is None or np.array_equal(old["still"], new["still"])
 
 
-@pytest.mark.parametrize("most", [1e-3, 1.0, 1e9])
-def test_clipping(most: float) -> None:
+@pytest.mark.parametrize("part", [1e-3, 0.8, 1.3, 1e9])
+def test_clipping(part: float) -> None:
+    """At a part of the norm, and where it is longer than that."""
     grads = tree(np.random.default_rng(1))
+    most = part * float(global_norm(grads))
     live = [torch.nn.Parameter(torch.tensor(g)) for _, g in leaves(grads)]
     for p in live:
         p.grad = p.detach().clone()

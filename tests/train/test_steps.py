@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": {"peft_type": "LORA", "use_dora": True, "r": 2, "target_modules": Q},
     "adalora": {"peft_type": "ADALORA", "init_r": 3, "target_r": 1, "total_step": 4, "tinit": 1, "target_modules": Q},
     "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
+    "prompt and tables": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "token_dim": 4, "num_attention_heads": 2},
     "lstm": {
         "peft_type": "P_TUNING",
