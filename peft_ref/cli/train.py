@@ -49,7 +49,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "train",
         help="train an adapter on a text, with NumPy alone",
-        description="Fine-tune a Llama folder with any method of adapters or prompts, on the bytes or token ids of a file.",
+        description="Fine-tune a causal language model (Llama, GPT-2) with any method here, on the bytes or token ids of a file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
