@@ -6,6 +6,8 @@ loss         the losses of HF's models                       blocks   the same f
 modules      norms and feed-forward maps by name             llama, gpt2, bert, bert_heads    architectures
 relative     T5's bias of distances                          encoder_decoder, t5    one with two stacks
 load, graph  a folder of HF's as a model; a model as a graph
+prompted     a prompt before a model's inputs                    generate   tokens one after the other
+optim, schedules, tree    optimisers and learning rates over trees of arrays; peft_ref/train uses them
 """
 
 from peft_ref.nn.attention import KeyValue, as_cache, as_cache_vjp

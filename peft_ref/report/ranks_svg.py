@@ -6,20 +6,16 @@ schedule. Lines that share a rank run side by side.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from peft_ref.methods.adalora_allocator import last_allocation
-from peft_ref.report import clean
+from peft_ref.report.drawing import COLOURS, GRID, INK, PAPER, SOFT, escaped, nice, text
 from peft_ref.report.ranks import History
 
 WIDTH, HEIGHT = 1000, 540
 LEFT, RIGHT, TOP, BOTTOM = 70, 710, 110, 470  # the plot
-INK, SOFT, GRID, PAPER = "#1f2933", "#616e7c", "#dde1e6", "#ffffff"
 WARM, FROZEN = "#faf3e0", "#e9eff5"
-# Okabe and Ito's colours, which the colour-blind can tell apart; the yellow is darker, so that white paper does not swallow it.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f")
 APART = 4.0  # pixels between lines of one rank
 ROW = 19.0  # and between two names
 LONGEST = 28  # characters of a name
@@ -59,10 +55,10 @@ def svg(history: History, title: str = "AdaLoRA: how the allocator shares out th
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img"'
             f' font-family="Helvetica, Arial, sans-serif" font-size="14" fill="{INK}">',
-            f"<title>{_e(title)}</title>",
+            f"<title>{escaped(title)}</title>",
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{PAPER}"/>',
-            _text(LEFT, 38, title, size=21, weight="bold"),
-            _text(LEFT, 62, _settings(history), colour=SOFT),
+            text(LEFT, 38, title, size=21, weight="bold"),
+            text(LEFT, 62, _settings(history), colour=SOFT),
             *_phases(history, axes),
             *_grid(axes),
             *(_line(mark, history.steps, axes) for mark in marks),
@@ -91,28 +87,23 @@ def _phases(history: History, axes: Axes) -> Iterator[str]:
         left, right = (axes.x(min(max(step, axes.first), axes.last)) for step in (start, end))
         if right > left:
             yield f'<rect x="{left:.1f}" y="{TOP - 22}" width="{right - left:.1f}" height="{BOTTOM - TOP + 22}" fill="{colour}"/>'
-            fitting = next((text for text in (told, told.split()[-1]) if 6.4 * len(text) < right - left), "")
-            yield _text((left + right) / 2, TOP - 7, fitting, size=12, colour=SOFT, anchor="middle")
+            fitting = next((t for t in (told, told.split()[-1]) if 6.4 * len(t) < right - left), "")
+            yield text((left + right) / 2, TOP - 7, fitting, size=12, colour=SOFT, anchor="middle")
 
 
 def _grid(axes: Axes) -> Iterator[str]:
-    for rank in range(0, axes.top + 1, _nice(axes.top, 12)):
+    for rank in range(0, axes.top + 1, nice(axes.top, 12)):
         y = axes.y(rank)
         yield f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="{GRID}"/>'
-        yield _text(LEFT - 10, y + 5, str(rank), anchor="end", colour=SOFT)
-    tick = _nice(axes.last - axes.first, 10)
+        yield text(LEFT - 10, y + 5, str(rank), anchor="end", colour=SOFT)
+    tick = nice(axes.last - axes.first, 10)
     for step in range(-(-axes.first // tick) * tick, axes.last + 1, tick):
         yield f'<path d="M{axes.x(step):.1f} {BOTTOM}v6" stroke="{SOFT}"/>'
-        yield _text(axes.x(step), BOTTOM + 22, str(step), anchor="middle", colour=SOFT)
+        yield text(axes.x(step), BOTTOM + 22, str(step), anchor="middle", colour=SOFT)
     yield f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="{SOFT}"/>'
-    yield _text((LEFT + RIGHT) / 2, BOTTOM + 48, "step of the training", anchor="middle")
+    yield text((LEFT + RIGHT) / 2, BOTTOM + 48, "step of the training", anchor="middle")
     middle = (TOP + BOTTOM) / 2
-    yield f'<g transform="rotate(-90 24 {middle})">{_text(24, middle, "rank of a module: triplets that stay", anchor="middle")}</g>'
-
-
-def _nice(length: int, ticks: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, ... that divides `length` into at most so many parts."""
-    return next(int(f"{f}{k * '0'}") for k in range(20) for f in (1, 2, 5) if length <= ticks * f * 10**k)
+    yield f'<g transform="rotate(-90 24 {middle})">{text(24, middle, "rank of a module: triplets that stay", anchor="middle")}</g>'
 
 
 def _line(mark: Mark, steps: Sequence[int], axes: Axes) -> str:
@@ -134,7 +125,7 @@ def _names(marks: Sequence[Mark], axes: Axes) -> Iterator[str]:
         mark = marks[i]
         name = mark.name if len(mark.name) <= LONGEST else f"...{mark.name[3 - LONGEST :]}"
         yield f'<path d="M{RIGHT} {end:.1f}L{RIGHT + 16} {place:.1f}" stroke="{mark.colour}" stroke-width="1" fill="none"/>'
-        yield _text(RIGHT + 20, place + 5, f"{mark.values[-1]:g}  {name}", colour=mark.colour, weight="bold" if i else "normal")
+        yield text(RIGHT + 20, place + 5, f"{mark.values[-1]:g}  {name}", colour=mark.colour, weight="bold" if i else "normal")
 
 
 def _apart(wanted: Sequence[float]) -> list[float]:
@@ -153,12 +144,3 @@ def _top(group: Sequence[float]) -> float:
 
 def _bottom(group: Sequence[float]) -> float:
     return _top(group) + ROW * (len(group) - 1)
-
-
-def _text(x: float, y: float, text: str, *, size: int = 14, colour: str = INK, weight: str = "normal", anchor: str = "start") -> str:
-    style = f'font-size="{size}" fill="{colour}" font-weight="{weight}" text-anchor="{anchor}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style} xml:space="preserve">{_e(text)}</text>' if text else ""
-
-
-def _e(text: str) -> str:
-    return html.escape(clean(text))

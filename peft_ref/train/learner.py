@@ -1,0 +1,153 @@
+"""What is trained, and the gradient of its loss.
+
+    L = sum over micro-batches k of  (n_k / N) loss_k     N = sum n_k,  n_k the number of labels that loss_k is the mean over
+      + AdaLoRA's penalty, once
+
+So a step over micro-batches is the step over all of them as one batch, whatever the padding.
+
+HF      Trainer hands N on as num_items_in_batch, counted before PEFT puts a prompt in front. Then the first token has something before it
+        that predicts it, and its loss is in the sum, but not in Trainer's N; here it is in both, as where the model takes the mean itself.
+        AdaLoRA's penalty is added by every forward, so HF counts it once for each micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple, final
+
+from peft_ref.arrays import Array, namespace
+from peft_ref.contracts import WeightMethod
+from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.methods.adalora import AdaLoRA
+from peft_ref.nn import Decoder, Gradients, Inputs, Model, Net, OutputGradient
+from peft_ref.nn.loss import IGNORED
+from peft_ref.nn.net import add_params
+from peft_ref.nn.prompted import with_prompt, with_prompt_vjp
+from peft_ref.prompts import Context, Prompt, Tensors
+from peft_ref.stack import Adapter, Dropout
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Trainable(NamedTuple):
+    """All that is trained, or its gradient: a tree as the optimisers take it."""
+
+    adapters: Mapping[str, Any] = NOTHING  # module name -> the method's Params
+    weights: Mapping[str, Array] = NOTHING  # of the base model, by parameter name: biases, modules_to_save
+    prompt: Tensors = NOTHING
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    inputs: Inputs
+    dropout: Mapping[str, Dropout] = field(default_factory=dict)  # module name -> the mask of its adapter
+    context: Context | None = None  # of a prompt: the examples' tasks, an encoder's masks
+
+
+class Found(NamedTuple):
+    loss: Array
+    gradients: Trainable
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learner:
+    """A model, and how what is trained acts on it."""
+
+    model: Model
+    net: Net  # frozen
+    methods: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)  # by module
+    prompt: Prompt | None = None
+    task_type: str = "CAUSAL_LM"
+    penalty: AdaLoRA | None = None  # the method that adds one
+
+    def net_at(self, p: Trainable, dropout: Mapping[str, Dropout] = NOTHING) -> Net:
+        """The network with these numbers."""
+        if unknown := sorted(dropout.keys() - self.methods.keys()):
+            raise KeyMismatchError(f"a dropout mask for {unknown[0]!r}, where there is no adapter.\n  There are {', '.join(self.methods)}.")
+        adapters = {name: (Adapter(method, p.adapters[name], dropout.get(name)),) for name, method in self.methods.items()}
+        weights = {**self.net.weights, **p.weights}
+        return replace(self.net, weights=weights, adapters=adapters, trainable=frozenset(p.weights))
+
+    def inputs_at(self, p: Trainable, batch: Batch) -> Inputs:
+        """What the model receives: the batch's inputs, behind the prompt."""
+        if self.prompt is None:
+            return batch.inputs
+        rows = self.prompt.prompt(p.prompt, context_of(batch))
+        return with_prompt(self.model, self.net_at(p), self.prompt, rows, batch.inputs, self.task_type)
+
+    def loss(self, p: Trainable, batches: Sequence[Batch]) -> Array:
+        """L above."""
+        counts, every = self._counts(p, batches), []
+        for batch, (inputs, share) in zip(batches, counts, strict=True):
+            if share:
+                every.append(share * self._loss_of(self.model.forward(self.net_at(p, batch.dropout), inputs).loss))
+        if self.penalty is not None:
+            every.append(self.penalty.orthogonality(p.adapters))
+        return sum(every[1:], every[0])
+
+    def loss_vjp(self, p: Trainable, batches: Sequence[Batch]) -> Found:
+        """The loss and its gradient. What has none, a bias that no module uses, has None."""
+        losses: list[Array] = []
+        net_gradients, prompt = Gradients(), dict[str, Array]()
+        for batch, (inputs, share) in zip(batches, self._counts(p, batches), strict=True):
+            if not share:
+                continue
+            net = self.net_at(p, batch.dropout)
+            got = self.model.vjp(net, inputs, OutputGradient(loss=share))
+            losses.append(share * self._loss_of(got.output.loss))
+            net_gradients = net_gradients + got.net
+            if self.prompt is not None:
+                ctx = context_of(batch)
+                rows = self.prompt.prompt(p.prompt, ctx)
+                back = with_prompt_vjp(self.model, net, self.prompt, rows, batch.inputs, self.task_type, got)
+                net_gradients = net_gradients + back.net
+                for name, d in self.prompt.prompt_vjp(p.prompt, ctx, back.prompt).items():
+                    prompt[name] = prompt[name] + d if name in prompt else d
+        adapters = {name: params[0] for name, params in net_gradients.adapters.items()}
+        if self.penalty is not None:
+            losses.append(self.penalty.orthogonality(p.adapters))
+            more = self.penalty.orthogonality_vjp(p.adapters, 1.0)
+            adapters = {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
+        gradients = Trainable(
+            adapters={name: adapters.get(name) for name in p.adapters},
+            weights={name: net_gradients.weights.get(name) for name in p.weights},
+            prompt={name: prompt.get(name) for name in p.prompt},
+        )
+        return Found(sum(losses[1:], losses[0]), gradients)
+
+    def _counts(self, p: Trainable, batches: Sequence[Batch]) -> list[tuple[Inputs, float]]:
+        """What the model receives of every micro-batch, and its share of the loss."""
+        given = [self.inputs_at(p, batch) for batch in batches]
+        counts = [counted(self.model, inputs) for inputs in given]
+        if not sum(counts):
+            raise ConfigError("no label of the batch counts (all are -100, or there is none), so there is no loss.")
+        return [(inputs, n / sum(counts)) for inputs, n in zip(given, counts, strict=True)]
+
+    def _loss_of(self, loss: Array | None) -> Array:
+        if loss is None:
+            raise ConfigError(f"{type(self.model).__name__} returned no loss: the inputs need labels, or start and end positions.")
+        return loss
+
+
+def counted(model: Model, inputs: Inputs) -> int:
+    """How many labels the model's loss is the mean over. Of question answering the examples are counted, in or out of reach."""
+    labels = inputs.labels
+    if labels is None:
+        return 0 if inputs.start_positions is None else int(inputs.start_positions.shape[0])
+    xp = namespace(labels)
+    if not xp.isdtype(labels.dtype, "integral"):
+        return math.prod(labels.shape)
+    seen = labels[:, 1:] if isinstance(model, Decoder) else labels
+    return int(xp.sum(xp.astype(seen != IGNORED, xp.int64)))
+
+
+def context_of(batch: Batch) -> Context:
+    given = batch.inputs.input_ids if batch.inputs.inputs_embeds is None else batch.inputs.inputs_embeds
+    if batch.context is not None or given is None:
+        return batch.context or Context(batch=0)
+    return Context(batch=int(given.shape[0]))

@@ -1,0 +1,64 @@
+"""One step of a training, as a function from a state to the next.
+
+    gradient of the loss  ->  clipped  ->  optimiser, at the rate lr * factor(step)  ->  AdaLoRA's allocator
+
+HF      Trainer's order. It never calls AdaLoRA's allocator: there the user calls `update_and_allocate(step)` after `optimizer.step()`.
+        Steps are counted from 1 for it here, so that the last allocation, at total_step - tfinal, comes even where tfinal is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+from peft_ref.arrays import Array
+from peft_ref.errors import ConfigError
+from peft_ref.methods import adalora_allocator as allocator
+from peft_ref.nn.optim import SGD, AdamW, clip_by_global_norm, global_norm
+from peft_ref.nn.schedules import constant
+from peft_ref.train.learner import Batch, Learner, Trainable
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    optimizer: AdamW | SGD = field(default_factory=AdamW)
+    lr: float = 1e-3
+    factor: Callable[[int], float] = constant  # of peft_ref/nn/schedules.py
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr >= 0 or (self.max_grad_norm is not None and not self.max_grad_norm > 0):
+            raise ConfigError(f"lr={self.lr}, max_grad_norm={self.max_grad_norm}: a rate is not negative, and a norm to clip at positive.")
+
+
+class State(NamedTuple):
+    """All that changes from step to step: a tree."""
+
+    step: int  # how many were made
+    params: Trainable
+    optimizer: Any
+    allocation: allocator.State = allocator.State()
+
+
+class Stepped(NamedTuple):
+    state: State
+    loss: Array  # before the step
+    norm: Array  # of the gradient, before it was clipped
+
+
+def begin(recipe: Recipe, params: Trainable) -> State:
+    return State(0, params, recipe.optimizer.init(params))
+
+
+def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch]) -> Stepped:
+    """The state after one step over the micro-batches."""
+    loss, grads = learner.loss_vjp(state.params, batches)
+    clipped = (grads, global_norm(grads)) if recipe.max_grad_norm is None else clip_by_global_norm(grads, recipe.max_grad_norm)
+    optimizer, params = recipe.optimizer.update(state.optimizer, state.params, clipped[0], recipe.lr * recipe.factor(state.step))
+    made, allocation = state.step + 1, state.allocation
+    if learner.penalty is not None:
+        allocation, adapters = allocator.after_step(learner.penalty, allocation, params.adapters, clipped[0].adapters, made)
+        params = params._replace(adapters=adapters)
+    return Stepped(State(made, params, optimizer, allocation), loss, clipped[1])
