@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import Graph
 from peft_ref.model.adapted import Adapted
 from peft_ref.nn import BertForQuestionAnswering, Cache, Inputs, Loaded, Model, ModelGraph, Net, Output, load
+from peft_ref.nn.generate import Front
 
 
 @final
@@ -103,6 +104,14 @@ def net_of(graph: Graph) -> Net:
     adapters = graph.injection() if isinstance(graph, Adapted) else {}
     weights = {name: graph.weight(name) for name in graph.parameters()}
     return Net(weights=weights, layers=model.layers(), ties=graph.tied(), adapters=adapters)
+
+
+class Ready(NamedTuple):
+    """A model with its numbers, and what goes before its inputs."""
+
+    model: Model
+    net: Net
+    front: Front | None = None
 
 
 def run(graph: Graph, inputs: Inputs) -> Output:

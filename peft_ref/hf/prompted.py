@@ -26,18 +26,18 @@ from peft_ref.files.safetensors import open_file
 from peft_ref.graph.beside import saved_modules
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.rules import SAVED_BY_TASK
-from peft_ref.hf.base import model_in, net_of
+from peft_ref.hf.base import Ready, model_in, net_of
 from peft_ref.hf.state import Start, State
 from peft_ref.methods import METHODS
 from peft_ref.model import Count
 from peft_ref.model.attaching import parameters_below
 from peft_ref.model.numbers import as_stored, brought, wide
 from peft_ref.model.ties import Ties
-from peft_ref.nn import Blocks, EncoderDecoder, Inputs, Model, Net, Output, as_cache
-from peft_ref.nn.model import embed
+from peft_ref.nn import Inputs, Output
+from peft_ref.nn.generate import Front
+from peft_ref.nn.prompted import with_prompt, word_table
 from peft_ref.prompts import Context, Prompt, Sources, Tensors
-from peft_ref.splice import ANSWERING, SEQ_2_SEQ, TASKS, WITH_TOKEN_TYPES, key_values, splice
-from peft_ref.splice import Inputs as Spliced
+from peft_ref.splice import ANSWERING, TASKS, WITH_TOKEN_TYPES, key_values
 
 
 @final
@@ -166,12 +166,24 @@ class Prompted(State):
     def output(self, inputs: Inputs, task_ids: Array | None, rows: Sequence[str] | None) -> Output:
         if rows is not None:
             raise ConfigError("adapter_names with prompts: one prompt stands before all rows (HF PEFT ignores the names).")
+        given = inputs.inputs_embeds if inputs.input_ids is None else inputs.input_ids
+        if given is None:
+            raise ConfigError("a prompt needs input_ids or inputs_embeds, before which it goes.")
+        model, net, front = self.ready(given.shape[0], task_ids)
+        if front is None:
+            return model.forward(net, inputs)
+        task = self.adapters[self.active_names[0]].task
+        _refuse_dropped(front.method, task, inputs)
+        return model.forward(net, with_prompt(model, net, front.method, front.prompt, inputs, task))
+
+    def ready(self, batch: int, task_ids: Array | None) -> Ready:
         model, net = model_in(self.graph), net_of(self.graph)
         if not self.on or not self.active_names:
-            return model.forward(net, inputs)
+            return Ready(model, net, None)
         adapter = self.adapters[self.active_names[0]]
+        prompt = adapter.method.prompt(adapter.tensors, Context(batch=batch, task_ids=task_ids))
         net = replace(net, weights={**net.weights, **adapter.saved})
-        return model.forward(net, spliced(model, net, adapter, inputs, task_ids))
+        return Ready(model, net, Front(adapter.method, as_stored(prompt, wide(self._words()))))
 
     def _adapter(self, name: str) -> PromptAdapter:
         if name not in self.adapters:
@@ -203,12 +215,11 @@ class Prompted(State):
         return {key: self.graph.weight(key) for module in modules for key in parameters_below(self.graph, module)}
 
     def _words(self) -> Array:
-        return self.graph.weight(f"{_table(model_in(self.graph))}.weight")
+        return self.graph.weight(f"{word_table(model_in(self.graph))}.weight")
 
 
-def spliced(model: Model, net: Net, adapter: PromptAdapter, inputs: Inputs, task_ids: Array | None) -> Inputs:
-    """The inputs with the adapter's prompt in its place."""
-    method, task = adapter.method, adapter.task
+def _refuse_dropped(method: Prompt, task: str, inputs: Inputs) -> None:
+    """Raise `ConfigError` for what PEFT drops before a prompt."""
     dropped = {
         "past_key_values": inputs.past is not None,
         "position_ids": inputs.position_ids is not None and (method.place == "embeddings" or task == ANSWERING),
@@ -216,37 +227,6 @@ def spliced(model: Model, net: Net, adapter: PromptAdapter, inputs: Inputs, task
     }
     if lost := [name for name, value in dropped.items() if value]:
         raise ConfigError(f"{lost[0]} with a {type(method).__name__} for {task}: HF PEFT drops it.\n  Leave it out.")
-    inputs = replace(inputs, input_ids=None, inputs_embeds=embed(net, _table(model), inputs))
-    if method.peft_type == "MULTITASK_PROMPT_TUNING" and task == SEQ_2_SEQ:
-        inputs = _decoder_embedded(model, net, inputs)
-    embeddings: Any = inputs.inputs_embeds
-    prompt = method.prompt(adapter.tensors, Context(batch=embeddings.shape[0], task_ids=task_ids))
-    got = splice(
-        method,
-        prompt,
-        Spliced(
-            embeddings=embeddings,
-            attention_mask=inputs.attention_mask,
-            labels=inputs.labels,
-            position_ids=inputs.position_ids,
-            token_type_ids=inputs.token_type_ids,
-            decoder_embeddings=inputs.decoder_inputs_embeds,
-            decoder_attention_mask=inputs.decoder_attention_mask,
-        ),
-        task,
-    )
-    kv = got.past_key_values
-    return replace(
-        inputs,
-        inputs_embeds=got.embeddings,
-        attention_mask=got.attention_mask,
-        labels=got.labels,
-        position_ids=got.position_ids,
-        token_type_ids=got.token_type_ids,
-        decoder_inputs_embeds=got.decoder_embeddings,
-        decoder_attention_mask=got.decoder_attention_mask,
-        past=None if kv is None else as_cache(as_stored(kv, embeddings), _layers(model)),
-    )
 
 
 def prompt_of(config: AdapterConfig) -> Prompt:
@@ -256,33 +236,6 @@ def prompt_of(config: AdapterConfig) -> Prompt:
             f"\n  Prompts: {', '.join(cls.peft_type for cls in METHODS.prompts.values())}."
         )
     return config.method
-
-
-def _decoder_embedded(model: Model, net: Net, inputs: Inputs) -> Inputs:
-    if inputs.decoder_inputs_embeds is not None or not isinstance(model, EncoderDecoder):
-        return inputs
-    ids = inputs.decoder_input_ids if inputs.labels is None or inputs.decoder_input_ids is not None else model.shift_right(inputs.labels)
-    if ids is None:
-        raise ConfigError(
-            "a multitask prompt goes before the decoder's inputs, too.\n  Give labels, decoder_input_ids or their embeddings."
-        )
-    return replace(inputs, decoder_input_ids=None, decoder_inputs_embeds=net.apply(model.decoder_embedding, ids))
-
-
-def _table(model: Model) -> str:
-    """The module that looks a model's words up."""
-    if isinstance(model, EncoderDecoder):
-        return model.encoder_embedding
-    if not isinstance(model, Blocks):
-        raise ConfigError(f"{type(model).__name__} has no words before which a prompt could go.")
-    return model.embedding
-
-
-def _layers(model: Model) -> int:
-    """How many layers have a past."""
-    if isinstance(model, EncoderDecoder):
-        return len(model.block_names("decoder"))
-    return len(model.block_names()) if isinstance(model, Blocks) else 0
 
 
 def _source(method: Prompt) -> Tensors | None:

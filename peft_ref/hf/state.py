@@ -20,7 +20,7 @@ from peft_ref.files.adapter import AdapterFile, from_state_dict
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import parameter_name
 from peft_ref.graph.protocol import Graph
-from peft_ref.hf.base import run
+from peft_ref.hf.base import Ready, model_in, net_of, run
 from peft_ref.methods import AdaLoRA
 from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, count, delete, disable, enable, load, update
 from peft_ref.model.attaching import weight_name
@@ -95,6 +95,10 @@ class State(ABC):
     def output(self, inputs: Inputs, task_ids: Array | None, rows: Sequence[str] | None) -> Output:
         """`rows` names an adapter for each row of a batch."""
 
+    @abstractmethod
+    def ready(self, batch: int, task_ids: Array | None) -> Ready:
+        """What runs for a batch of that many rows."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,9 +163,12 @@ class Layered(State):
     def counted(self) -> Count:
         return count(self.adapted)
 
+    def ready(self, batch: int, task_ids: Array | None) -> Ready:
+        _refuse_tasks(task_ids)
+        return Ready(model_in(self.adapted), net_of(self.adapted))
+
     def output(self, inputs: Inputs, task_ids: Array | None, rows: Sequence[str] | None) -> Output:
-        if task_ids is not None:
-            raise ConfigError("task_ids are for a multitask prompt, and this model has none.\n  Leave them out.")
+        _refuse_tasks(task_ids)
         if rows is not None:
             return _of_rows(self.adapted, inputs, rows)
         output = run(self.adapted, inputs)
@@ -174,6 +181,11 @@ class Layered(State):
             if isinstance(method, AdaLoRA) and not adapter.config.housekeeping.get("inference_mode"):
                 return method.orthogonality({module: found.params for module, found in adapter.modules.items()})
         return 0.0
+
+
+def _refuse_tasks(task_ids: Array | None) -> None:
+    if task_ids is not None:
+        raise ConfigError("task_ids are for a multitask prompt, and this model has none.\n  Leave them out.")
 
 
 def _of_rows(model: Adapted, inputs: Inputs, rows: Sequence[str]) -> Output:

@@ -28,6 +28,7 @@ from peft_ref.model import Adapted, adapt, disable, enable, merge, merge_and_unl
 from peft_ref.model.numbers import HALF
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Cache, Inputs, Loaded
+from peft_ref.nn.generate import Sampling, generate, greedy, sampler
 
 Seed: TypeAlias = np.random.Generator | int | None
 Tokenize: TypeAlias = Callable[[str], Sequence[int]]
@@ -258,6 +259,45 @@ class Wrapped:
         return as_output(self._state.base, self._state.output(inputs, task_ids, adapter_names))
 
     __call__ = forward
+
+    @final
+    def generate(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        use_cache: bool = True,
+        task_ids: Array | None = None,
+        rng: Seed = None,
+    ) -> Array:
+        """The rows (batch, T), padded on the left, with what follows; of an encoder-decoder the decoder's tokens.
+
+        The token that ends a row and the one behind it are config.json's where none is given; `eos_token_id=()` ends nothing. A sample is
+        drawn from `rng`, or else the model's own generator. PEFT's generate loses a prefix under transformers 5.24: this one keeps it.
+        """
+        eos: Any = self.config.get("eos_token_id") if eos_token_id is None else eos_token_id
+        pad: Any = self.config.get("pad_token_id") if pad_token_id is None else pad_token_id
+        model, net, front = self._state.ready(input_ids.shape[0], task_ids)
+        sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=top_p)
+        return generate(
+            model,
+            net,
+            input_ids,
+            new_tokens=max_new_tokens,
+            attention_mask=attention_mask,
+            choose=sampler(sampling, self.rng if rng is None else np.random.default_rng(rng)) if do_sample else greedy,
+            eos=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            pad=pad,
+            front=front,
+            use_cache=use_cache,
+        )
 
     @final
     def renumber(self, adapter_name: str, tensors: Mapping[str, Any]) -> None:

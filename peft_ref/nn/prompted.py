@@ -62,6 +62,15 @@ def with_prompt_vjp(
     return PromptGradients(back.prompt, gradients)
 
 
+def word_table(model: Model) -> str:
+    """The module that looks a model's words up, an encoder-decoder's on the encoder's side."""
+    if isinstance(model, EncoderDecoder):
+        return model.encoder_embedding
+    if not isinstance(model, Blocks):
+        raise ConfigError(f"{type(model).__name__} has no words before which a prompt could go.")
+    return model.embedding
+
+
 def _embedded(model: Model, net: Net, inputs: Inputs) -> splice.Inputs:
     found = {side: None if ids is None else net.apply(name, ids) for name, ids, side in _tables(model, inputs)}
     embeddings = found["inputs"] if inputs.inputs_embeds is None else inputs.inputs_embeds
@@ -80,14 +89,13 @@ def _embedded(model: Model, net: Net, inputs: Inputs) -> splice.Inputs:
 
 def _tables(model: Model, inputs: Inputs) -> list[tuple[str, Array | None, str]]:
     """Every module that looks tokens up, the tokens, and whose they are."""
-    if isinstance(model, Blocks):
-        return [(model.embedding, inputs.input_ids, "inputs")]
+    words = (word_table(model), inputs.input_ids, "inputs")
     if not isinstance(model, EncoderDecoder):
-        raise ConfigError(f"{type(model).__name__}: it is not known where a prompt would go.")
+        return [words]
     ids = inputs.decoder_input_ids
     if ids is None and inputs.decoder_inputs_embeds is None and inputs.labels is not None:
         ids = model.shift_right(inputs.labels)
-    return [(model.encoder_embedding, inputs.input_ids, "inputs"), (model.decoder_embedding, ids, "decoder")]
+    return [words, (model.decoder_embedding, ids, "decoder")]
 
 
 def _layers(model: Model) -> int:

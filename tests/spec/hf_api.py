@@ -157,7 +157,7 @@ METHODS: dict[str, Row] = {
     "set_requires_grad": Same(),
     "get_prompt": Different("a prefix is one array (layers, 2, batch, heads, tokens, head_dim), no cache object"),
     "base_model": Left("there is no layer between: what PEFT's users call on it is a method of PeftModel"),
-    "generate": Left("peft_ref.nn has no generation yet"),
+    "generate": Different("greedy and sampled; no beams. What is drawn comes from `rng`, or the model's own generator. A prefix stays"),
     "get_prompt_embedding_to_save": Left("get_peft_model_state_dict has it"),
     "base_model_torch_dtype": Left(TORCH),
     "prepare_model_for_gradient_checkpointing": Left(TORCH),
