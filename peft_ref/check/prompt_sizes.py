@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from peft_ref.check.case import Case, build_prompt, config_of
+from peft_ref.files.rules import field_names
 from peft_ref.methods import METHODS
 from peft_ref.prompts import Prompt
 
@@ -29,7 +30,7 @@ def right_sizes(case: Case) -> dict[str, Any]:
 def sizes_of(method: Prompt) -> Sizes:
     rows, columns = method.table_shape
     sizes = {"rows": rows, "columns": columns, **{name: method.size(name) for name in LEFT_OUT}}
-    return {**sizes, HIDDEN: method.size(HIDDEN)} if hasattr(method, HIDDEN) else sizes
+    return {**sizes, HIDDEN: method.size(HIDDEN)} if HIDDEN in field_names(type(method)) else sizes
 
 
 def _sized(name: str, question: Question) -> Prompt:
