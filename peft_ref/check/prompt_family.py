@@ -33,7 +33,7 @@ CLAUSES = {
 }
 
 
-def splice_variants(config: dict[str, Any], clause: str) -> tuple[PromptVariant, ...]:
+def splice_variants(config: Mapping[str, Any], clause: str) -> tuple[PromptVariant, ...]:
     """How a prompt of this configuration goes before the inputs of every task, and before inputs that are embeddings alone."""
     return (
         *(

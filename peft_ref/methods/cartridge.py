@@ -12,8 +12,8 @@ HF      peft.CartridgeConfig. All rows start standard normal; the start that the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import numpy as np
@@ -87,3 +87,9 @@ def rows_of_cache(cache: Array, tokens: int) -> Array:
     xp = namespace(cache)
     first = xp.permute_dims(cache[:, :, 0, :, :tokens, :], (3, 0, 1, 2, 4))
     return xp.reshape(first, (tokens, layers * 2 * heads * head_dim))
+
+
+def composed(method: Cartridge, tables: Sequence[Array]) -> tuple[Cartridge, Array]:
+    """Several saved cartridges one behind the other: one longer table, with the first one's frozen rows.  `method` is the first's."""
+    table = namespace(*tables).concat(list(tables), axis=0)
+    return replace(method, num_virtual_tokens=int(table.shape[0])), table
