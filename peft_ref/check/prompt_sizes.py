@@ -61,10 +61,10 @@ def _same(want: Sizes, got: Mapping[str, Any]) -> bool:
 def size_mistakes(case: Case) -> dict[str, tuple[str, Sizes]]:
     """By name, a sentence and the sizes that a port which makes the mistake answers; only where they are others than the right ones."""
     right, of_keys = sizes_of(_sized(case.method, case.question)), METHODS.prompts[case.method].place == "cache"
+    own = METHODS.prompts[case.method].own_sizes
     found = {
         **(_of_keys(case, right) if of_keys else _of_embeddings(case, right)),
-        **_of_submodules(case, right, of_keys),
-        **(_of_the_model(case) if METHODS.prompts[case.method].own_sizes else _of_the_file(case, right)),
+        **({**_of_submodules(case, right, of_keys), **_of_the_model(case)} if own else _of_the_file(case, right)),
     }
     return {name: (sentence, wrong) for name, (sentence, wrong) in found.items() if not _same(right, wrong)}
 
@@ -97,7 +97,12 @@ def _of_keys(case: Case, right: Sizes) -> dict[str, tuple[str, Sizes]]:
     if "num_key_value_heads" not in text:
         return found
     queries = _asked(case, model=_without(text, "num_key_value_heads", "head_dim"))
+    encoder = (
+        "encoder_hidden_size is the model's hidden size instead of token_dim",
+        {**right, HIDDEN: queries.get(HIDDEN, 0)},
+    )
     return found | {
+        **({"encoder-as-wide-as-the-model": encoder} if HIDDEN in right else {}),
         "grouped-queries-ignored": ("keys and values are given as many heads as queries have", queries),
         "head-dim-ignored": (
             "head_dim is not read: a head is taken for hidden_size / num_attention_heads wide",
@@ -110,10 +115,6 @@ def _of_keys(case: Case, right: Sizes) -> dict[str, tuple[str, Sizes]]:
         "token-dim-of-queries": (
             "token_dim is the model's hidden size instead of that of all heads of keys together",
             {**queries, "num_attention_heads": right["num_attention_heads"]},
-        ),
-        "encoder-as-wide-as-the-model": (
-            "encoder_hidden_size is the model's hidden size instead of token_dim",
-            {**right, HIDDEN: queries[HIDDEN]},
         ),
     }
 

@@ -43,7 +43,9 @@ def encoder(w: Worked) -> Any:
     """PEFT's encoder with the example's numbers, in float64."""
     made: Any = PEFT_TYPE_TO_TUNER_MAPPING[w.method.peft_type]
     own = config(w.method, "CAUSAL_LM")
-    module = made(own, None) if w.method.peft_type.endswith("PROMPT_TUNING") else made(own)
+    own.token_dim = w.method.token_dim  # CPT's configuration leaves it to the model
+    words = torch.nn.Embedding(9, w.method.size("token_dim")) if w.method.peft_type == "CPT" else None
+    module = made(own, words) if w.method.peft_type.endswith(("PROMPT_TUNING", "CPT")) else made(own)
     module.double().load_state_dict({name: torch.tensor(value) for name, value in w.p.items()}, strict=True)
     return module
 
@@ -60,4 +62,5 @@ def test_prompt_and_gradients_are_those_of_hf(w: Worked) -> None:
     prompt = module(rows, *ids)
     assert prompt.tolist() == w.method.prompt(w.p, w.ctx).tolist()
     prompt.backward(torch.tensor(w.dy))
-    assert {name: p.grad.tolist() for name, p in module.named_parameters()} == {name: g.tolist() for name, g in w.grads.items()}
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+    assert {name: g.tolist() for name, g in found.items()} == {name: g.tolist() for name, g in w.grads.items()}
