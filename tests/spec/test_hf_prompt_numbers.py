@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -60,7 +61,16 @@ def test_prompt_and_gradients_are_those_of_hf(w: Worked) -> None:
     rows = torch.arange(w.method.table_shape[0]).expand(w.ctx.batch, -1)
     ids = () if w.ctx.task_ids is None else (torch.tensor(w.ctx.task_ids),)
     prompt = module(rows, *ids)
-    assert prompt.tolist() == w.method.prompt(w.p, w.ctx).tolist()
+    alike(prompt, w.method.prompt(w.p, w.ctx), w)
     prompt.backward(torch.tensor(w.dy))
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
-    assert {name: g.tolist() for name, g in found.items()} == {name: g.tolist() for name, g in w.grads.items()}
+    assert {name for name, _ in module.named_parameters()} == w.grads.keys()
+    for name, p in module.named_parameters():
+        alike(torch.zeros_like(p) if p.grad is None else p.grad, w.grads[name], w)
+
+
+def alike(theirs: Any, ours: Any, w: Worked) -> None:
+    """To the bit; a tangent is not the same bits in every library."""
+    if "LSTM" in repr(w.method) or "prefix_projection=True" in repr(w.method):
+        np.testing.assert_allclose(theirs.detach(), ours, rtol=1e-14, atol=1e-14)
+    else:
+        assert theirs.tolist() == ours.tolist()
