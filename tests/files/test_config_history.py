@@ -98,6 +98,17 @@ def prompts() -> dict[str, dict[str, Any]]:
         "PREFIX_TUNING": {"encoder_hidden_size": 768, "prefix_projection": True, "postprocess_past_key_value_function": None},
         "P_TUNING": encoder,
         "MULTITASK_PROMPT_TUNING": {**text, **source},
+        "CPT": {
+            "cpt_mask": [1] * 20,
+            "cpt_token_ids": list(range(20)),
+            "cpt_tokens_type_mask": [1, 2, 3, 4] * 5,
+            "opt_loss_decay_factor": 0.95,
+            "opt_projection_epsilon": 0.2,
+            "opt_projection_format_epsilon": 0.1,
+            "opt_weighted_loss_type": "decay",
+            "tokenizer_name_or_path": "a/b",
+        },
+        "CARTRIDGE": {"num_frozen_tokens": 2},
     }
     came = {
         "0.2": {},

@@ -15,7 +15,6 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.hf
 
 import peft  # noqa: E402
-import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from peft_ref import CPT, Cartridge, splice  # noqa: E402
