@@ -155,7 +155,9 @@ def test_it_means_what_peft_reads_in_it_and_keeps_what_peft_drops(what: str, tmp
         warnings.simplefilter("always")
         theirs = peft.PeftConfig.from_pretrained(str(tmp_path))
     config = load_config(tmp_path)
-    for name in set(field_names(type(config.method))) - {"is_feedforward"}:
+    # PEFT takes the sizes of CPT from the model, and forgets what the file says
+    forgotten = {"token_dim", "num_layers", "num_attention_heads"} if what.startswith("CPT") else set()
+    for name in set(field_names(type(config.method))) - {"is_feedforward"} - forgotten:
         assert getattr(config.method, name) == getattr(theirs, name), name
     assert set(config.targets.target_modules or ()) == getattr(theirs, "target_modules", set())
     dropped = {key for key in data if not hasattr(theirs, key)} | ({"runtime_config"} & data.keys())
