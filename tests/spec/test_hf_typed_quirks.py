@@ -181,6 +181,19 @@ def test_cpt_q12_a_negative_epsilon_turns_rows_round() -> None:
     assert signs == [[-1.0]] * 3
 
 
+def test_cpt_q13_two_files_saved_one_after_the_other_differ_by_roundings() -> None:
+    words = {"cpt_token_ids": list(range(11)), "cpt_tokens_type_mask": [1] * 11}
+    made = cpt(**words)
+    parameter = made.prompt_encoder["default"].delta_embedding.weight
+    with torch.no_grad():
+        made.prompt_encoder["default"].embedding.weight.zero_()
+        parameter.normal_()
+    first, second = (peft.get_peft_model_state_dict(made)["prompt_embeddings"].clone() for _ in range(2))
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)
+    assert torch.allclose(first, second, rtol=1e-6, atol=0)
+
+
 # ---- Cartridge
 
 
