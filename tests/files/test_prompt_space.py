@@ -32,7 +32,7 @@ from tests.files.prompt_models import base  # noqa: E402
 from tests.files.prompt_space import PICKLED, SOURCE, STARTS, TOKENIZER, every_single_prompt_change, random_prompt_config  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
-RANDOM = 400
+RANDOM = 450
 WORDS = {"[UNK]": 0, "say": 1, "it": 2}
 LIKE = np.zeros(0, dtype=np.float32)
 
