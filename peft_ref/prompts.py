@@ -36,6 +36,7 @@ Tensors: TypeAlias = Mapping[str, Array]
 PLACES = ("embeddings", "cache")
 SAVED = "prompt_embeddings"
 EMBEDDING = "embedding.weight"
+IGNORED = -100  # the label that no loss counts
 
 
 class Context(NamedTuple):
@@ -70,6 +71,8 @@ class Prompt(Method):
 
     place: ClassVar[str] = "embeddings"
     file_keys: ClassVar[frozenset[str]] = frozenset({SAVED})
+    only_task: ClassVar[str | None] = None  # where PEFT has the method for one task alone
+    own_sizes: ClassVar[bool] = True  # whether sizes that a configuration gives count, or always the model's
 
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"):
@@ -92,6 +95,10 @@ class Prompt(Method):
     @abstractmethod
     def prompt_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
         """The gradient of every tensor, given that of the prompt."""
+
+    def differentiated(self, p: Tensors, ctx: Context) -> Callable[[Tensors], Array]:
+        """The map of tensors whose derivative at `p` `prompt_vjp` is: `prompt`, unless something is held constant on purpose."""
+        return lambda q: self.prompt(q, ctx)
 
     @abstractmethod
     def saved(self, p: Tensors) -> Tensors:
@@ -121,9 +128,10 @@ class Prompt(Method):
     @final
     def sized(self, model: Mapping[str, Any], task_type: str | None = None) -> Self:
         """With the sizes that are left out taken from a model's config.json. `task_type` tells how many submodules it has."""
-        width, heads = attention_sizes(model, self.token_dim, self.num_attention_heads, of_cache=self.place == "cache")
+        given = (self.token_dim, self.num_attention_heads) if self.own_sizes else (None, None)
+        width, heads = attention_sizes(model, *given, of_cache=self.place == "cache")
         known: dict[str, Any] = {
-            "num_layers": self.num_layers or layers(model),
+            "num_layers": (self.num_layers if self.own_sizes else None) or layers(model),
             "token_dim": width,
             "num_attention_heads": heads,
             "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
@@ -189,7 +197,8 @@ class TablePrompt(Prompt):
 
     @final
     def prompt(self, p: Tensors, ctx: Context) -> Array:
-        xp, table = namespace(p[EMBEDDING]), self.table(p, ctx)
+        table = self.table(p, ctx)
+        xp = namespace(table)
         return xp.broadcast_to(xp.expand_dims(table, axis=0), (ctx.batch, *table.shape))
 
     @final
@@ -203,3 +212,18 @@ class TablePrompt(Prompt):
     @final
     def loaded(self, file: Tensors) -> Tensors:
         return self.in_inference().renamed(file)
+
+
+class Counted(NamedTuple):
+    """What the loss counts: the mean of cross-entropies is  sum_t weights_t * cross_entropy(logits_(t-1), labels_t)."""
+
+    labels: Array  # (batch, rows + tokens), `IGNORED` where none counts
+    weights: Array  # (batch, rows + tokens)
+
+
+class TypedPrompt(TablePrompt):
+    """A table of real words, each of a type, so that they can have labels of their own."""
+
+    @abstractmethod
+    def counted(self, labels: Array, types: Array | None, like: Array) -> Counted:
+        """For labels (batch, tokens) of the input and their types, or none; weights in `like`'s dtype."""

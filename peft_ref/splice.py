@@ -14,6 +14,9 @@ An encoder-decoder ("SEQ_2_SEQ_LM") has two of everything.
                           and -100 before their labels. With one submodule the decoder's embeddings are not passed on at all
     "cache"               acts on the decoder's self-attention: ones in its mask. The encoder knows nothing of it
 
+CPT's virtual tokens are words: their labels count where their type says so, the input's too, and each has a weight in the loss
+(`CPT.counted`). Without labels it goes before the embeddings like every other prompt.
+
 HF      PeftModelFor...'s forward. A PeftModel of any other task type, or none, never uses its prompt, without a word: refused here.
         Where a configuration gives two submodules to a task that has one, all rows go before the embeddings, and mask and labels, which
         grow by n, are too short: a model that gets them raises.
@@ -27,9 +30,8 @@ from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, namespace, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
-from peft_ref.prompts import Prompt
+from peft_ref.prompts import IGNORED, Prompt, TypedPrompt
 
-IGNORED = -100  # the label that no loss counts
 CAUSAL, SEQ_2_SEQ, ANSWERING = "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS"
 WITH_TOKEN_TYPES = ("SEQ_CLS", "TOKEN_CLS")
 TASKS = (CAUSAL, SEQ_2_SEQ, *WITH_TOKEN_TYPES, ANSWERING, "FEATURE_EXTRACTION")
@@ -46,6 +48,8 @@ class Inputs(NamedTuple):
     decoder_embeddings: Array | None = None
     decoder_attention_mask: Array | None = None
     past_key_values: Array | None = None  # (layers, 2, batch, heads, n, head_dim): only `splice` makes them
+    input_type_mask: Array | None = None  # CPT's types of the input. No model receives them
+    loss_weights: Array | None = None  # (batch, n + tokens): only `splice` makes them, for the loss of CPT
 
 
 class InputGradients(NamedTuple):
@@ -70,6 +74,11 @@ def splice(method: Prompt, prompt: Array, inputs: Inputs, task_type: str) -> Inp
         position_ids=None,
         token_type_ids=_before(0, n, types),
     )
+    if isinstance(method, TypedPrompt):
+        if inputs.labels is None:
+            return spliced._replace(input_type_mask=None)
+        counted = method.counted(inputs.labels, inputs.input_type_mask, inputs.embeddings)
+        return spliced._replace(labels=counted.labels, input_type_mask=None, loss_weights=counted.weights)
     if task_type == CAUSAL:
         return spliced._replace(labels=_before(IGNORED, n, inputs.labels))
     if not _on_both_sides(method, task_type):
@@ -161,6 +170,10 @@ def _check(method: Prompt, prompt: Array, inputs: Inputs, task_type: str) -> Non
             f"{name} with task_type={task_type!r}: nothing would be put before the inputs (HF PEFT ignores the prompt there).\n"
             f"  Tasks: {', '.join(TASKS)}."
         )
+    if method.only_task not in (None, task_type):
+        raise ConfigError(f"{name} with task_type={task_type!r}: it is for {method.only_task} alone (HF PEFT refuses it too).")
+    if inputs.input_type_mask is not None and not isinstance(method, TypedPrompt):
+        raise ConfigError(f"{name}: input_type_mask is given, and its tokens have no types.\n  Leave it out: only CPT reads it.")
     expected = (inputs.embeddings.shape[0], *method.table_shape)
     if tuple(prompt.shape) != expected:
         raise ShapeError(f"{name}: the prompt is {tuple(prompt.shape)}, expected (batch, rows, columns) = {expected}.")

@@ -220,9 +220,19 @@ def exact_array(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
 
 
 def as_exact(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
-    """An object array with its plain numbers (the zeros that nothing was added to) as `Exact` too."""
+    """An object array of numbers that are given."""
     out = np.empty(array.shape, dtype=object)
     out.reshape(-1)[:] = [v if isinstance(v, Exact) else Exact.of(float(v), p) for v in array.reshape(-1)]
+    return out
+
+
+def answered(array: np.ndarray[Any, Any], p: int) -> np.ndarray[Any, Any]:
+    """An answer with its plain numbers as `Exact` too: zeros that nothing was added to, and what came of a configuration alone.
+
+    Such a number is a constant, rounded once unless it is short.
+    """
+    zero, out = Exact.of(0.0, p), np.empty(array.shape, dtype=object)
+    out.reshape(-1)[:] = [v if isinstance(v, Exact) else zero._lift(float(v)) for v in array.reshape(-1)]
     return out
 
 

@@ -16,7 +16,7 @@ from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check import training
 from peft_ref.check.case import PROMPT_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, NDArray, build_method
-from peft_ref.check.exact import as_exact, exact_array
+from peft_ref.check.exact import answered, exact_array
 from peft_ref.check.prompting import pose_prompt, solve_prompt
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Layer, Linear
@@ -105,7 +105,7 @@ def answer(case: Case) -> Answer:
 def exact_answer(case: Case, p: int) -> dict[str, NDArray]:
     """The right answer as object arrays of `Exact`, with what may round in a format of `p` significant bits."""
     right = right_answer(case, lambda array: exact_array(array, p))
-    return {name: as_exact(array, p) for name, array in right.items()}
+    return {name: answered(array, p) for name, array in right.items()}
 
 
 def static_delta(layer: Layer, adapter: Adapter) -> Array:

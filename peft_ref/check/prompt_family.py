@@ -14,8 +14,8 @@ from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Mistake, Replay, only
 from peft_ref.check.oracle import answer, float64
 from peft_ref.check.prompting import PromptProblem, PromptVariant, pose_prompt, used
-from peft_ref.prompts import SAVED
-from peft_ref.splice import IGNORED, splice
+from peft_ref.prompts import IGNORED, SAVED
+from peft_ref.splice import splice
 
 SPLICED = (
     ("causal", "CAUSAL_LM"),
@@ -33,7 +33,7 @@ CLAUSES = {
 }
 
 
-def splice_variants(config: dict[str, Any], clause: str) -> tuple[PromptVariant, ...]:
+def splice_variants(config: Mapping[str, Any], clause: str) -> tuple[PromptVariant, ...]:
     """How a prompt of this configuration goes before the inputs of every task, and before inputs that are embeddings alone."""
     return (
         *(

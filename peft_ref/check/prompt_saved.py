@@ -14,6 +14,7 @@ import numpy as np
 
 from peft_ref.check.case import Case, NDArray, build_prompt, decode, encode
 from peft_ref.check.prompting import PromptVariant, make_prompt_case
+from peft_ref.methods.cartridge import TRAINED
 from peft_ref.prompts import EMBEDDING, SAVED, Context, TablePrompt
 
 Named: TypeAlias = dict[str, tuple[str, Mapping[str, NDArray]]]
@@ -77,10 +78,13 @@ def saved_mistakes(case: Case) -> Named:
     if encoder:
         found["encoder-saved"] = ("the encoder's tensors are saved too; a file holds what they make, not them", {**right, **encoder})
         found["encoder-instead-of-table"] = ("what is trained is saved instead of the table that it makes", given)
-        found["table-not-encoded"] = (
-            "the rows that enter the encoder are saved instead of those that leave it",
-            {**right, SAVED: given[EMBEDDING]},
-        )
+        if EMBEDDING in given:
+            found["table-not-encoded"] = (
+                "the rows that enter the encoder are saved instead of those that leave it",
+                {**right, SAVED: given[EMBEDDING]},
+            )
+        if TRAINED in given:
+            found["trained-rows-alone"] = ("only the trained rows are saved; the frozen ones belong to the table", {SAVED: given[TRAINED]})
     if isinstance(method, TablePrompt):
         found["example-axis-kept"] = (
             "the table is saved with an axis for the examples",
@@ -103,6 +107,12 @@ def state_dict_cases(name: str, clause: str) -> Iterator[Case]:
     """The last layer of every encoder multiplies by zero, so that no table is rounded: its numbers are another operation's question."""
     sizes = {"num_virtual_tokens": 3, "token_dim": 4, "num_transformer_submodules": 1, "num_attention_heads": 2, "num_layers": 2}
     options: dict[str, dict[str, Mapping[str, Any]]] = {
+        "cartridge": {"plain": {}, "nothing-frozen": {"num_frozen_tokens": 0}, "inference": {"inference_mode": True}},
+        # templates alone, and shorter than their radius: what is added is not rounded
+        "cpt": {
+            "plain": {"cpt_token_ids": [2, 0, 1], "cpt_tokens_type_mask": [1, 3, 5], "opt_projection_format_epsilon": 80.0},
+            "inference": {"cpt_token_ids": [2, 0, 1], "inference_mode": True},
+        },
         "multitask_prompt_tuning": {"plain": {"num_tasks": 3, "num_ranks": 2}},
         "p_tuning": {
             "mlp": {"encoder_hidden_size": 5},

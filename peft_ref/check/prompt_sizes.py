@@ -62,10 +62,10 @@ def _same(want: Sizes, got: Mapping[str, Any]) -> bool:
 def size_mistakes(case: Case) -> dict[str, tuple[str, Sizes]]:
     """By name, a sentence and the sizes that a port which makes the mistake answers; only where they are others than the right ones."""
     right, of_keys = sizes_of(_sized(case.method, case.question)), METHODS.prompts[case.method].place == "cache"
+    own = METHODS.prompts[case.method].own_sizes
     found = {
         **(_of_keys(case, right) if of_keys else _of_embeddings(case, right)),
-        **_of_submodules(case, right, of_keys),
-        **_of_the_model(case),
+        **({**_of_submodules(case, right, of_keys), **_of_the_model(case)} if own else _of_the_file(case, right)),
     }
     return {name: (sentence, wrong) for name, (sentence, wrong) in found.items() if not _same(right, wrong)}
 
@@ -98,7 +98,12 @@ def _of_keys(case: Case, right: Sizes) -> dict[str, tuple[str, Sizes]]:
     if "num_key_value_heads" not in text:
         return found
     queries = _asked(case, model=_without(text, "num_key_value_heads", "head_dim"))
+    encoder = (
+        "encoder_hidden_size is the model's hidden size instead of token_dim",
+        {**right, HIDDEN: queries.get(HIDDEN, 0)},
+    )
     return found | {
+        **({"encoder-as-wide-as-the-model": encoder} if HIDDEN in right else {}),
         "grouped-queries-ignored": ("keys and values are given as many heads as queries have", queries),
         "head-dim-ignored": (
             "head_dim is not read: a head is taken for hidden_size / num_attention_heads wide",
@@ -111,10 +116,6 @@ def _of_keys(case: Case, right: Sizes) -> dict[str, tuple[str, Sizes]]:
         "token-dim-of-queries": (
             "token_dim is the model's hidden size instead of that of all heads of keys together",
             {**queries, "num_attention_heads": right["num_attention_heads"]},
-        ),
-        "encoder-as-wide-as-the-model": (
-            "encoder_hidden_size is the model's hidden size instead of token_dim",
-            {**right, HIDDEN: queries[HIDDEN]},
         ),
     }
 
@@ -158,6 +159,20 @@ def _of_the_model(case: Case) -> dict[str, tuple[str, Sizes]]:
     return found
 
 
+def _of_the_file(case: Case, right: Sizes) -> dict[str, tuple[str, Sizes]]:
+    """Where the sizes of a configuration do not count."""
+    config = case.question["adapter_config"]
+    columns = {"columns": config["token_dim"]} if config.get("token_dim") else {}
+    given = {name: config[name] for name in LEFT_OUT if config.get(name) is not None}
+    return {
+        "sizes-of-the-file": ("the sizes that adapter_config gives count, where the model's do", {**right, **given, **columns}),
+        "tokens-of-the-file": (
+            "there are num_virtual_tokens rows instead of one for every entry of cpt_token_ids",
+            {**right, "rows": config["num_virtual_tokens"]},
+        ),
+    }
+
+
 # ---- what is asked
 
 LLAMA = {
@@ -184,6 +199,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 TOKENS = 7
 OWN: dict[str, Mapping[str, Any]] = {
+    "cpt": {"cpt_token_ids": [3, 1, 4, 1, 5, 9, 2]},
     "multitask_prompt_tuning": {"num_tasks": 3, "num_ranks": 2},
     "prefix_tuning": {"prefix_projection": True},
 }
@@ -191,12 +207,18 @@ OWN: dict[str, Mapping[str, Any]] = {
 
 def config_cases(name: str, clause: str) -> Iterator[Case]:
     peft_type = config_of(build_prompt(name, {}))["peft_type"]
+    only = METHODS.prompts[name].only_task
     for label, (task, model) in MODELS.items():
+        if only not in (None, task):
+            continue
         given = {"peft_type": peft_type, "task_type": task, "num_virtual_tokens": TOKENS, **OWN.get(name, {})}
         yield _config_case(name, clause, label, given, model)
     sizes = {"token_dim": 36, "num_attention_heads": 9, "num_layers": 2, "num_transformer_submodules": 1}
-    given = {"peft_type": peft_type, "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": TOKENS, **OWN.get(name, {}), **sizes}
-    yield _config_case(name, clause, "given", given, MODELS["t5"][1])
+    task, model = MODELS["t5" if only is None else "llama"]
+    # What does not count says something else.
+    tokens = TOKENS if METHODS.prompts[name].own_sizes else TOKENS + 4
+    given = {"peft_type": peft_type, "task_type": task, "num_virtual_tokens": tokens, **OWN.get(name, {}), **sizes}
+    yield _config_case(name, clause, "given", given, model)
 
 
 def _config_case(name: str, clause: str, label: str, given: Question, model: Question) -> Case:

@@ -22,6 +22,7 @@ from peft_ref.check.case import Case, CaseAdapter, NDArray, build_prompt, config
 from peft_ref.check.distributions import UNLIKELY, Law, constant, normal, uniform
 from peft_ref.check.tolerance import PRECISION
 from peft_ref.check.variants import dyadic, generator
+from peft_ref.methods.cpt import DELTA
 from peft_ref.methods.multitask_prompt_tuning import COLUMNS, FROM_SOURCE, ROWS
 from peft_ref.prompts import EMBEDDING, SAVED, Sources
 
@@ -46,6 +47,10 @@ def prompt_laws(case: Case) -> dict[str, Law]:
         return {EMBEDDING: _first_rows(config, question, shapes)}
     if case.method == "multitask_prompt_tuning":
         return _of_tasks(config, question, shapes)
+    if case.method == "cartridge":
+        return dict.fromkeys(shapes, normal(1.0))
+    if case.method == "cpt":
+        return {EMBEDDING: named_words(question["words"], config["cpt_token_ids"]), DELTA: constant(0.0, "init-words-moved")}
     zero = config.get("init_weights") == "zero"
     if EMBEDDING in shapes and len(shapes) == 1:
         return {EMBEDDING: constant(0.0, "init-weights-ignored") if zero else normal(1.0)}
@@ -129,6 +134,20 @@ def words_of(words: NDArray, ids: NDArray, rows: int) -> Law:
     return Law("the words of the text, cut or repeated", problem)
 
 
+def named_words(words: NDArray, ids: list[int]) -> Law:
+    """The words of a configuration's token ids."""
+
+    def problem(draws: NDArray, dtype: str) -> str:
+        table = round_to(words, dtype)
+        if np.all(draws == table[ids]):
+            return ""
+        if np.all(draws == table[: len(ids)]):
+            return "init-token-ids: the rows are the first words, not those of cpt_token_ids"
+        return "init-token-ids: the rows are not the word embeddings of cpt_token_ids"
+
+    return Law("the words of cpt_token_ids", problem)
+
+
 def sampled(words: NDArray) -> Law:
     """Rows of `words`, each drawn from all of them."""
 
@@ -192,6 +211,12 @@ ASKED: dict[str, tuple[Asked, ...]] = {
             for init in FROM_SOURCE
         ),
     ),
+    "cartridge": (
+        ("random", {}, (), "CARTRIDGE-C9"),
+        ("nothing-frozen", {"num_frozen_tokens": 0}, (), "CARTRIDGE-C9"),
+        ("two-sides", TWO_SIDES, (), "CARTRIDGE-C9"),
+    ),
+    "cpt": (("words", {"cpt_token_ids": [7, 2, 7], "cpt_tokens_type_mask": [1, 2, 4]}, ("words",), "CPT-C19"),),
     "prefix_tuning": (
         ("random", {}, (), "PREFIXTUNING-C16"),
         ("zero", {"init_weights": "zero"}, (), "PREFIXTUNING-C17"),

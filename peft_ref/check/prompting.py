@@ -19,13 +19,14 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.check.case import PROMPT_OPERATIONS, Case, CaseAdapter, NDArray, build_prompt, config_of
 from peft_ref.check.variants import NUMBERS, generator, mask_of
-from peft_ref.prompts import Context, Prompt, Tensors
+from peft_ref.prompts import IGNORED, Context, Prompt, Tensors
 from peft_ref.splice import SEQ_2_SEQ, Inputs, key_values, key_values_vjp, splice
 
 RUN = ("prompt", "prompt_backward", "saved")
 BATCH, TOKENS, DECODER_TOKENS = 2, 4, 3
 # What a question about splicing brings beside the embeddings; a decoder's only where there is one.
 INTEGERS = ("attention_mask", "labels", "position_ids", "token_type_ids")
+TYPES = (0, 1, 4, 8, 12)  # what an input_type_mask is drawn from: padding, a template, answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +142,16 @@ def _spliced(rng: np.random.Generator, draw: Any, method: Prompt, variant: Promp
     def integers(name: str, tokens: int) -> NDArray:
         if name == "position_ids":
             return np.broadcast_to(np.arange(tokens) + 1, (batch, tokens)).copy()
+        if name == "input_type_mask":
+            return rng.choice(TYPES, (batch, tokens))
         return rng.integers(3, 20, (batch, tokens)) if name == "labels" else mask_of(rng, (batch, tokens))
 
     decoder = variant.task_type == SEQ_2_SEQ
     inputs: dict[str, NDArray] = {"embeddings": draw(rng, (batch, TOKENS, width))}
     for name in variant.inputs:
         inputs[name] = integers(name, DECODER_TOKENS if decoder and name == "labels" else TOKENS)
+    if "input_type_mask" in inputs:  # a label that counts for nothing, though its type might let it
+        inputs["labels"] = np.concatenate([inputs["labels"][:, :1], np.full((batch, 1), IGNORED), inputs["labels"][:, 2:]], axis=1)
     if decoder:
         inputs["decoder_embeddings"] = draw(rng, (batch, DECODER_TOKENS, width))
         inputs["decoder_attention_mask"] = integers("attention_mask", DECODER_TOKENS)

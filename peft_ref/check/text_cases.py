@@ -92,6 +92,8 @@ CLAUSES = {
 }
 # Of configurations and of keys; every start of a prompt has its own.
 PROMPT_CLAUSES = {
+    "cartridge": ("CARTRIDGE-C11", "CARTRIDGE-C6"),
+    "cpt": ("CPT-C22", "CPT-C11"),
     "multitask_prompt_tuning": ("MULTITASKPROMPTTUNING-C13", "MULTITASKPROMPTTUNING-C7"),
     "p_tuning": ("PTUNING-C19", "PTUNING-C13"),
     "prefix_tuning": ("PREFIXTUNING-C18", "PREFIXTUNING-C20"),

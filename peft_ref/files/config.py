@@ -126,6 +126,8 @@ def _split(data: Any, where: str) -> AdapterConfig:
     flags = frozenset(cls.flag for cls in METHODS.siblings(data["peft_type"]))
     check(data, where, flags)
     cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
+    if issubclass(cls, Prompt) and cls.only_task not in (None, task := data.get("task_type")):
+        raise ConfigError(f"{where}: {cls.__name__} with task_type={task!r}: it is for {cls.only_task} alone (HF PEFT refuses it too).")
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
     values = {name: _as_saved(cls, name, data[name], where) for name in own}
     check_types(cls, values, where)

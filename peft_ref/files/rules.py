@@ -154,6 +154,7 @@ _ALLOWED: Mapping[Any, tuple[type, ...]] = {
     bool | str: (bool, str),
     int | None: (int, type(None)),
     str | None: (str, type(None)),
+    list[int] | None: (list, type(None)),
     dict[str, object] | None: (dict, type(None)),
 }
 

@@ -3,6 +3,7 @@
     cross_entropy          mean over counted rows of  log sum_j e^{z_j} - z_label        dz = (softmax(z) - onehot(label)) / n
     binary_cross_entropy   mean of  log(1 + e^z) - y z                                   dz = (sigmoid(z) - y) / n
     mean_squared_error     mean of  (z - y)^2                                            dz = 2 (z - y) / n
+    weighted_cross_entropy sum over rows of  w (log sum_j e^{z_j} - z_label)             dz = w (softmax(z) - onehot(label))
 
 A row whose label is -100 does not count: not in the sum, not in n. Where no row counts, L is 0/0, NaN, as in torch.
 The last two take the mean over all numbers; y is of z's shape.
@@ -35,6 +36,21 @@ def cross_entropy_vjp(logits: Array, labels: Array, dloss: Array | float, *, ign
     return xp.reshape(dz, logits.shape)
 
 
+def weighted_cross_entropy(logits: Array, labels: Array, weights: Array) -> Array:
+    """The weighted sum over the rows of logits (..., classes), labels and weights (...); a row that does not count has weight 0."""
+    xp, z = namespace(logits), as_rows(logits)
+    _counted(logits, labels, IGNORED)
+    each = xp.reshape(log_sum_exp(z), (-1,)) - xp.sum(z * one_hot(labels, z.shape[1], z), axis=1)
+    return xp.sum(each * xp.reshape(weights, (-1,)))
+
+
+def weighted_cross_entropy_vjp(logits: Array, labels: Array, weights: Array, dloss: Array | float) -> Array:
+    xp, z = namespace(logits), as_rows(logits)
+    _counted(logits, labels, IGNORED)
+    dz = (softmax(z) - one_hot(labels, z.shape[1], z)) * column(xp.reshape(weights, (-1,)))
+    return xp.reshape(dz * dloss, logits.shape)
+
+
 def _counted(logits: Array, labels: Array, ignored: int) -> Array:
     """1 for a row that counts, 0 for one that does not, shape (rows,)."""
     xp = namespace(logits)
@@ -50,6 +66,15 @@ def next_token_loss(logits: Array, labels: Array) -> Array:
 
 def next_token_loss_vjp(logits: Array, labels: Array, dloss: Array | float) -> Array:
     return pad(cross_entropy_vjp(logits[:, :-1, :], labels[:, 1:], dloss), 1, 0, 1)
+
+
+def weighted_next_token_loss(logits: Array, labels: Array, weights: Array) -> Array:
+    """As `next_token_loss`, with a weight for every label, (batch, T), instead of the mean: what `splice` makes for CPT."""
+    return weighted_cross_entropy(logits[:, :-1, :], labels[:, 1:], weights[:, 1:])
+
+
+def weighted_next_token_loss_vjp(logits: Array, labels: Array, weights: Array, dloss: Array | float) -> Array:
+    return pad(weighted_cross_entropy_vjp(logits[:, :-1, :], labels[:, 1:], weights[:, 1:], dloss), 1, 0, 1)
 
 
 def binary_cross_entropy(logits: Array, labels: Array) -> Array:

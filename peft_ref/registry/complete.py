@@ -144,8 +144,6 @@ def _prompt_shapes(cls: type[Prompt]) -> list[str]:
     for name, shape in sized.items():
         if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
             found.append(f"{name!r} has the shape {shape!r}: give positive sizes")
-    if issubclass(cls, TablePrompt) and EMBEDDING not in sized:
-        found.append(f"no tensor {EMBEDDING!r}, from which a TablePrompt takes its array library")
     if issubclass(cls, TablePrompt) and saved != {EMBEDDING: method.table_shape}:
         found.append(f"in inference mode its tensors are {saved}: a saved TablePrompt is {{{EMBEDDING!r}: (rows, columns)}} alone")
     return found or ([] if sized else ["it has no tensors"])

@@ -56,9 +56,11 @@ SEEN = {
         "keys-without-values",
         "rows-times-submodules",
         "rows-without-submodules",
+        "sizes-of-the-file",
         "submodules-always-two",
         "submodules-forgotten",
         "token-dim-of-queries",
+        "tokens-of-the-file",
     },
     "state_dict": {
         "adapter-name-in-key",
@@ -72,6 +74,7 @@ SEEN = {
         "prompt-of-a-task-saved",
         "table-not-encoded",
         "tasks-lost",
+        "trained-rows-alone",
         "weight-suffix-added",
     },
 }

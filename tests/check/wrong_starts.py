@@ -309,6 +309,11 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
     "LSTM's forget bias one": ("p_tuning.init-lstm", replaced("bias_ih_l0", lambda c, v, rng: v * 0 + 1), "init-wrong-bound"),
     "LSTM's biases zero": ("p_tuning.init-lstm", replaced("bias_hh_l1_reverse", lambda c, v, rng: v * 0), "init-encoder-zero"),
     "LSTM's way back a copy in narrow": ("p_tuning.init-lstm", replaced("weight_hh_l1_reverse", lambda c, v, rng: v / 2), "init-wrong-law"),
+    "frozen rows zero": ("cartridge.init-random", replaced("frozen_embedding", lambda c, v, rng: v * 0), "init-zero"),
+    "trained rows small": ("cartridge.init-nothing-frozen", replaced("trainable", lambda c, v, rng: v * 0.02), "init-wrong-law"),
+    "words moved at once": ("cpt.init-words", replaced("delta", lambda c, v, rng: rng.normal(size=v.shape)), "init-words-moved"),
+    "the first words for the words": ("cpt.init-words", words_at(lambda c, rng: range(3)), "init-token-ids: the rows are the first"),
+    "words drawn": ("cpt.init-words", words_at(lambda c, rng: rng.integers(0, 9, 3)), "init-token-ids: the rows are not"),
     "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
     "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
 }

@@ -47,7 +47,9 @@ MODELS: dict[str, tuple[Callable[[], Any], ...]] = {
     "QUESTION_ANS": (lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES)),),
     "FEATURE_EXTRACTION": (lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),),
 }
-PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE", "CPT")
+ONLY = {"CPT": "CAUSAL_LM"}
+PAIRS = [(kind, task) for kind in PROMPTS for task in MODELS if ONLY.get(kind, task) == task]
 
 
 @cache
@@ -85,12 +87,23 @@ def random_prompt(rng: np.random.Generator, kind: str, task: str) -> dict[str, A
             "encoder_dropout": pick(0.0, 0.1),
         },
         "MULTITASK_PROMPT_TUNING": {"num_tasks": pick(1, 2, 3), "num_ranks": pick(1, 2)},
+        "CARTRIDGE": {"num_frozen_tokens": pick(0, 1)},
+        "CPT": {},
     }[kind]
+    tokens = int(rng.integers(1, 6))
+    if kind == "CPT":
+        types = rng.integers(-1, 9, tokens).tolist()
+        own = {
+            "cpt_token_ids": rng.integers(0, 13, tokens).tolist(),
+            "cpt_tokens_type_mask": pick(None, types),
+            "opt_weighted_loss_type": pick("none", "decay"),
+            "opt_projection_epsilon": pick(0.1, 30.0),
+        }
     return {
         "peft_type": kind,
         "task_type": task,
-        "num_virtual_tokens": int(rng.integers(1, 6)),
-        "num_transformer_submodules": pick(None, None, 1, 2) if kind != "PREFIX_TUNING" else None,
+        "num_virtual_tokens": tokens,
+        "num_transformer_submodules": pick(None, None, 1, 2) if kind not in ("PREFIX_TUNING", "CARTRIDGE", "CPT") else None,
         "modules_to_save": pick(None, None, saved),
         **own,
     }

@@ -16,6 +16,8 @@ STARTS: dict[str, dict[str, Any]] = {
     "PREFIX_TUNING": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "prefix_projection": True},
     "P_TUNING": {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "encoder_reparameterization_type": "LSTM"},
     "MULTITASK_PROMPT_TUNING": {"peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
+    "CARTRIDGE": {"peft_type": "CARTRIDGE", "num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
+    "CPT": {"peft_type": "CPT", "cpt_token_ids": [5, 2, 7], "task_type": "CAUSAL_LM"},
 }
 SIZES: list[Any] = [*NUMBERS, None, None, 6, 12]
 COMMON: dict[str, list[Any]] = {
@@ -37,6 +39,20 @@ TEXTS: dict[str, list[Any]] = {
     "tokenizer_kwargs": [None, {}, {"padding_side": "left"}, "left", 3],
 }
 INITS: list[Any] = ["RANDOM", "SAMPLE_VOCAB", "TEXT", "random", "MAGIC", "", None, 3]
+OF_THREE: list[Any] = [
+    None,
+    [1, 2, 3],
+    [4, -3, 0],
+    [1, 2],
+    [],
+    [1.5, 1, 1],
+    ["1", 1, 1],
+    [True, 1, 1],
+    "abc",
+    3,
+    [[1], [1], [1]],
+    [99, 1, 1],
+]
 FROM_SOURCE: list[Any] = ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
 SPACE: dict[str, dict[str, list[Any]]] = {
     "PROMPT_TUNING": COMMON | TEXTS | {"prompt_tuning_init": INITS},
@@ -52,6 +68,18 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "encoder_hidden_size": SIZES,
         "encoder_num_layers": [*NUMBERS[:-1]],
         "encoder_dropout": [0.0, 0, 0.1, 0.999, 1, 1.0, 1.5, -0.1, None, "0.1", True],
+    },
+    "CARTRIDGE": COMMON | {"num_frozen_tokens": [0, 1, 2, 3, 4, -1, None, "1", 1.0, True, []]},
+    "CPT": COMMON
+    | {
+        "cpt_token_ids": OF_THREE,
+        "cpt_mask": OF_THREE,
+        "cpt_tokens_type_mask": OF_THREE,
+        "opt_weighted_loss_type": ["none", "decay", "Decay", "", None, 3],
+        "opt_loss_decay_factor": [1.0, 1, 0.5, 0, -1.0, None, "0.5", True],
+        "opt_projection_epsilon": [0.1, 1, 0, -0.1, None, "0.1", True],
+        "opt_projection_format_epsilon": [0.1, 1, 0, -0.1, None, "0.1", True],
+        "tokenizer_name_or_path": [None, "", TOKENIZER, 3],
     },
     "MULTITASK_PROMPT_TUNING": COMMON
     | TEXTS

@@ -45,10 +45,13 @@ def random_prompt(rng: np.random.Generator, name: str) -> AdapterFile:
         "prefix_tuning": {"prefix_projection": True, "encoder_hidden_size": 3},
         "p_tuning": {"encoder_reparameterization_type": str(rng.choice(["MLP", "LSTM"])), "encoder_hidden_size": 3},
         "multitask_prompt_tuning": {"num_tasks": size(), "num_ranks": size()},
+        "cartridge": {"num_frozen_tokens": int(rng.integers(0, flat["num_virtual_tokens"] + 1))},
+        "cpt": {"cpt_token_ids": [5, 3, 1, 2, 4][: flat["num_virtual_tokens"]], "opt_weighted_loss_type": "decay"},
     }.get(name, {})
+    task = METHODS.prompts[name].only_task or "SEQ_CLS"
     flat |= {"peft_type": METHODS[name].peft_type, "num_transformer_submodules": int(rng.integers(1, 3)), "inference_mode": True, **more}
     saved = ["head"] if rng.integers(2) else None
-    config = from_dict({**flat, "modules_to_save": saved, "task_type": "SEQ_CLS", "from_the_future": {"a": [None]}})
+    config = from_dict({**flat, "modules_to_save": saved, "task_type": task, "from_the_future": {"a": [None]}})
     dtype = np.dtype(DTYPES[rng.integers(len(DTYPES))])
     prompt = {key: rng.normal(size=shape).astype(dtype) for key, shape in method_of(config).shapes().items()}
     head = {f"{PROMPT_PREFIX}head.weight": rng.normal(size=(2, 3)).astype(dtype)} if saved else {}
@@ -116,6 +119,24 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = 
     "another number of tasks": ({**TASKS, "num_tasks": 3}, OF_TASKS, ShapeError, r"prefix_task_cols is \(2, 3, 5\), expected \(3, 3, 5\)"),
     "a dtype NumPy lacks": (PROMPT, {SAVED: RawTensor("F4", (3, 4), bytes(6))}, FileFormatError, r"prompt_embeddings is F4.*F32"),
     "no number of tokens": ({**PROMPT, "num_virtual_tokens": None}, TABLE, ConfigError, r"num_virtual_tokens is not given"),
+    "a cartridge of fewer tokens": (
+        {**PREFIX, "peft_type": "CARTRIDGE"},
+        {SAVED: np.ones((2, 16))},
+        ShapeError,
+        r"Cartridge: prompt_embeddings is \(2, 16\), expected \(3, 16\)",
+    ),
+    "frozen and trained rows apart": (
+        {**PREFIX, "peft_type": "CARTRIDGE"},
+        {"frozen_embedding": np.ones((1, 16)), "trainable_embedding": np.ones((2, 16))},
+        KeyMismatchError,
+        r"'frozen_embedding' is no tensor of Cartridge, which saves prompt_embeddings",
+    ),
+    "as many words as tokens": (
+        {**PROMPT, "peft_type": "CPT", "task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2]},
+        TABLE,
+        ShapeError,
+        r"CPT: prompt_embeddings is \(3, 4\), expected \(2, 4\)",
+    ),
     "no sizes of a prefix": ({**PREFIX, "token_dim": None, "num_layers": None}, TABLE, ConfigError, r"token_dim is not given.*sized"),
 }
 

@@ -16,6 +16,8 @@ from tests.hf.tiny_models import tiny
 
 Host = np.ndarray[Any, Any]
 CONFIGS = {
+    "CARTRIDGE": peft.CartridgeConfig,
+    "CPT": peft.CPTConfig,
     "PROMPT_TUNING": peft.PromptTuningConfig,
     "MULTITASK_PROMPT_TUNING": peft.MultitaskPromptTuningConfig,
     "P_TUNING": peft.PromptEncoderConfig,
@@ -34,7 +36,8 @@ class Pair(NamedTuple):
 
     @property
     def gradients(self) -> dict[str, Host]:
-        return {name: p.grad.numpy() for name, p in self.encoder.named_parameters()}
+        """What PEFT does not train has none, which is a gradient of zero."""
+        return {name: np.zeros(tuple(p.shape)) if p.grad is None else p.grad.numpy() for name, p in self.encoder.named_parameters()}
 
 
 def pair(method: Prompt, task: str, rng: np.random.Generator, model: str = "") -> Pair:

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from peft_ref.methods import METHODS, MultitaskPromptTuning
-from peft_ref.prompts import Context, Prompt, Tensors
+from peft_ref.prompts import Context, Prompt, Sources, Tensors, TypedPrompt
 from peft_ref.splice import TASKS, Inputs
 from tests.laws.strategies import Host
 
@@ -22,6 +22,7 @@ IN_CACHE = [name for name in PROMPTS if METHODS.prompts[name].place == "cache"]
 MANY = MultitaskPromptTuning(num_virtual_tokens=2, token_dim=3, num_transformer_submodules=1, num_tasks=3, num_ranks=2)
 TOKENS, DECODER_TOKENS = 3, 2
 INTEGERS = ("attention_mask", "labels", "position_ids", "token_type_ids", "decoder_attention_mask")
+TYPES = "input_type_mask"
 
 _SMALL = st.integers(1, 3)
 BY_NAME: dict[str, st.SearchStrategy[Any]] = {
@@ -40,7 +41,16 @@ BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "encoder_reparameterization_type": st.sampled_from(("MLP", "LSTM")),
         "encoder_dropout": st.sampled_from((0.0, 0.25)),
     },
+    "cartridge": {"num_frozen_tokens": st.sampled_from((1, 0))},
+    "cpt": {
+        "cpt_token_ids": st.just([4, 0, 2]),
+        "cpt_tokens_type_mask": st.lists(st.integers(-1, 9), min_size=3, max_size=3),
+        "opt_projection_epsilon": st.sampled_from((1.5, 100.0, 0.0)),  # smaller than most of the numbers, larger than all
+        "opt_weighted_loss_type": st.sampled_from(("decay", "none")),
+        "opt_loss_decay_factor": st.sampled_from((0.5, 0.9)),
+    },
 }
+WORDS = np.random.default_rng(1).normal(size=(7, 6))
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class Case:
         return [(self.method.table_shape[0], 2 * hidden)] * (layers - 1)
 
     @property
+    def sources(self) -> Sources:
+        """What a start may need."""
+        return Sources(words=WORDS[:, : self.method.size("token_dim")])
+
+    @property
     def prompt_shape(self) -> tuple[int, int, int]:
         return self.batch, *self.method.table_shape
 
@@ -84,7 +99,7 @@ class Case:
     def dy(self) -> Host:
         return self.numbers(2, self.prompt_shape)
 
-    def inputs(self, task: str, given: tuple[str, ...] = INTEGERS) -> Inputs:
+    def inputs(self, task: str, given: tuple[str, ...] = (*INTEGERS, TYPES)) -> Inputs:
         """What a model of the task is asked with; `given` of what may stand beside the embeddings."""
         width, decoder = self.method.size("token_dim"), task == "SEQ_2_SEQ_LM"
         side = {"decoder_attention_mask": DECODER_TOKENS, "labels": DECODER_TOKENS if decoder else TOKENS}
@@ -96,6 +111,7 @@ class Case:
                 for k, name in enumerate(INTEGERS)
                 if name in given and (decoder or not name.startswith("decoder"))
             },
+            input_type_mask=self.integers(40, 9, (self.batch, TOKENS)) if isinstance(self.method, TypedPrompt) and TYPES in given else None,
         )
 
 
@@ -113,12 +129,14 @@ def cases(draw: st.DrawFn, name: str, **fixed: Any) -> Case:
     return Case(method, draw(st.integers(1, 4)), draw(st.integers(0, 2**20)))
 
 
-def tasks() -> st.SearchStrategy[str]:
-    return st.sampled_from(TASKS)
+def tasks(name: str) -> st.SearchStrategy[str]:
+    """Those that the method has a rule for."""
+    only = METHODS.prompts[name].only_task
+    return st.sampled_from(TASKS if only is None else (only,))
 
 
 def some_integers() -> st.SearchStrategy[tuple[str, ...]]:
-    return st.sets(st.sampled_from(INTEGERS)).map(lambda names: tuple(sorted(names)))
+    return st.sets(st.sampled_from((*INTEGERS, TYPES))).map(lambda names: tuple(sorted(names)))
 
 
 def awkward(name: str) -> list[Case]:
@@ -139,8 +157,15 @@ def awkward(name: str) -> list[Case]:
     own: dict[str, list[dict[str, Any]]] = {
         "p_tuning": [{"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.25, "num_virtual_tokens": 1}],
         "prefix_tuning": [{"prefix_projection": True}],
+        "cartridge": [{"num_frozen_tokens": 0}, {"inference_mode": True}],
+        "cpt": [{"cpt_token_ids": [3, 1, 5, 2, 0], "cpt_tokens_type_mask": [1, 2, 3, 4, 0], "opt_weighted_loss_type": "decay"}],
     }
-    return [plain, *(replace(plain, method=replace(plain.method, **more)) for more in own.get(name, []))]
+    return [plain, *(replace(plain, method=cls(**{**sizes_of(plain.method), **more})) for more in own.get(name, []))]
+
+
+def sizes_of(method: Prompt) -> dict[str, Any]:
+    """Its configuration, but for what follows from the rest of it."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if not f.name.startswith("cpt_")}
 
 
 def sent(tensors: Tensors, case: Case, task: str) -> dict[str, Any]:

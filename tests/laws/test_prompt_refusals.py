@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from peft_ref.errors import ConfigError, KeyMismatchError, PeftRefError, ShapeError
-from peft_ref.methods import MultitaskPromptTuning, PromptTuning
+from peft_ref.methods import CPT, Cartridge, MultitaskPromptTuning, PromptTuning
+from peft_ref.methods.cartridge import rows_of_cache
 from peft_ref.prompts import Context, Sources
 from peft_ref.splice import TASKS, Inputs, splice, splice_vjp
 from tests.laws.prompt_strategies import IN_CACHE, MANY, PROMPTS, Case, awkward
@@ -22,8 +23,8 @@ EVERY = pytest.mark.parametrize("name", PROMPTS)
 def test_a_size_that_is_missing_is_asked_for_by_name(name: str, size: str) -> None:
     (case, *_) = awkward(name)
     unsized = replace(case.method, **{size: None})
-    cached = case.method.place == "cache"
-    if size == ("num_transformer_submodules" if cached else "num_layers"):
+    cached, counted = case.method.place == "cache", isinstance(case.method, CPT) and size.startswith("num_")
+    if counted or size == ("num_transformer_submodules" if cached else "num_layers"):
         assert unsized.shapes() == case.method.shapes()  # it does not depend on it
         return
     with pytest.raises(ConfigError, match=rf"{size} is not given"):
@@ -33,8 +34,9 @@ def test_a_size_that_is_missing_is_asked_for_by_name(name: str, size: str) -> No
 @EVERY
 @pytest.mark.parametrize("size", ["num_virtual_tokens", "token_dim", "num_attention_heads"])
 def test_a_size_is_positive(name: str, size: str) -> None:
-    with pytest.raises(ConfigError, match=f"{size}=0"):
-        replace(awkward(name)[0].method, **{size: 0})
+    none = {"cpt_token_ids": []} if name == "cpt" and size == "num_virtual_tokens" else {size: 0}
+    with pytest.raises(ConfigError, match=f"{size}=0|num_frozen_tokens=1 with {size}=0"):
+        replace(awkward(name)[0].method, **none)
 
 
 @EVERY
@@ -139,3 +141,47 @@ def test_a_start_of_words_moves_no_word_and_a_saved_adapter_needs_none(cls: Any)
     assert not np.shares_memory(rows, WORDS)
     assert all((row == WORDS).all(axis=1).any() for row in rows)
     assert replace(method, inference_mode=True).init(np.zeros(()), np.random.default_rng(0)).keys() == method.shapes().keys()
+
+
+RESTING = Cartridge(num_virtual_tokens=2, token_dim=4, num_layers=2)
+TYPED = CPT(cpt_token_ids=[1, 4], cpt_tokens_type_mask=[1, 4], token_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "text"),
+    [
+        (lambda: CPT(cpt_token_ids=[1, 2], cpt_mask=[1]), ConfigError, "cpt_mask has 1 entries for 2 tokens"),
+        (lambda: CPT(cpt_token_ids=[1], cpt_tokens_type_mask=[1, 2]), ConfigError, "cpt_tokens_type_mask has 2 entries for 1 tokens"),
+        (lambda: CPT(cpt_token_ids=[-1]), ConfigError, "of tokens none below 0"),
+        (lambda: CPT(opt_weighted_loss_type="linear"), ConfigError, "there are none, decay"),
+        (lambda: TYPED.init(np.zeros(()), np.random.default_rng(0)), ConfigError, r"Sources\(words="),
+        (lambda: TYPED.init(np.zeros(()), np.random.default_rng(0), Sources(WORDS[:4])), ConfigError, "the token 4, and the model has 4"),
+        (lambda: TYPED.counted(np.ones((2, 3), int), np.ones((2, 4), int), np.ones(1)), ShapeError, r"input_type_mask is \(2, 4\)"),
+        (
+            lambda: splice(TYPED, np.zeros((1, 2, 3)), Inputs(np.zeros((1, 2, 3))), "SEQ_CLS"),
+            ConfigError,
+            "task_type='SEQ_CLS': it is for CAUSAL_LM alone",
+        ),
+        (
+            lambda: splice(
+                PromptTuning(**{**SIZES, "num_virtual_tokens": 2}),
+                np.zeros((1, 2, 3)),
+                Inputs(np.zeros((1, 2, 3)), input_type_mask=np.ones((1, 2), int)),
+                "CAUSAL_LM",
+            ),
+            ConfigError,
+            "PromptTuning: input_type_mask is given",
+        ),
+        (lambda: Cartridge(num_frozen_tokens=-1), ConfigError, "num_frozen_tokens=-1: 0 or more"),
+        (lambda: Cartridge(num_virtual_tokens=2, num_frozen_tokens=3), ConfigError, "no more can be frozen"),
+        (lambda: RESTING.split(np.zeros((3, 16))), ShapeError, r"the table is \(3, 16\), expected \(2, 16\)"),
+        (
+            lambda: rows_of_cache(np.zeros((2, 2, 1, 2, 3, 4)), 5),
+            ShapeError,
+            "1 sequences of 3 tokens, expected one sequence of at least 5",
+        ),
+    ],
+)
+def test_cpt_and_cartridge_say_what_does_not_fit(made: Any, error: type[PeftRefError], text: str) -> None:
+    with pytest.raises(error, match=text):
+        made()

@@ -157,6 +157,8 @@ def test_the_tables_of_configurations_are_the_methods_own() -> None:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "cartridge": ({"num_frozen_tokens": 2}, {"inference_mode": True}),
+    "cpt": ({"cpt_token_ids": [5, 6, 7]}, {"cpt_token_ids": [5, 6, 7], "inference_mode": True}),
     "multitask_prompt_tuning": ({"num_tasks": 13, "num_ranks": 17},),
     "p_tuning": ({}, {"encoder_reparameterization_type": "LSTM"}, {"inference_mode": True}),
     "prefix_tuning": ({}, {"prefix_projection": True}, {"prefix_projection": True, "inference_mode": True}),
@@ -168,15 +170,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 def test_the_table_of_prompt_tensors_is_the_methods_own(method: str) -> None:
     sizes = {"num_virtual_tokens": 3, "token_dim": 5, "num_transformer_submodules": 2, "num_attention_heads": 1, "num_layers": 7}
     hidden = {"encoder_hidden_size": 11} if method in ("p_tuning", "prefix_tuning") else {}
-    letters = {"tokens": 3, "rows": 6, "dim": 5, "layers": 7, "hidden": 11, "tasks": 13, "ranks": 17}
+    letters = {"tokens": 3, "rows": 6, "dim": 5, "layers": 7, "hidden": 11, "tasks": 13, "ranks": 17, "frozen": 2, "trained": 1}
     for option in OPTIONS[method]:
         built = build_prompt(method, {**sizes, **hidden, **option})
         encodes = not built.inference_mode
         when = {"", *(str(v) for v in config_of(built).values() if encodes), *(k for k, v in option.items() if v is True and encodes)}
+        when |= set() if encodes else {"inference_mode"}
         found, current = {}, ""
         for cells in rows("### Prompt tensors"):
             current = names(cells[0])[0] if cells[0] else current
-            if current == method and "".join(names(cells[3])) in when:
+            there = encodes if cells[3] == "not `inference_mode`" else "".join(names(cells[3])) in when
+            if current == method and there:
                 found |= {key: _prompt_sizes(cells[2], letters) for key in names(cells[1])}
         assert found == built.shapes()
 

@@ -228,11 +228,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "peft_type PROMPT_TUNING is taken, by Prompt",
     ),
     "a prefix": ("mine", {"tuner_prefix": "prompt_"}, "'prompt_tuning_' is that of"),
-    "another prefix than PEFT's": ("mine", {"peft_type": "CPT"}, "tuner_prefix='mine_', but PEFT's of CPT is 'cpt_'"),
+    "another prefix than PEFT's": ("mine", {"peft_type": "POLY"}, "tuner_prefix='mine_', but PEFT's of POLY is 'poly_'"),
     "another place": ("mine", {"place": "attention"}, "place='attention': one of embeddings, cache"),
     "nothing saved": ("mine", {"file_keys": frozenset()}, r"file_keys=\[\]: the keys of what it saves"),
     "the model's own keys": ("mine", {"file_keys": frozenset({"base_model.x"})}, r"file_keys=\['base_model\.x'\]: the keys"),
-    "no tensor of a table": ("mine", {"shapes": lambda self: {GATE: (2, 1)}}, r"no tensor 'embedding\.weight', from which a TablePrompt"),
     "a table that is not saved alone": (
         "mine",
         {"shapes": lambda self: {EMBEDDING: self.table_shape, GATE: (2, 1)}},

@@ -44,7 +44,9 @@ def encoder(w: Worked) -> Any:
     """PEFT's encoder with the example's numbers, in float64."""
     made: Any = PEFT_TYPE_TO_TUNER_MAPPING[w.method.peft_type]
     own = config(w.method, "CAUSAL_LM")
-    module = made(own, None) if w.method.peft_type.endswith("PROMPT_TUNING") else made(own)
+    own.token_dim = w.method.token_dim  # CPT's configuration leaves it to the model
+    words = torch.nn.Embedding(9, w.method.size("token_dim")) if w.method.peft_type == "CPT" else None
+    module = made(own, words) if w.method.peft_type.endswith(("PROMPT_TUNING", "CPT")) else made(own)
     module.double().load_state_dict({name: torch.tensor(value) for name, value in w.p.items()}, strict=True)
     return module
 
@@ -63,7 +65,7 @@ def test_prompt_and_gradients_are_those_of_hf(w: Worked) -> None:
     prompt.backward(torch.tensor(w.dy))
     assert {name for name, _ in module.named_parameters()} == w.grads.keys()
     for name, p in module.named_parameters():
-        alike(p.grad, w.grads[name], w)
+        alike(torch.zeros_like(p) if p.grad is None else p.grad, w.grads[name], w)
 
 
 def alike(theirs: Any, ours: Any, w: Worked) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import peft_ref.check.mistakes.adalora as adalora
+import peft_ref.check.mistakes.cartridge as cartridge
+import peft_ref.check.mistakes.cpt as cpt
 import peft_ref.check.mistakes.dora as dora
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
@@ -16,6 +18,8 @@ from peft_ref.check.suites import Suites
 
 _BUILT: dict[str, Suite] = {
     "adalora": adalora.SUITE,
+    "cartridge": cartridge.SUITE,
+    "cpt": cpt.SUITE,
     "dora": dora.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import transformers
 from model import Mask, NotInPeft, array, nested
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    CartridgeConfig,
+    CPTConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
@@ -26,6 +29,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model_state_dict,
 )
+from peft.tuners.cpt import model as of_cpt
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, EncoderDecoderCache, GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -33,6 +37,8 @@ from transformers import AutoConfig, EncoderDecoderCache, GenerationMixin, Pretr
 Json = Mapping[str, Any]
 
 CONFIGS: Mapping[str, type[PeftConfig]] = {
+    "cartridge": CartridgeConfig,
+    "cpt": CPTConfig,
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
@@ -48,7 +54,10 @@ NAMES = {
     "token_type_ids": "token_type_ids",
     "decoder_embeddings": "decoder_inputs_embeds",
     "decoder_attention_mask": "decoder_attention_mask",
+    "input_type_mask": "input_type_mask",
 }
+IN_CACHE = ("cartridge", "prefix_tuning")
+DELTA = "delta_embedding.weight"
 FLOATS = ("embeddings", "decoder_embeddings")
 
 
@@ -60,8 +69,9 @@ class Recorder(PreTrainedModel, GenerationMixin):
         self.shared = nn.Embedding.from_pretrained(words)
         self.received: dict[str, Any] = {}
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **given: Any) -> None:
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **given: Any) -> Any:
         self.received = {"input_ids": input_ids, "past_key_values": past_key_values, **given}
+        return SimpleNamespace(logits=torch.zeros(*given["inputs_embeds"].shape[:2], VOCABULARY))  # CPT works its loss out of them
 
 
 class Ready(nn.Module):
@@ -101,10 +111,16 @@ def prompt(case: Json, dtype: torch.dtype) -> dict[str, Any]:
 
 def prompt_backward(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     model = with_tensors(case, dtype)
-    encoder = model.prompt_encoder["default"]
-    encoder.requires_grad_(True)  # in inference mode PEFT freezes the table, whose gradient is asked nevertheless
+    encoder, own = model.prompt_encoder["default"], case["adapters"][0]
+    saved = own["config"]["inference_mode"]
+    if saved or case["method"] != "cartridge":  # in inference mode PEFT freezes the table, whose gradient is asked nevertheless
+        encoder.requires_grad_(True)
     made(case, model, dtype)[1].backward(array(case["dy"], dtype))
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in encoder.named_parameters()}
+    if saved and case["method"] == "cartridge":
+        found = {"embedding.weight": torch.cat(list(found.values()))}
+    elif case["method"] == "cpt":  # a saved one still has something to add, which is zero and is not used
+        found = {name: value for name, value in found.items() if name in own["tensors"]}
     return {"adapters": [{name.replace("lstm_head.lstm.", "lstm_head."): nested(value) for name, value in found.items()}]}
 
 
@@ -112,7 +128,7 @@ def made(case: Json, model: Any, dtype: torch.dtype) -> tuple[str, torch.Tensor]
     """The prompt under the name that the answer gives it."""
     ids = case.get("task_ids")
     value = model.get_prompt(case["batch"], None if ids is None else torch.tensor(ids))
-    return ("past_key_values", cached(value)) if case["method"] == "prefix_tuning" else ("prompt", value)
+    return ("past_key_values", cached(value)) if case["method"] in IN_CACHE else ("prompt", value)
 
 
 def cached(cache: Any) -> torch.Tensor:
@@ -128,9 +144,35 @@ def saved(case: Json, dtype: torch.dtype) -> dict[str, Any]:
 def splice(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     model = wrapped(case["adapters"][0]["config"], case["method"], dtype, task=case["task_type"])
     received = [one(case, model, dtype, i) for i in range(len(case["prompt"]))]
-    return {
+    found = {
         name: None if value is None else nested(torch.cat([r[name] for r in received], dim=2 if value.ndim == 6 else 0))
         for name, value in received[0].items()
+    }
+    return {**found, "loss_weights": loss_weights(case, model, dtype)} if case["method"] == "cpt" else found
+
+
+def loss_weights(case: Json, model: Any, dtype: torch.dtype) -> Any:
+    """Of every label the derivative of PEFT's loss, of the whole batch, for that label's own cross-entropy."""
+    if "labels" not in case["inputs"]:
+        return None
+    model.prompt_encoder["default"] = Ready(array(case["prompt"][:1], dtype))
+    given = inputs(case, slice(None), dtype)
+    batch, tokens = given["labels"].shape
+    each = torch.zeros(batch * (len(case["prompt"][0]) + tokens - 1), dtype=dtype, requires_grad=True)
+    real = of_cpt.CrossEntropyLoss
+    try:
+        of_cpt.CrossEntropyLoss = lambda **_: lambda logits, labels: each
+        model(**given).loss.backward()
+    finally:
+        of_cpt.CrossEntropyLoss = real
+    return nested(torch.nn.functional.pad(each.grad.view(batch, -1), (1, 0)))
+
+
+def inputs(case: Json, examples: slice, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        NAMES[name]: array(value[examples], dtype) if name in FLOATS else torch.tensor(value[examples])
+        for name, value in case["inputs"].items()
+        if value is not None
     }
 
 
@@ -139,11 +181,7 @@ def one(case: Json, model: Any, dtype: torch.dtype, i: int) -> dict[str, torch.T
     if case["method"] == "multitask_prompt_tuning" and case["task_type"] in ("QUESTION_ANS", "FEATURE_EXTRACTION"):
         raise NotInPeft(f"PEFT's forward for {case['task_type']} does not pass task_ids on, without which this encoder raises")
     model.prompt_encoder["default"] = Ready(array(case["prompt"][i : i + 1], dtype))
-    given = {}
-    for name, value in case["inputs"].items():
-        if value is not None:
-            given[NAMES[name]] = array(value[i : i + 1], dtype) if name in FLOATS else torch.tensor(value[i : i + 1])
-    model(**given, task_ids=torch.zeros(1, dtype=torch.long))
+    model(**inputs(case, slice(i, i + 1), dtype), task_ids=torch.zeros(1, dtype=torch.long))
     received = model.base_model.received
     cache = received["past_key_values"]
     return {**{name: received.get(theirs) for name, theirs in NAMES.items()}, "past_key_values": None if cache is None else cached(cache)}
@@ -220,8 +258,14 @@ def with_tensors(case: Json, dtype: torch.dtype) -> Any:
     return model
 
 
-def load(encoder: nn.Module, tensors: Json, dtype: torch.dtype) -> None:
-    encoder.to(dtype).load_state_dict({name: array(value, dtype) for name, value in tensors.items()})
+def load(encoder: Any, tensors: Json, dtype: torch.dtype) -> None:
+    given = {name: array(value, dtype) for name, value in tensors.items()}
+    encoder.to(dtype)
+    if list(given) == ["embedding.weight"] and not isinstance(encoder.embedding, nn.Embedding):  # a saved cartridge
+        encoder.load_prompt_embeddings(given["embedding.weight"])
+        return
+    held = encoder.state_dict()
+    encoder.load_state_dict({**given, **{name: torch.zeros_like(held[name]) for name in held if name == DELTA and name not in given}})
 
 
 def wrapped(
@@ -238,8 +282,13 @@ def wrapped(
     fields = {k: v for k, v in given.items() if k != "peft_type"}
     if (encoder := "encoder_reparameterization_type") in fields:  # PEFT's warning about the number of layers crashes on a plain text
         fields[encoder] = PromptEncoderReparameterizationType(fields[encoder])
+    task = "CAUSAL_LM" if method == "cpt" else task
     own: Any = CONFIGS[method](task_type=task, **fields)
-    words = torch.zeros(VOCABULARY, own.token_dim or 1, dtype=dtype) if words is None else words
-    about = about or PretrainedConfig(vocab_size=len(words))
+    words = torch.zeros(VOCABULARY, given.get("token_dim") or 1, dtype=dtype) if words is None else words
+    # The sizes of CPT are the model's, whatever its configuration says.
+    sizes = {"num_layers": "num_hidden_layers", "token_dim": "hidden_size", "num_attention_heads": "num_attention_heads"}
+    about = about or PretrainedConfig(
+        vocab_size=len(words), **({theirs: given[name] for name, theirs in sizes.items()} if method == "cpt" else {})
+    )
     base = Recorder(about, words)
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task](base, own, adapter) if task else PeftModel(base, own, adapter)

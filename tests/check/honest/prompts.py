@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from peft_ref.check.case import Answer, Case
 from tests.check.honest.arithmetic import Arithmetic, Host
 
 Gradients = dict[str, Host]
+IN_CACHE = ("CARTRIDGE", "PREFIX_TUNING")
 
 
 def answer(case: Case, a: Arithmetic) -> Answer:
@@ -75,10 +76,48 @@ class HonestPrompt:
 
     def table(self) -> tuple[Host, Callable[[Host], Gradients]]:
         E, config = self.E, self.config
+        if "trainable_embedding" in self.t:
+            return self.cartridge()
         assert E is not None
+        if "delta_embedding.weight" in self.t:
+            return self.moved_words(E)
         if config["inference_mode"] or not any(k.startswith(("transform", "mlp_head")) for k in self.t):
             return E, lambda d: {"embedding.weight": d}
         return self.projected(E) if config["peft_type"] == "PREFIX_TUNING" else self.encoded(E)
+
+    def cartridge(self) -> tuple[Host, Callable[[Host], Gradients]]:
+        rows = [self.t[name] for name in ("frozen_embedding", "trainable_embedding") if name in self.t]
+        n = len(rows[0]) if len(rows) == 2 else 0
+
+        def backward(d: Host) -> Gradients:
+            return {"trainable_embedding": d[n:], **({"frozen_embedding": 0 * d[:n]} if n else {})}
+
+        return np.concatenate(rows), backward
+
+    def moved_words(self, E: Host) -> tuple[Host, Callable[[Host], Gradients]]:
+        a, config, D = self.a, self.config, self.t["delta_embedding.weight"]
+        e = [self.radius(m, config) for m in config["cpt_tokens_type_mask"]]
+        rows = []
+        for row, radius, length in zip(D, e, a.norm(D), strict=True):
+            if length <= radius:
+                rows.append(row)
+            elif a.pick(True, False):
+                rows.append(row * a.over(radius, length))
+            else:
+                rows.append(a.over(row * radius, length))
+        moves = np.asarray([[m % 4 != 0] for m in config["cpt_tokens_type_mask"]])
+
+        def backward(d: Host) -> Gradients:
+            return {"embedding.weight": 0 * d, "delta_embedding.weight": np.where(moves, d, 0 * d)}
+
+        return a.add(E, np.stack(rows)), backward
+
+    def radius(self, m: int, config: Mapping[str, Any]) -> Any:
+        a = self.a
+        if m <= 0 or m % 4 == 0:
+            return a.number(1e-10)
+        epsilon = a.number(config["opt_projection_epsilon" if m % 4 == 2 else "opt_projection_format_epsilon"])
+        return epsilon * np.sqrt(a.over(a.number(config["token_dim"]), a.number(2048.0)))
 
     def dense(self, name: str) -> Dense:
         return Dense(self.t[f"{name}.weight"], self.t[f"{name}.bias"])
@@ -162,7 +201,7 @@ class HonestPrompt:
         if "prefix_task_cols" in self.t:
             return self.backward_of_tasks(d)
         _, backward = self.table()
-        if self.E.shape == d.shape[1:] or a.pick(True, False):
+        if self.E is None or self.E.shape == d.shape[1:] or a.pick(True, False):
             return backward(a.sum(d))
         each = [backward(one) for one in d]  # every example through the encoder by itself, and then added up
         return {name: a.sum(np.stack([grads[name] for grads in each])) for name in each[0]}
@@ -189,7 +228,7 @@ class HonestPrompt:
         return [(wide * layer % (2 * layers), (wide * layer + 1) % (2 * layers)) for layer in range(layers)]
 
     def in_place(self, prompt: Host) -> Answer:
-        if self.config["peft_type"] != "PREFIX_TUNING":
+        if self.config["peft_type"] not in IN_CACHE:
             return {"prompt": prompt}
         batch, n, columns = prompt.shape
         heads, layers = self.config["num_attention_heads"], self.config["num_layers"]
@@ -216,7 +255,7 @@ class HonestPrompt:
         question, task, kind = self.case.question, self.case.question["task_type"], self.config["peft_type"]
         prompt, n = self.a.array(question["prompt"]), self.config["num_virtual_tokens"]
         out = {k: self.a.array(v) if k.endswith("embeddings") else v for k, v in question["inputs"].items()}
-        decoder, cache, both = task == "SEQ_2_SEQ_LM", kind == "PREFIX_TUNING", kind == "MULTITASK_PROMPT_TUNING"
+        decoder, cache, both = task == "SEQ_2_SEQ_LM", kind in IN_CACHE, kind == "MULTITASK_PROMPT_TUNING"
 
         def before(name: str, value: int) -> None:
             if name in out:
@@ -234,12 +273,38 @@ class HonestPrompt:
         before("attention_mask", 1)
         before("token_type_ids", 0)
         out["embeddings"] = np.concatenate([prompt[:, :n] if decoder else prompt, out["embeddings"]], axis=1)
-        if task == "CAUSAL_LM" or (decoder and both):
+        types = out.pop("input_type_mask", None)
+        if kind == "CPT" and "labels" in out:
+            out |= self.counted(out["labels"], types)
+        elif task == "CAUSAL_LM" or (decoder and both):
             before("labels", -100)
         if decoder and both:
             before("decoder_attention_mask", 1)
             out["decoder_embeddings"] = np.concatenate([prompt[:, n:], out["decoder_embeddings"]], axis=1)
         return out
+
+    def counted(self, labels: Host, types: Host | None) -> Answer:
+        """Label by label, after the clauses of CPT. The factors of a decay one after the other, and the mean in either order."""
+        a, config = self.a, self.config
+        own, ids = config["cpt_tokens_type_mask"], config["cpt_token_ids"]
+        given = np.full_like(labels, 4) if types is None else types
+        m = [[*own, *(t + max(own) if t > 0 else t for t in row)] for row in given.tolist()]
+        full = [
+            [label if t > 0 and t % 4 == 0 else -100 for t, label in zip(row, [*ids, *said], strict=True)]
+            for row, said in zip(m, labels.tolist(), strict=True)
+        ]
+        n = sum(label != -100 for row in full for label in row[1:])
+        weights = np.zeros(np.shape(full), dtype=a.dtype)
+        for b, (row, said) in enumerate(zip(m, full, strict=True)):
+            answers = sorted({t for t in row[1:] if t > 0 and t % 4 == 0}, reverse=True)
+            for t in range(1, len(row)):
+                weight = a.number(1.0)
+                if config["opt_weighted_loss_type"] == "decay" and row[t] in answers:
+                    for _ in range(answers.index(row[t])):
+                        weight = weight * a.number(config["opt_loss_decay_factor"])
+                share = a.over(weight, a.number(float(n))) if a.pick(True, False) else weight * a.over(a.number(1.0), a.number(float(n)))
+                weights[b, t] = share if said[t] != -100 else a.number(0.0)
+        return {"labels": np.asarray(full), "loss_weights": weights}
 
 
 def slope(a: Arithmetic, t: Host) -> Host:
