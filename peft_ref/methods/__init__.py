@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
+from peft_ref.methods.adaption_prompt import AdaptionPrompt
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
@@ -16,6 +17,7 @@ from peft_ref.registry import Registry
 
 _BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
+    "adaption_prompt": AdaptionPrompt,
     "dora": DoRA,
     "ia3": IA3,
     "loha": LoHa,
@@ -33,6 +35,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "AdaLoRA",
+    "AdaptionPrompt",
     "DoRA",
     "LoHa",
     "LoRA",
