@@ -115,17 +115,22 @@ class AttentionMethod(Method, Generic[P]):
     @final
     def output(self, block: AttentionBlock, p: P, w: Projections, q: Array) -> Array:
         """What is added to the block's output: (batch, T, hidden)."""
-        k, v = (split_heads(_apply(part, self.rows(p)), block.num_key_value_heads) for part in (w.k, w.v))
-        y = join_heads(self.added(p, q, k, v))
+        k, v = self._keys_values(block, p, w)
+        y = +join_heads(self.added(p, q, k, v))
         return y if w.o is None else _apply(w.o, y)
 
     @final
     def output_vjp(self, block: AttentionBlock, p: P, w: Projections, q: Array, dy: Array) -> BlockGradients[P]:
-        k, v = (split_heads(_apply(part, self.rows(p)), block.num_key_value_heads) for part in (w.k, w.v))
-        dy = dy if w.o is None else dy @ w.o.W
+        k, v = self._keys_values(block, p, w)
+        dy = dy if w.o is None else +(dy @ w.o.W)
         d = self.added_vjp(p, q, k, v, split_heads(dy, block.num_attention_heads))
-        of_rows = self.rows_vjp(p, join_heads(d.k) @ w.k.W + join_heads(d.v) @ w.v.W)
+        of_rows = self.rows_vjp(p, +join_heads(d.k) @ w.k.W + +join_heads(d.v) @ w.v.W)
         return BlockGradients(add_params(of_rows, d.params), d.q)
+
+    def _keys_values(self, block: AttentionBlock, p: P, w: Projections) -> tuple[Array, Array]:
+        """Those of the rows. A plus sign: a number that everybody computes as it stands, which bounds its error."""
+        k, v = (+split_heads(_apply(part, self.rows(p)), block.num_key_value_heads) for part in (w.k, w.v))
+        return k, v
 
     @final
     def merge(self) -> NoReturn:

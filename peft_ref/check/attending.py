@@ -3,8 +3,8 @@
     attention            q, the block's projections, tensors   -> y, what is added to the block's output
     attention_backward   the same and dy                       -> the gradient of sum(y * dy) for q and for every tensor
 
-The queries are given as the block has them after rotary positions, so that no question is about those. `AttentionVariant` says what is asked.
-Sizes all differ, and none is 1 but where a variant asks for it.
+The queries are given as the block has them after rotary positions, so that no question is about those.
+`AttentionVariant` says what is asked. Sizes all differ, and none is 1 but where a variant asks for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from peft_ref.check.variants import NUMBERS, generator
 
 SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 FUSED = "c_attn"
-# A prompt of the size of words would leave no weight but one in the softmax.
-SMALLER = 8
+# Scores of some size leave no weight but one in the softmax: the prompt and the biases are smaller than the rest, by these powers of two.
+SMALLER = {"small": 16, "dyadic": 8, "rounded": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def make_attention_case(name: str, variant: AttentionVariant, operation: str) ->
 
     def projection(n_in: int, out: int) -> dict[str, NDArray | None]:
         weight = draw(rng, (n_in, out) if block.fused else (out, n_in))
-        return {"weight": weight, "bias": draw(rng, (out,)) if variant.bias else None}
+        return {"weight": weight, "bias": draw(rng, (out,)) / 4 if variant.bias else None}
 
     wide, narrow = block.num_attention_heads * block.head_dim, block.num_key_value_heads * block.head_dim
     if block.fused:
@@ -121,7 +121,7 @@ def make_attention_case(name: str, variant: AttentionVariant, operation: str) ->
         parts = {"k_proj": projection(hidden, narrow), "v_proj": projection(hidden, narrow), "o_proj": projection(wide, hidden)}
     asked = {**{size: getattr(block, size) for size in SIZES}, "projections": parts}
     q = draw(rng, (variant.batch, block.num_attention_heads, variant.tokens, block.head_dim))
-    tensors = {s.key: gate(rng) if s.shape == (1,) else draw(rng, s.shape) / SMALLER for s in method.spec(hidden)}
+    tensors = {s.key: gate(rng) if s.shape == (1,) else draw(rng, s.shape) / SMALLER[variant.numbers] for s in method.spec(hidden)}
     return Case(
         id=f"{where}.{operation}",
         method=name,

@@ -97,9 +97,9 @@ class Exact:
         return Exact(-self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p)
 
     def __pos__(self) -> Exact:
-        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded stays as it is."""
+        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded is exact, and no larger than it is."""
         if self.quantum is not None:
-            return self
+            return Exact(self.n, self.e, _size(self.n, self.e), 0, self.err, self.quantum, self.p)
         size, share = _size(self.n, self.e), self.k * 2.0**-self.p
         err = self.k * self.gauge / (1 - share) + self.err if share < 1 else math.inf
         return Exact(self.n, self.e, size, 0, err, None, self.p)

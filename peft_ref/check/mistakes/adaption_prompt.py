@@ -20,7 +20,7 @@ from peft_ref.check.oracle import answer, float64
 GROUPED = AttentionBlock(hidden_size=24, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
 ALONE = AttentionBlock(hidden_size=12, num_attention_heads=3, num_key_value_heads=3, head_dim=4)
 GPT2 = replace(ALONE, fused=True)
-OTHER_SCALE = AttentionBlock(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+OTHER_SCALE = AttentionBlock(hidden_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=6)
 WIDE = AttentionBlock(hidden_size=10, num_attention_heads=6, num_key_value_heads=2, head_dim=4)
 LONG = {"adapter_len": 7, "adapter_layers": 2}
 
