@@ -148,6 +148,15 @@ class AttentionMethod(Method, Generic[P]):
         return tuple(ParamSpec(name, key, shape, shape) for name, (shape, key) in shapes.items())
 
     @final
+    def hidden_size_of(self, tensors: Mapping[str, Array]) -> int:
+        """The width of the block that `tensors`, by their keys, were made for, as far as they tell."""
+        probe = 1_000_003
+        for s in self.spec(probe):
+            if s.key in tensors and len(tensors[s.key].shape) == len(s.shape) and probe in s.shape:
+                return int(tensors[s.key].shape[s.shape.index(probe)])
+        return 1
+
+    @final
     def pack(self, params: P) -> dict[str, Array]:
         """Parameters, or their gradients, under their checkpoint keys."""
         return {keys[0].key: getattr(params, name) for name, (_, keys) in declared(self.params_type).items()}
