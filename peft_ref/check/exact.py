@@ -193,9 +193,12 @@ class Exact:
         return _result(n, e, size, TANH_DEPTH, min(off * steepest, furthest), None, self.p)
 
     def exp(self) -> Exact:
-        """The power of e; NumPy calls it for `np.exp` of an object array. What its argument is off by becomes a share of it."""
+        """The power of e; NumPy calls it for `np.exp` of an object array. What its argument is off by becomes a share of it.
+
+        Of a difference that comes to nothing it is not exact: e^a / e^a is one for those alone who subtract first.
+        """
         off, u = self.k * self.gauge + self.err, 2.0**-self.p
-        if self.n == 0 and not off:
+        if self.gauge == 0.0 and not off:
             return Exact.of(1.0, self.p)
         n, e = _exp(self.fraction)
         share = math.expm1(off * u) / u if off * u < FURTHEST else math.inf

@@ -174,7 +174,7 @@ def test_every_answer_is_numbers_that_differ() -> None:
 
 
 def _alike_on_purpose(case: Case, name: str) -> bool:
-    """A loss is one number and a gate is one, the penalty gives E nothing, an orthonormal factor has no gradient, and of a module all E may be pruned.
+    """A loss or gate is one number, the penalty gives E nothing, an orthonormal factor has no gradient, a module may lose all its E.
 
     Before its only row an LSTM has no output, so what is multiplied by it has no gradient.
     """

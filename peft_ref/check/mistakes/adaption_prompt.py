@@ -44,7 +44,7 @@ VARIANTS = (
     AttentionVariant(name="fused", clause="ADAPTIONPROMPT-C9", config=LONG, block=GPT2, bias=True),
     AttentionVariant(name="rounded", clause="ADAPTIONPROMPT-C3", config=LONG, block=OTHER_SCALE, numbers="rounded", batch=3),
     AttentionVariant(name="wide", clause="ADAPTIONPROMPT-C3", config=LONG, block=WIDE),
-    # One row gets all the weight there is, whatever the scores: nothing is rounded.
+    # One row gets all the weight there is, whatever the scores.
     AttentionVariant(
         name="one-row", clause="ADAPTIONPROMPT-C1", config={**LONG, "adapter_len": 1}, block=GROUPED, operations=("attention",), bias=True
     ),
