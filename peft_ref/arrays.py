@@ -120,3 +120,14 @@ def one_hot(indices: Array, n: int, like: Array) -> Array:
     columns = xp.arange(n, dtype=indices.dtype, device=getattr(indices, "device", None))
     hit = xp.expand_dims(xp.reshape(indices, (-1,)), axis=1) == xp.expand_dims(columns, axis=0)
     return xp.astype(hit, like.dtype)
+
+
+def sum_to(d: Array, shape: tuple[int, ...]) -> Array:
+    """The transpose of broadcasting `shape` to `d`'s shape: the sum over what was repeated."""
+    xp = namespace(d)
+    while d.ndim > len(shape):
+        d = xp.sum(d, axis=0)
+    for axis, n in enumerate(shape):
+        if n == 1 and d.shape[axis] != 1:
+            d = xp.sum(d, axis=axis, keepdims=True)
+    return d

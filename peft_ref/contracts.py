@@ -77,7 +77,8 @@ class WeightGradients(NamedTuple, Generic[P]):
 class Method(ABC):
     """Hyper-parameters and mathematics as one frozen value: a frozen dataclass whose fields are those of adapter_config.json.
 
-    Most methods map a layer's weight: `WeightMethod`. Those that put learned vectors before a model's own are `peft_ref.prompts.Prompt`.
+    Most methods map a layer's weight: `WeightMethod`. Those that put learned vectors before a model's own are `peft_ref.prompts.Prompt`,
+    those that add to what an attention block returns `peft_ref.attending.AttentionMethod`.
     """
 
     peft_type: ClassVar[str]
@@ -133,12 +134,12 @@ class WeightMethod(Method, Generic[P]):
         out, n_in = layer.shape
         letters = {"out": out, "in": n_in, "groups": layer.groups, "channels": layer.channels, **self.dims(layer)}
         specs = []
-        for name, (shape, keys) in _declared(self.params_type).items():
+        for name, (shape, keys) in declared(self.params_type).items():
             key = next((k for k in keys if layer.kind in k.kinds), None)
             if key is None or (key.when is not None and not getattr(self, key.when)):
                 continue
-            size = _shape(shape, letters, ())
-            stored = size if key.stored is None else _shape(key.stored, letters, layer.kernel_size)
+            size = shape_of(shape, letters, ())
+            stored = size if key.stored is None else shape_of(key.stored, letters, layer.kernel_size)
             specs.append(ParamSpec(name, key.key, size, stored))
         return tuple(specs)
 
@@ -157,11 +158,11 @@ class WeightMethod(Method, Generic[P]):
             raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(tensors)) or 'nothing'}.")
         if extra := sorted(tensors.keys() - expected):
             raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
-        values: dict[str, Array | None] = dict.fromkeys(_declared(self.params_type))
+        values: dict[str, Array | None] = dict.fromkeys(declared(self.params_type))
         for s in specs:
             tensor = tensors[s.key]
             if tuple(tensor.shape) != s.stored_shape:
-                letters, sizes = _declared(self.params_type)[s.field][0], s.stored_shape
+                letters, sizes = declared(self.params_type)[s.field][0], s.stored_shape
                 raise ShapeError(f"{at}: {s.key} is {tuple(tensor.shape)}, expected {sizes} ({letters}).\n  {self} on {layer}.")
             values[s.field] = namespace(tensor).reshape(tensor, s.shape)
         return cast(P, self.params_type(**values))
@@ -169,7 +170,7 @@ class WeightMethod(Method, Generic[P]):
     @final
     def to_params(self, **arrays: Array | None) -> P:
         """Params with the given fields and None elsewhere."""
-        values: dict[str, Array | None] = dict.fromkeys(_declared(self.params_type))
+        values: dict[str, Array | None] = dict.fromkeys(declared(self.params_type))
         return cast(P, self.params_type(**{**values, **arrays}))
 
     def differentiated(self, layer: Layer, p: P, W0: Array) -> WeightMap[P]:
@@ -269,7 +270,7 @@ def shift_bias(method: WeightMethod[Any], b: Array | None, change: Array | None,
     return b + sign * change
 
 
-def _shape(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:
+def shape_of(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes that e.g. "out r/groups *1" stands for."""
     sizes: list[int] = []
     for word in letters.split():
@@ -284,7 +285,7 @@ def _shape(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tu
 
 
 @cache
-def _declared(params: type[tuple[Any, ...]]) -> dict[str, tuple[str, tuple[Key, ...]]]:
+def declared(params: type[tuple[Any, ...]]) -> dict[str, tuple[str, tuple[Key, ...]]]:
     """What a Params type says of each field: its shape in letters and its keys."""
     hints = get_type_hints(params, include_extras=True)
     return {name: (get_args(hint)[1], get_args(hint)[2:]) for name, hint in hints.items()}

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
@@ -27,8 +28,10 @@ Answer: TypeAlias = dict[str, NDArray]
 
 LAYER_OPERATIONS = ("forward", "backward", "delta", "merge", "unmerge")  # about adapters on one layer
 PROMPT_OPERATIONS = ("prompt", "prompt_backward", "saved", "splice")  # about vectors put before a model's own
+ATTENTION_OPERATIONS = ("attention", "attention_backward")  # about what is added to an attention block's output
 TRAINING_OPERATIONS = ("aux_loss", "allocate")  # about all modules together, step by step
-ARRAY_OPERATIONS = (*LAYER_OPERATIONS, *PROMPT_OPERATIONS, *TRAINING_OPERATIONS)
+ARRAY_OPERATIONS = (*LAYER_OPERATIONS, *PROMPT_OPERATIONS, *ATTENTION_OPERATIONS, *TRAINING_OPERATIONS)
+BACKWARD_OPERATIONS = ("backward", "prompt_backward", "attention_backward")
 TEXT_OPERATIONS = ("targets", "config", "state_dict")
 OPERATIONS = (*ARRAY_OPERATIONS, "init", *TEXT_OPERATIONS)
 
@@ -67,6 +70,11 @@ def build_method(name: str, config: Mapping[str, Any]) -> WeightMethod[Any]:
 def build_prompt(name: str, config: Mapping[str, Any]) -> Prompt:
     """The same of a method of prompts."""
     return _built(METHODS.prompts[name], name, config)
+
+
+def build_attention(name: str, config: Mapping[str, Any]) -> AttentionMethod[Any]:
+    """The same of a method that adds to attention."""
+    return _built(METHODS.attention[name], name, config)
 
 
 def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from peft_ref.check.attending import attention_cases
 from peft_ref.check.case import Case, build_method
 from peft_ref.check.mistake import Suite
 from peft_ref.check.mistakes import SUITES
@@ -29,7 +30,7 @@ def corpus(method: str | None = None) -> tuple[Case, ...]:
 def _of(name: str, cls: type[Method], suite: Suite) -> tuple[Case, ...]:
     """One method's. Class and suite are what the cache goes by: a registered method can be taken out and come back changed."""
     text = () if name in METHODS.registered else text_cases(name)  # those know the methods of HF PEFT
-    return (*_cases(name, suite.variants), *prompt_cases(name, suite.prompts), *suite.cases, *text)
+    return (*_cases(name, suite.variants), *prompt_cases(name, suite.prompts), *attention_cases(name, suite.attention), *suite.cases, *text)
 
 
 def _cases(name: str, variants: tuple[Variant, ...]) -> Iterator[Case]:

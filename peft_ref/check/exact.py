@@ -30,10 +30,14 @@ import numpy as np
 
 PRECISION = 200
 DECIMAL_DIGITS = 70  # some more than 200 bits
+LARGEST_POWER = 100_000  # of e; what is beyond overflows, or is nothing
+FURTHEST = 700.0  # the power of e is a float64 up to there
 # A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
 CONSTANT_BITS = 8
 # No standard says how well a library computes a tangent; good ones are off by 1 to 6 units in the last place, which is twice as many u.
 TANH_DEPTH = 15
+# The same of a power of e, whose libraries are better.
+EXP_DEPTH = 9
 
 Scalar: TypeAlias = "Exact | int | float | np.generic"
 
@@ -93,9 +97,9 @@ class Exact:
         return Exact(-self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p)
 
     def __pos__(self) -> Exact:
-        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded stays as it is."""
+        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded is exact, and no larger than it is."""
         if self.quantum is not None:
-            return self
+            return Exact(self.n, self.e, _size(self.n, self.e), 0, self.err, self.quantum, self.p)
         size, share = _size(self.n, self.e), self.k * 2.0**-self.p
         err = self.k * self.gauge / (1 - share) + self.err if share < 1 else math.inf
         return Exact(self.n, self.e, size, 0, err, None, self.p)
@@ -188,6 +192,19 @@ class Exact:
         furthest = (1.0 + size) / u  # whatever the argument, the result is between -1 and 1
         return _result(n, e, size, TANH_DEPTH, min(off * steepest, furthest), None, self.p)
 
+    def exp(self) -> Exact:
+        """The power of e; NumPy calls it for `np.exp` of an object array. What its argument is off by becomes a share of it.
+
+        Of a difference that comes to nothing it is not exact: e^a / e^a is one for those alone who subtract first.
+        """
+        off, u = self.k * self.gauge + self.err, 2.0**-self.p
+        if self.gauge == 0.0 and not off:
+            return Exact.of(1.0, self.p)
+        n, e = _exp(self.fraction)
+        share = math.expm1(off * u) / u if off * u < FURTHEST else math.inf
+        size = _size(n, e)
+        return _result(n, e, size, EXP_DEPTH, size * share if size else 0.0, None, self.p)
+
     def __ge__(self, other: Scalar) -> bool:
         return not self < other
 
@@ -260,8 +277,23 @@ def _tanh(x: Fraction) -> tuple[int, int]:
             return (1, 0) if doubled > 0 else (-1, 0)
         context.prec += max(0, -doubled.adjusted()) if doubled else 0  # what the subtraction cancels
         value = Fraction(1 - 2 / (doubled.exp() + 1))
-    scaled = round(value * 2 ** (PRECISION - _exponent(value)))
-    return scaled, _exponent(value) - PRECISION
+    return _two_hundred_bits(value)
+
+
+def _exp(x: Fraction) -> tuple[int, int]:
+    """e^x to 200 bits as mantissa and exponent; below e^-10^5 it is zero in every format."""
+    if x > LARGEST_POWER:
+        raise OverflowError(f"e to the power of {float(x):.3g}")
+    if x < -LARGEST_POWER:
+        return 0, 0
+    with localcontext() as context:
+        context.prec = DECIMAL_DIGITS
+        return _two_hundred_bits(Fraction((Decimal(x.numerator) / Decimal(x.denominator)).exp()))
+
+
+def _two_hundred_bits(value: Fraction) -> tuple[int, int]:
+    shift = PRECISION - _exponent(value)
+    return round(value * Fraction(2) ** shift), -shift
 
 
 def _exponent(value: Fraction) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from peft_ref.check.attending_text import attention_laws, attention_shapes
 from peft_ref.check.case import Case, CaseAdapter, NDArray, build_method, build_prompt, config_of, decode
 from peft_ref.check.distributions import Law, constant, normal, uniform
 from peft_ref.check.prompt_starts import DRAWS, prompt_laws
@@ -30,6 +31,8 @@ def laws(case: Case) -> dict[str, Law]:
     """The law of every key of a fresh adapter, where its numbers are drawn or constant."""
     if case.method in METHODS.prompts:
         return prompt_laws(case)
+    if case.method in METHODS.attention:
+        return attention_laws(case)
     config, layer = case.adapters[0].config, case.layer
     assert layer is not None
     if case.method == "ia3":
@@ -79,6 +82,8 @@ def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
 def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a fresh adapter has, by its key."""
     config = case.adapters[0].config
+    if case.method in METHODS.attention:
+        return attention_shapes(case)
     if case.layer is None:
         return build_prompt(case.method, config).shapes()
     return {s.key: s.stored_shape for s in build_method(case.method, config).spec(case.layer)}

@@ -22,7 +22,8 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check import tape
-from peft_ref.check.case import Answer, Case, NDArray
+from peft_ref.check.attending import AttentionVariant
+from peft_ref.check.case import BACKWARD_OPERATIONS, Answer, Case, NDArray
 from peft_ref.check.oracle import Problem, answer, name_gradients, pose, solve
 from peft_ref.check.prompting import PromptVariant
 from peft_ref.check.variants import Variant
@@ -50,6 +51,7 @@ class Suite:
     variants: tuple[Variant, ...]
     mistakes: tuple[Mistake, ...]
     prompts: tuple[PromptVariant, ...] = ()  # what is asked of a method of prompts, which has no layers
+    attention: tuple[AttentionVariant, ...] = ()  # what is asked of a method that adds to attention
     cases: tuple[Case, ...] = ()  # questions that are about no layer
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
@@ -68,7 +70,7 @@ class AsIf:
         changed = self.change(case)
         if changed is None:
             return None
-        return self.undo(case, answer(changed)) if case.operation in ("backward", "prompt_backward") else answer(changed)
+        return self.undo(case, answer(changed)) if case.operation in BACKWARD_OPERATIONS else answer(changed)
 
     def then(self, other: AsIf) -> AsIf:
         """Both changes at once."""

@@ -15,7 +15,8 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check import training
-from peft_ref.check.case import PROMPT_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, NDArray, build_method
+from peft_ref.check.attending import pose_attention, solve_attention
+from peft_ref.check.case import ATTENTION_OPERATIONS, PROMPT_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, NDArray, build_method
 from peft_ref.check.exact import answered, exact_array
 from peft_ref.check.prompting import pose_prompt, solve_prompt
 from peft_ref.contracts import Additive, LowRank
@@ -92,6 +93,8 @@ def right_answer(case: Case, lift: Lift = float64) -> dict[str, Array]:
     """The right answer, computed in the lifted numbers."""
     if case.operation in PROMPT_OPERATIONS:
         return solve_prompt(pose_prompt(case, lift), case.operation)
+    if case.operation in ATTENTION_OPERATIONS:
+        return solve_attention(pose_attention(case, lift), case.operation)
     if case.operation in TRAINING_OPERATIONS:
         return training.solve(case, lift)
     return solve(pose(case, lift), case.operation)

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.backend import Backend
-from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray, build_prompt
+from peft_ref.check.case import TEXT_OPERATIONS, Answer, Case, NDArray, build_attention, build_prompt
 from peft_ref.check.oracle import pose, right_answer
 from peft_ref.check.prompt_starts import sources_of
 from peft_ref.check.result import PortInfo
@@ -87,6 +87,8 @@ class BackendPort(Port):
         """Fresh adapters, each from a generator of its own."""
         if case.method in METHODS.prompts:
             return self._prompts(case)
+        if case.method in METHODS.attention:
+            return self._blocks(case)
         problem = pose(case, self._lift)
         layer, method = problem.layer, problem.adapters[0].method
         draws = []
@@ -105,6 +107,11 @@ class BackendPort(Port):
             start = method.init(like, np.random.default_rng(seed), sources)
             draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in start.items()})
         return {"draws": draws}
+
+    def _blocks(self, case: Case) -> dict[str, Any]:
+        method, hidden = build_attention(case.method, case.adapters[0].config), case.question["attention"]["hidden_size"]
+        starts = (method.init(hidden, self._lift(np.zeros(1)), np.random.default_rng(seed)) for seed in range(case.question["draws"]))
+        return {"draws": [{key: self._backend.to_numpy(v, self._dtype) for key, v in method.pack(start).items()} for start in starts]}
 
     def _lift(self, array: NDArray) -> Array:
         return self._backend.from_numpy(array, self._dtype)

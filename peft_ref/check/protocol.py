@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from peft_ref.check import training
-from peft_ref.check.case import ARRAY_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, decode, to_json
+from peft_ref.check.case import ARRAY_OPERATIONS, BACKWARD_OPERATIONS, TRAINING_OPERATIONS, Answer, Case, decode, to_json
 from peft_ref.check.port import Answered, BrokenPort, Failed, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from peft_ref.check.tolerance import PRECISION
@@ -117,7 +117,7 @@ def nest(case: Case, flat: Mapping[str, Any]) -> dict[str, Any]:
             adapters[int(index)][key] = value
         else:
             out[name] = value
-    return {**out, "adapters": adapters} if case.operation in ("backward", "prompt_backward") else out
+    return {**out, "adapters": adapters} if case.operation in BACKWARD_OPERATIONS else out
 
 
 def _array(name: str, value: Any) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import final
 
-from peft_ref.check.case import PROMPT_OPERATIONS, build_method, build_prompt
+from peft_ref.check.case import ATTENTION_OPERATIONS, PROMPT_OPERATIONS, build_attention, build_method, build_prompt
 from peft_ref.check.mistake import Suite
 from peft_ref.check.variants import LAYERS
 from peft_ref.errors import ConfigError
@@ -48,7 +48,7 @@ class Suites(Mapping[str, Suite]):
         if name in self._registered:
             raise ConfigError(f"suite {name!r}: the method has one.\n  SUITES.unregister({name!r}) takes it out.")
         _check_asked(name, suite)
-        variants = [v.name for v in suite.variants] + [v.name for v in suite.prompts]
+        variants = [v.name for v in suite.variants] + [v.name for v in suite.prompts] + [v.name for v in suite.attention]
         for what, names in (("variants", variants), ("mistakes", [m.name for m in suite.mistakes])):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ConfigError(f"suite {name!r}: two {what} are called {twice[0]!r}.\n  Give each a name of its own.")
@@ -63,6 +63,12 @@ class Suites(Mapping[str, Suite]):
                     f"suite {name!r}, variant {asked.name!r}: no operation {unknown[0]!r}.\n  There are {', '.join(PROMPT_OPERATIONS)}."
                 )
             build_prompt(name, asked.config).shapes()  # a size that is missing is an error
+        for added in suite.attention:
+            if unknown := sorted(set(added.operations) - set(ATTENTION_OPERATIONS)):
+                raise ConfigError(
+                    f"suite {name!r}, variant {added.name!r}: no operation {unknown[0]!r}.\n  There are {', '.join(ATTENTION_OPERATIONS)}."
+                )
+            build_attention(name, added.config).spec(added.block.hidden_size)
         self._registered[name] = suite
 
     def unregister(self, name: str) -> None:
@@ -89,15 +95,19 @@ class Suites(Mapping[str, Suite]):
         return self._discovered
 
 
+_ASKED_WITH = {"variants": "Variant", "prompts": "PromptVariant", "attention": "AttentionVariant"}
+
+
 def _check_asked(name: str, suite: Suite) -> None:
-    """Raise `ConfigError` where a suite asks nothing, or a prompt about layers, or a method of layers about prompts."""
-    is_prompt = name in METHODS.prompts
-    kind, what = (
-        ("PromptVariant", "is a prompt, which has no layers") if is_prompt else ("Variant", "maps a layer's weight and is no prompt")
-    )
-    layers, prompts = [v.name for v in suite.variants], [v.name for v in suite.prompts]
-    asked, others = (prompts, layers) if is_prompt else (layers, prompts)
-    if others:
-        raise ConfigError(f"suite {name!r}, variant {others[0]!r}: {METHODS[name].__name__} {what}.\n  Ask with {kind}.")
-    if not asked:
-        raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one {kind} at least.")
+    """Raise `ConfigError` where a suite asks nothing, or asks with another kind of variant than the method's."""
+    if name in METHODS.prompts:
+        own, what = "prompts", "is a prompt, which has no layers"
+    elif name in METHODS.attention:
+        own, what = "attention", "adds to an attention block, and has no layer"
+    else:
+        own, what = "variants", "maps a layer's weight and is no prompt"
+    asked = {kind: [v.name for v in getattr(suite, kind)] for kind in _ASKED_WITH}
+    if others := [v for kind, names in asked.items() if kind != own for v in names]:
+        raise ConfigError(f"suite {name!r}, variant {others[0]!r}: {METHODS[name].__name__} {what}.\n  Ask with {_ASKED_WITH[own]}.")
+    if not asked[own]:
+        raise ConfigError(f"suite {name!r} has no variants, so nothing would be asked.\n  Give one {_ASKED_WITH[own]} at least.")

@@ -71,8 +71,15 @@ class Node:
         out = math.tanh(self.value)
         return Node(out, ((self, 1.0 - out * out),))
 
+    def exp(self) -> Node:
+        out = math.exp(self.value)
+        return Node(out, ((self, out),))
+
     def __gt__(self, other: Any) -> bool:
         return self.value > float(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.value >= float(other)
 
 
 def tape_array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

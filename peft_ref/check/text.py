@@ -4,7 +4,7 @@
     config       adapter_config, modules -> {"modules": {name: {"r": ..., "scaling": ...}}}
     state_dict   adapter_config, modules -> {"tensors": {key: array}}
 
-What the last two ask about prompts is in `prompt_sizes` and `prompt_saved`.
+What the last two ask about prompts is in `prompt_sizes` and `prompt_saved`, about attention in `attending_text`.
 There is no tolerance here: names and keys are equal or not. What is wrong is compared with the known ways of being wrong.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_ref.attending import AttentionMethod
+from peft_ref.check.attending_text import grade_blocks, right_added, right_blocks
 from peft_ref.check.case import Case, decode, encode, layer_from_json
 from peft_ref.check.prompt_saved import grade_saved, right_saved
 from peft_ref.check.prompt_sizes import grade_sizes, right_sizes
@@ -29,11 +31,15 @@ def right_text(case: Case) -> dict[str, Any]:
     """The right answer to a text case."""
     if case.method in METHODS.prompts:
         return _RIGHT_OF_PROMPTS[case.operation](case)
+    if case.method in METHODS.attention and case.operation == "config":
+        return right_blocks(case)
     return _RIGHT[case.operation](case.question)
 
 
 def grade_text(case: Case, answer: Mapping[str, Any]) -> str:
     """What is wrong with a port's answer; an empty string if nothing is."""
+    if case.method in METHODS.attention and case.operation == "config":
+        return grade_blocks(case, answer)
     return (_GRADE_OF_PROMPTS if case.method in METHODS.prompts else _GRADE)[case.operation](case, answer)
 
 
@@ -62,6 +68,8 @@ def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
 
 def right_state_dict(question: Mapping[str, Any]) -> dict[str, Any]:
     config = from_dict(question["adapter_config"])
+    if isinstance(config.method, AttentionMethod):
+        return right_added(question)
     modules = {}
     for module in question["modules"]:
         method, layer = config.method_for(module["name"]), layer_from_json(module["layer"])

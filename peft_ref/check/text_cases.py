@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peft_ref.check.attending_text import attention_text_cases
 from peft_ref.check.case import Case, encode, layer_to_json
 from peft_ref.check.init_laws import init_cases
 from peft_ref.check.prompt_saved import state_dict_cases
@@ -106,6 +107,8 @@ def text_cases(method: str) -> tuple[Case, ...]:
     if method in PROMPT_CLAUSES:
         sizes, saved = PROMPT_CLAUSES[method]
         return (*prompt_init_cases(method), *config_cases(method, sizes), *state_dict_cases(method, saved))
+    if method == "adaption_prompt":
+        return tuple(attention_text_cases(method))
     if method not in CLAUSES:
         return ()
     fresh, configs, keys = CLAUSES[method]

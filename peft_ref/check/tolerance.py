@@ -56,7 +56,9 @@ def anything(values: Answer) -> Expected:
 def _nothing_rounds(right: dict[str, np.ndarray[Any, Any]], dtype: str) -> bool:
     tiny = TINY[dtype]
     return all(
-        e.k == 0 and e.gauge <= LARGEST[dtype] and math.ldexp(1.0, e.quantum) >= tiny for array in right.values() for e in array.reshape(-1)
+        e.quantum is not None and e.gauge <= LARGEST[dtype] and math.ldexp(1.0, e.quantum) >= tiny
+        for array in right.values()
+        for e in array.reshape(-1)
     )
 
 

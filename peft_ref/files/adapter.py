@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import FileFormatError, KeyMismatchError, UnsupportedLayerError
 from peft_ref.files.atomic import committed, replace_files
@@ -45,6 +46,7 @@ class AdapterModule(NamedTuple):
 class AdapterFile:
     config: AdapterConfig
     modules: Mapping[str, AdapterModule] = field(default_factory=dict)
+    attention: Mapping[str, AttentionAdapter] = field(default_factory=dict)  # what is added to attention blocks, by their names
     prompt: Mapping[str, Tensor] = field(default_factory=dict)  # a prompt's own tensors, for its method in inference mode
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
@@ -69,6 +71,9 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         fitted = config.method if table is None else config.method.fitted(tuple(table.shape))
         prompt = fitted.loaded(_checked_dtypes(found.prompt, ""))
         return AdapterFile(config=config, prompt=prompt, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
+    if isinstance(config.method, AttentionMethod):
+        blocks = {name: _of_block(config.method, own, name) for name, own in found.modules.items()}
+        return AdapterFile(config=config, attention=blocks, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
     if layers is not None:
         _check_modules(config, found.modules, layers)
     modules = {}
@@ -88,11 +93,22 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
     )
 
 
+def _of_block(method: AttentionMethod[Any], own: Mapping[str, Tensor], name: str) -> AttentionAdapter:
+    tensors = _checked_dtypes(own, f"{PREFIX}{name}.")
+    return AttentionAdapter(method, method.unpack(method.hidden_size_of(tensors), tensors, where=PREFIX + name))
+
+
+def attention_state_dict(blocks: Mapping[str, AttentionAdapter]) -> dict[str, Array]:
+    """The parameters of every block's adapter under their keys in a file."""
+    return {f"{PREFIX}{name}.{key}": tensor for name, a in blocks.items() for key, tensor in a.method.pack(a.params).items()}
+
+
 def all_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     """Everything that the adapter's file holds, by key."""
     method = adapter.config.method
     prompt = method.in_inference().saved(adapter.prompt) if isinstance(method, Prompt) else {}
-    return {**state_dict(adapter.modules), **prompt, **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
+    blocks = attention_state_dict(adapter.attention)
+    return {**state_dict(adapter.modules), **blocks, **prompt, **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
 
 
 def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterConfig:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
@@ -55,7 +56,8 @@ class AdapterConfig:
     def method_for(self, module_name: str) -> WeightMethod[Any]:
         """The method of one module, with the rank, scale and place in the block that the patterns give it."""
         if not isinstance(self.method, WeightMethod):
-            raise ConfigError(f"{type(self.method).__name__} adapts no module of a model: it goes before its inputs.")
+            where = "it goes before its inputs" if isinstance(self.method, Prompt) else "it adds to attention blocks, alike to all of them"
+            raise ConfigError(f"{type(self.method).__name__} adapts no layer of a model: {where}.")
         p, names = self.patterns, field_names(type(self.method))
         changes: dict[str, Any] = {}
         if "live_r" in names:
@@ -137,6 +139,11 @@ def _split(data: Any, where: str) -> AdapterConfig:
         raise ConfigError(f"{where}: {error}") from error
     given = {name: data[name] for name in field_names(Targets) if name in data}
     targets = _targets(given, data["peft_type"], where)
+    if issubclass(cls, AttentionMethod) and not isinstance(targets.target_modules, str | None):
+        raise ConfigError(
+            f"{where}: target_modules={targets.target_modules!r:.80} of {cls.peft_type}, which takes the last part of a name (HF PEFT finds"
+            " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
+        )
     taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,

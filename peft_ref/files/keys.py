@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, get_args, get_type_hints
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Key, Method, WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
@@ -97,7 +98,7 @@ def _beside_prompt(key: str, config: AdapterConfig) -> str | None:
 
 def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset[str]:
     """Every key a parameter of this method can have, or those that only an embedding has."""
-    if not issubclass(cls, WeightMethod):
+    if not issubclass(cls, WeightMethod | AttentionMethod):
         return frozenset()
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     keys = [extra for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
+from peft_ref.methods.adaption_prompt import AdaptionPrompt
 from peft_ref.methods.cartridge import Cartridge
 from peft_ref.methods.cpt import CPT
 from peft_ref.methods.dora import DoRA
@@ -18,6 +19,7 @@ from peft_ref.registry import Registry
 
 _BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
+    "adaption_prompt": AdaptionPrompt,
     "cartridge": Cartridge,
     "cpt": CPT,
     "dora": DoRA,
@@ -38,6 +40,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "AdaLoRA",
+    "AdaptionPrompt",
     "Cartridge",
     "DoRA",
     "LoHa",

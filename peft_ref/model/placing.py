@@ -19,6 +19,7 @@ from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
 from peft_ref.layers import Layer
 from peft_ref.model.adapted import Adapted
+from peft_ref.prompts import Prompt
 
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
 MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
@@ -38,7 +39,12 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     """Where `config` sends an adapter of the model."""
     method, graph = config.method, model.base
     if not isinstance(method, WeightMethod):
-        raise ConfigError(f"{type(method).__name__} adapts no module: it goes before a model's inputs (peft_ref.splice).")
+        where = (
+            "it goes before a model's inputs (peft_ref.splice)"
+            if isinstance(method, Prompt)
+            else "it adds to attention blocks: give it to a network as `Net.attention`"
+        )
+        raise ConfigError(f"{type(method).__name__} adapts no layer: {where}.")
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)

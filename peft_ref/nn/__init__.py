@@ -1,7 +1,7 @@
 """Transformers in array-API mathematics, with hand-written gradients: what adapters are trained and judged in.
 
-functions    softmax, norms, activations                     net      the numbers: apply and vjp of a named module
-attention    heads, rotary positions, cache, masks           model    what an architecture states, and what follows
+functions    norms, activations                              net      the numbers: apply and vjp of a named module, an adapter of attention
+attention    rotary positions, cache, masks                  model    what an architecture states, and what follows
 loss         the losses of HF's models                       blocks   the same for a row of blocks: decoders and encoders
 modules      norms and feed-forward maps by name             llama, gpt2, bert, bert_heads    architectures
 relative     T5's bias of distances                          encoder_decoder, t5    one with two stacks

@@ -1,13 +1,7 @@
-"""Attention with grouped queries, rotary positions, a cache of keys and values, and the masks that HF builds.
+"""What a transformer's attention (peft_ref/attention.py) is given: rotary positions, a cache of keys and values, the masks that HF builds.
 
-    P = softmax(s Q K^T + M)      Y = P V                 for every head;  s = 1 / sqrt(d) mostly
-    dV = P^T dY      dZ = P (dP - sum(P dP)),  dP = dY V^T      dQ = s dZ K      dK = s dZ^T Q      dM = dZ
-
-    Q (batch, heads, T, d)    K, V (batch, groups, S, d)    M, P (batch, heads, T, S)    heads / groups neighbours share one K and V
-
-M is added: the mask, a relative position bias (T5), or their sum. A masked place gets the dtype's lowest finite number, as in HF. Where a
-whole row is masked, the query of a padding token, it so becomes a uniform average over all places, and not NaN.
-HF computes the softmax in float32, whatever the model's dtype.
+A masked place gets the dtype's lowest finite number, as in HF. Where a whole row is masked, the query of a padding token, it so becomes a
+uniform average over all places, and not NaN.
 
 Keys and values put in front (`KeyValue`) are a cache of earlier tokens or a prefix that is trained: it is all one to the mathematics.
 """
@@ -19,69 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_ref.arrays import Array, device, namespace, pad, to
+from peft_ref.attention import AttentionGradients as AttentionGradients
+from peft_ref.attention import attention as attention
+from peft_ref.attention import attention_vjp as attention_vjp
+from peft_ref.attention import join_heads as join_heads
+from peft_ref.attention import split_heads as split_heads
 from peft_ref.errors import ShapeError
-from peft_ref.nn.functions import softmax, softmax_vjp, sum_to
-
-
-def split_heads(x: Array, heads: int) -> Array:
-    """(batch, T, heads * d) as (batch, heads, T, d). Its transpose is `join_heads`."""
-    xp = namespace(x)
-    batch, T, width = x.shape
-    return xp.permute_dims(xp.reshape(x, (batch, T, heads, width // heads)), (0, 2, 1, 3))
-
-
-def join_heads(x: Array) -> Array:
-    """Undoes `split_heads`, and is its transpose."""
-    xp = namespace(x)
-    batch, heads, T, d = x.shape
-    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch, T, heads * d))
-
-
-class AttentionGradients(NamedTuple):
-    q: Array
-    k: Array
-    v: Array
-    bias: Array | None
-
-
-def attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
-    """Y (batch, heads, T, d); `bias` is M above, or anything that broadcasts to it."""
-    y = softmax(_scores(q, k, bias, scale)) @ _shared(v)
-    return namespace(q).reshape(y, (*q.shape[:3], v.shape[-1]))
-
-
-def attention_vjp(q: Array, k: Array, v: Array, bias: Array | None, scale: float, dy: Array) -> AttentionGradients:
-    xp = namespace(q, k, v, dy)
-    mT = xp.matrix_transpose
-    scores = _scores(q, k, bias, scale)
-    dy = _grouped(dy, k.shape[1])
-    dv = mT(softmax(scores)) @ dy
-    dz = softmax_vjp(scores, dy @ mT(_shared(v)))
-    dq = scale * dz @ _shared(k)
-    dk = scale * mT(dz) @ _grouped(q, k.shape[1])
-    dbias = None if bias is None else sum_to(xp.reshape(dz, (*q.shape[:3], k.shape[2])), bias.shape)
-    return AttentionGradients(xp.reshape(dq, q.shape), xp.sum(dk, axis=2), xp.sum(dv, axis=2), dbias)
-
-
-def _grouped(q: Array, groups: int) -> Array:
-    """(batch, heads, T, d) as (batch, groups, heads / groups, T, d)."""
-    batch, heads, T, d = q.shape
-    return namespace(q).reshape(q, (batch, groups, heads // groups, T, d))
-
-
-def _shared(k: Array) -> Array:
-    """(batch, groups, S, d) with an axis of length 1 for the heads that share it."""
-    return namespace(k).expand_dims(k, axis=2)
-
-
-def _scores(q: Array, k: Array, bias: Array | None, scale: float) -> Array:
-    """s Q K^T + M, shape (batch, groups, heads / groups, T, S)."""
-    xp = namespace(q, k)
-    scores = scale * (_grouped(q, k.shape[1]) @ xp.matrix_transpose(_shared(k)))
-    if bias is None:
-        return scores
-    full = xp.broadcast_to(bias, (*q.shape[:3], k.shape[2]))
-    return scores + _grouped(full, k.shape[1])
 
 
 def rotate(x: Array, positions: Array, frequencies: tuple[float, ...]) -> Array:

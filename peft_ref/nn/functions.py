@@ -1,11 +1,10 @@
 """The functions between a transformer's linear maps. Every `f` has its `f_vjp` beside it: the same arguments and the gradient dy of what
 `f` returned, and for each array among the arguments the gradient of sum(dy * f).
 
-    softmax      p_i = e^{x_i} / sum_j e^{x_j}           dx = p (dy - sum(p dy))
     rms_norm     y = w x / rms(x),   rms^2 = mean(x^2) + eps
     layer_norm   y = w (x - mean x) / std(x) + b,   std^2 = mean((x - mean x)^2) + eps
 
-Norms act on the last axis; w and b have its length.
+Norms act on the last axis; w and b have its length. Softmax is in peft_ref/attention.py.
 """
 
 from __future__ import annotations
@@ -16,19 +15,10 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from peft_ref.arrays import Array, as_rows, namespace
+from peft_ref.arrays import sum_to as sum_to
+from peft_ref.attention import softmax as softmax
+from peft_ref.attention import softmax_vjp as softmax_vjp
 from peft_ref.errors import ConfigError
-
-
-def softmax(x: Array) -> Array:
-    """Over the last axis. The largest entry is subtracted first, which changes nothing but the overflow."""
-    xp = namespace(x)
-    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
-    return e / xp.sum(e, axis=-1, keepdims=True)
-
-
-def softmax_vjp(x: Array, dy: Array) -> Array:
-    p = softmax(x)
-    return p * (dy - namespace(p).sum(p * dy, axis=-1, keepdims=True))
 
 
 def log_sum_exp(x: Array) -> Array:
@@ -76,17 +66,6 @@ def layer_norm_vjp(x: Array, w: Array, b: Array, eps: float, dy: Array) -> NormG
 
 def _centred(x: Array) -> Array:
     return x - namespace(x).mean(x, axis=-1, keepdims=True)
-
-
-def sum_to(d: Array, shape: tuple[int, ...]) -> Array:
-    """The transpose of broadcasting `shape` to `d`'s shape: the sum over what was repeated."""
-    xp = namespace(d)
-    while d.ndim > len(shape):
-        d = xp.sum(d, axis=0)
-    for axis, n in enumerate(shape):
-        if n == 1 and d.shape[axis] != 1:
-            d = xp.sum(d, axis=axis, keepdims=True)
-    return d
 
 
 def sigmoid(x: Array) -> Array:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from peft_ref.arrays import Array, namespace
+from peft_ref.attending import AttentionBlock, add_params
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Embedding, Linear
 from peft_ref.nn.attention import KeyValue, append, append_vjp, attention, attention_vjp, join_heads, split_heads
@@ -83,7 +84,7 @@ class GPT2(Decoder):
         return {
             "": Part("GPT2Block"),
             ".ln_1": self._norm,
-            ".attn": Part("GPT2Attention"),
+            ".attn": Part("GPT2Attention", block=self._attention_block),
             ".attn.c_attn": conv1d(width, 3 * width),
             ".attn.c_proj": conv1d(width, width),
             ".attn.attn_dropout": Part("Dropout"),
@@ -95,6 +96,13 @@ class GPT2(Decoder):
             ".mlp.act": Part(activation(self.activation_function).class_name),
             ".mlp.dropout": Part("Dropout"),
         }
+
+    @property
+    def _attention_block(self) -> AttentionBlock:
+        heads = self.n_head
+        return AttentionBlock(
+            hidden_size=self.n_embd, num_attention_heads=heads, num_key_value_heads=heads, head_dim=self.n_embd // heads, fused=True
+        )
 
     @property
     def _norm(self) -> Part:
@@ -173,7 +181,11 @@ class GPT2(Decoder):
     def _attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         q, new = self._queries_keys_values(net, name, x)
         kv = append(past, new)
-        return net.apply(f"{name}.attn.c_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self._scale(name)))), kv
+        y = net.apply(f"{name}.attn.c_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self._scale(name))))
+        if (a := net.attention.get(f"{name}.attn")) is None:
+            return y, kv
+        k, v = self._queries_keys_values(net, name, a.method.rows(a.params))[1]
+        return y + join_heads(a.method.added(a.params, q, k, v)), kv
 
     def _attend_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
@@ -184,6 +196,20 @@ class GPT2(Decoder):
         d_joined, of_proj = net.vjp(f"{name}.attn.c_proj", join_heads(y), dy)
         d = attention_vjp(q, kv.k, kv.v, context.bias, scale, split_heads(d_joined, self.n_head))
         dpast, dnew = append_vjp(past, new, KeyValue(d.k, d.v))
-        dfused = namespace(x).concat([join_heads(part) for part in (d.q, dnew.k, dnew.v)], axis=-1)
+        dq_added, of_added = self._added_vjp(net, name, q, dy)
+        dq = d.q if dq_added is None else d.q + dq_added
+        dfused = namespace(x).concat([join_heads(part) for part in (dq, dnew.k, dnew.v)], axis=-1)
         dx, of_attn = net.vjp(f"{name}.attn.c_attn", x, dfused)
-        return dx, dpast, of_proj + of_attn
+        return dx, dpast, of_proj + of_attn + of_added
+
+    def _added_vjp(self, net: Net, name: str, q: Array, dy: Array) -> tuple[Array | None, Gradients]:
+        """The gradients of what a block's adapter adds: for q, and for what is trained. The rows' own queries are used by nobody."""
+        if (a := net.attention.get(f"{name}.attn")) is None:
+            return None, Gradients()
+        rows = a.method.rows(a.params)
+        unused, kv = self._queries_keys_values(net, name, rows)
+        d = a.method.added_vjp(a.params, q, kv.k, kv.v, split_heads(dy, self.n_head))
+        dfused = namespace(q).concat([join_heads(part) for part in (0 * unused, d.k, d.v)], axis=-1)
+        drows, of_attn = net.vjp(f"{name}.attn.c_attn", rows, dfused)
+        params = add_params(a.method.rows_vjp(a.params, drows), d.params)
+        return d.q, of_attn + Gradients(adapters={f"{name}.attn": (params,)})

@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, ClassVar, final
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionBlock, add_params
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Embedding, Linear
 from peft_ref.nn.attention import (
@@ -95,7 +96,7 @@ class Llama(Decoder):
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
             "": Part("LlamaDecoderLayer"),
-            ".self_attn": Part("LlamaAttention"),
+            ".self_attn": Part("LlamaAttention", block=self._attention_block),
             ".self_attn.q_proj": linear(hidden, q, self.attention_bias),
             ".self_attn.k_proj": linear(hidden, kv, self.attention_bias),
             ".self_attn.v_proj": linear(hidden, kv, self.attention_bias),
@@ -108,6 +109,15 @@ class Llama(Decoder):
             ".input_layernorm": self._norm,
             ".post_attention_layernorm": self._norm,
         }
+
+    @property
+    def _attention_block(self) -> AttentionBlock:
+        return AttentionBlock(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+        )
 
     @property
     def _norm(self) -> Part:
@@ -193,8 +203,11 @@ class Llama(Decoder):
 
     def _attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         q, kv = self._queries(net, name, x, context), append(past, self._keys_values(net, name, x, context))
-        y = attention(q, kv.k, kv.v, context.bias, self.head_dim**-0.5)
-        return net.apply(f"{name}.o_proj", join_heads(y)), kv
+        y = net.apply(f"{name}.o_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self.head_dim**-0.5)))
+        if (a := net.attention.get(name)) is None:
+            return y, kv
+        k, v = self._rows(net, name, a.method.rows(a.params))
+        return y + net.apply(f"{name}.o_proj", join_heads(a.method.added(a.params, q, k, v))), kv
 
     def _attend_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
@@ -205,9 +218,28 @@ class Llama(Decoder):
         d_joined, of_o = net.vjp(f"{name}.o_proj", join_heads(y), dy)
         d = attention_vjp(q, kv.k, kv.v, context.bias, scale, split_heads(d_joined, self.num_attention_heads))
         dpast, dnew = append_vjp(past, new, KeyValue(d.k, d.v))
-        dq = rotate_vjp(q, context.positions, self._frequencies, d.q)
+        dq_added, of_added = self._added_vjp(net, name, q, dy)
+        dq = d.q if dq_added is None else d.q + dq_added
+        dq = rotate_vjp(q, context.positions, self._frequencies, dq)
         dk = rotate_vjp(new.k, context.positions, self._frequencies, dnew.k)
         dx_q, of_q = net.vjp(f"{name}.q_proj", x, join_heads(dq))
         dx_k, of_k = net.vjp(f"{name}.k_proj", x, join_heads(dk))
         dx_v, of_v = net.vjp(f"{name}.v_proj", x, join_heads(dnew.v))
-        return dx_q + dx_k + dx_v, dpast, of_o + of_q + of_k + of_v
+        return dx_q + dx_k + dx_v, dpast, of_o + of_q + of_k + of_v + of_added
+
+    def _rows(self, net: Net, name: str, rows: Array) -> KeyValue:
+        """The keys and values of a block's adapter, which have no position."""
+        return KeyValue(*(split_heads(net.apply(f"{name}.{p}_proj", rows), self.num_key_value_heads) for p in "kv"))
+
+    def _added_vjp(self, net: Net, name: str, q: Array, dy: Array) -> tuple[Array | None, Gradients]:
+        """The gradients of what a block's adapter adds: for q, and for what is trained."""
+        if (a := net.attention.get(name)) is None:
+            return None, Gradients()
+        rows = a.method.rows(a.params)
+        k, v = self._rows(net, name, rows)
+        d_joined, of_o = net.vjp(f"{name}.o_proj", join_heads(a.method.added(a.params, q, k, v)), dy)
+        d = a.method.added_vjp(a.params, q, k, v, split_heads(d_joined, self.num_attention_heads))
+        drows_k, of_k = net.vjp(f"{name}.k_proj", rows, join_heads(d.k))
+        drows_v, of_v = net.vjp(f"{name}.v_proj", rows, join_heads(d.v))
+        params = add_params(a.method.rows_vjp(a.params, drows_k + drows_v), d.params)
+        return d.q, of_o + of_k + of_v + Gradients(adapters={name: (params,)})

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, final
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionBlock
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import OTHER, Module
 from peft_ref.layers import Layer
@@ -34,6 +35,7 @@ class Part(NamedTuple):
     layer: Layer | None = None
     bias: bool = False
     own: Mapping[str, tuple[int, ...]] = NONE  # of a module that is no layer: {"weight": (8,)}
+    block: AttentionBlock | None = None  # of an attention block that takes an adapter
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -142,7 +144,8 @@ class Model(ABC):
     @final
     def net(self, weights: Mapping[str, Array]) -> Net:
         """The network of these weights, with no adapter."""
-        return Net(weights=weights, layers=self.layers(), ties=self.ties())
+        blocks = {name: part.block for name, part in self.parts().items() if part.block is not None}
+        return Net(weights=weights, layers=self.layers(), ties=self.ties(), blocks=blocks)
 
 
 def embed(net: Net, name: str, inputs: Inputs) -> Array:

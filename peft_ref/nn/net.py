@@ -3,6 +3,8 @@
     apply(name, x)      = layer(x; T(W, b))       the module's frozen weight under its active adapters, as `stack.forward` has it
     vjp(name, x, dy)    = dx, Gradients           and its transpose, `stack.vjp`
 
+    attention[name]     what is active on an attention block beside its layers, which the architecture asks for itself
+
 So whatever the adapters are, a model that reaches its linear maps and embeddings through these two supports them all.
 A model is pure functions over such a value; nothing is written into it: `dataclasses.replace` makes the next one.
 
@@ -14,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, final
 
 from peft_ref import stack
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionAdapter, AttentionBlock, add_params
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
-
-P = TypeVar("P", bound=tuple[Any, ...])
 
 
 @final
@@ -30,7 +31,7 @@ P = TypeVar("P", bound=tuple[Any, ...])
 class Gradients:
     """A gradient for every adapter tensor, and for the base parameters that were asked for. They add; `Gradients()` is zero."""
 
-    adapters: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # module name -> one Params per adapter
+    adapters: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # module name -> one Params per adapter; a block's name too
     weights: Mapping[str, Array] = field(default_factory=dict)  # parameter name -> gradient in the stored shape
 
     def __add__(self, other: Gradients) -> Gradients:
@@ -41,11 +42,6 @@ class Gradients:
         for name, d in other.weights.items():
             weights[name] = weights[name] + d if name in weights else d
         return Gradients(adapters=adapters, weights=weights)
-
-
-def add_params(p: P, q: P) -> P:
-    """Two Params of one type added, field by field; None stays None."""
-    return type(p)(*(a if b is None else b if a is None else a + b for a, b in zip(p, q, strict=True)))
 
 
 class _At(NamedTuple):
@@ -62,6 +58,8 @@ class Net:
     layers: Mapping[str, Layer]  # by module name: every module that an input is put through
     ties: Mapping[str, str] = field(default_factory=dict)  # a parameter's second name -> its first
     adapters: Mapping[str, tuple[Adapter, ...]] = field(default_factory=dict)  # the active ones, by module name, in order
+    blocks: Mapping[str, AttentionBlock] = field(default_factory=dict)  # by module name: every attention block that takes an adapter
+    attention: Mapping[str, AttentionAdapter] = field(default_factory=dict)  # the active one of a block; another is swapped in for it
     trainable: frozenset[str] = frozenset()  # the base parameters whose gradient is wanted, by their first names
 
     def __post_init__(self) -> None:
@@ -69,6 +67,13 @@ class Net:
             raise KeyMismatchError(
                 f"adapters at {unknown[0]!r}: no layer of that name.\n  `layers` lists the {len(self.layers)} there are."
             )
+        if unknown := sorted(self.attention.keys() - self.blocks.keys()):
+            raise KeyMismatchError(
+                f"an adapter of attention at {unknown[0]!r}: no attention block of that name that takes one.\n"
+                f"  There are {', '.join(self.blocks) or 'none: the architecture has none (HF PEFT: llama, mistral, gpt2)'}."
+            )
+        for name, adapter in self.attention.items():
+            adapter.method.unpack(self.blocks[name].hidden_size, adapter.method.pack(adapter.params), name)
         if unknown := sorted(self.trainable - self.weights.keys()):
             second = f"\n  It is tied: ask for {self.ties[unknown[0]]!r}." if unknown[0] in self.ties else ""
             raise KeyMismatchError(f"trainable: no parameter {unknown[0]!r} among the {len(self.weights)} of this net.{second}")

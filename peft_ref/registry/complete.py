@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
@@ -17,7 +18,7 @@ RESERVED = frozenset(
     | {"layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "alpha_pattern", "rank_pattern"}
     | {"revision", "target_modules", "target_parameters", "task_type"}
 )
-CONTRACTS = "LowRank, Additive or Reweight (peft_ref.contracts), or Prompt (peft_ref.prompts)"
+CONTRACTS = "LowRank, Additive or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
 _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
@@ -36,7 +37,7 @@ def check_complete(name: str, cls: type[Any]) -> None:
 
 def keys_of(cls: type[Method]) -> frozenset[str]:
     """Every key that a parameter of the method can have in a checkpoint, after its module's name; a prompt has no module."""
-    if not issubclass(cls, WeightMethod):
+    if not issubclass(cls, WeightMethod | AttentionMethod):
         return frozenset()
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     return frozenset(extra.key for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key))
@@ -45,7 +46,9 @@ def keys_of(cls: type[Method]) -> frozenset[str]:
 def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return [f"it is no subclass of {CONTRACTS}"]
-    found = [] if issubclass(cls, LowRank | Additive | Reweight | Prompt) else [f"it is of no contract: choose {CONTRACTS}"]
+    found = (
+        [] if issubclass(cls, LowRank | Additive | Reweight | Prompt | AttentionMethod) else [f"it is of no contract: choose {CONTRACTS}"]
+    )
     if abstract := sorted(cls.__abstractmethods__):
         found.append(f"not written: {', '.join(abstract)}")
     found += _class_variables(cls)
@@ -64,6 +67,8 @@ def _missing(cls: Any) -> list[str]:
         found.append(f"{', '.join(taken)}: a word of adapter_config.json that means something else. Rename the hyper-parameter")
     if not found and issubclass(cls, WeightMethod):
         return _shapes(cls)
+    if not found and issubclass(cls, AttentionMethod):
+        return _attention_shapes(cls)
     return _prompt_shapes(cls) if not found and issubclass(cls, Prompt) else found
 
 
@@ -86,6 +91,8 @@ def _class_variables(cls: type[Any]) -> list[str]:
                 f"file_keys={sorted(keys, key=str)}: the keys of what it saves; those of the model's own modules begin with 'base_model.'"
             )
         return found if cls.place in PLACES else [*found, f"place={cls.place!r}: one of {', '.join(PLACES)}"]
+    if issubclass(cls, AttentionMethod):
+        return found if "params_type" in absent else found + _params(cls)
     if not cls.kinds or not cls.kinds <= KINDS:
         found.append(f"kinds={sorted(cls.kinds)}: some of {', '.join(sorted(KINDS))}")
     if "params_type" not in absent:
@@ -93,7 +100,7 @@ def _class_variables(cls: type[Any]) -> list[str]:
     return found
 
 
-def _params(cls: type[WeightMethod[Any]]) -> list[str]:
+def _params(cls: type[WeightMethod[Any] | AttentionMethod[Any]]) -> list[str]:
     params = cls.params_type
     if not (isinstance(params, type) and issubclass(params, tuple) and hasattr(params, "_fields")):
         return [f"params_type={params!r}: a NamedTuple of its parameters"]
@@ -130,6 +137,18 @@ def _shapes(cls: type[WeightMethod[Any]]) -> list[str]:
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             found.append(f"the key {twice[0]!r} is there twice on a {kind} layer")
     return sorted(set(found))
+
+
+def _attention_shapes(cls: type[AttentionMethod[Any]]) -> list[str]:
+    """Whether its shapes are known, each parameter under a key of its own."""
+    try:
+        keys = [s.key for s in cls().spec(24)]
+    except KeyError as error:
+        return [f"the letter {error} of a shape is not in dims, nor hidden"]
+    except PeftRefError:  # a hyper-parameter has no default: its shapes show when it is used
+        return []
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    return [f"the key {twice[0]!r} is there twice"] if twice else []
 
 
 def _prompt_shapes(cls: type[Prompt]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar, final
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.prompts import Prompt
@@ -58,6 +59,11 @@ class Registry(Mapping[str, type[Method]]):
     def prompts(self) -> dict[str, type[Prompt]]:
         """The methods that put vectors before a model's own."""
         return {name: cls for name, cls in self.items() if issubclass(cls, Prompt)}
+
+    @property
+    def attention(self) -> dict[str, type[AttentionMethod[Any]]]:
+        """The methods that add to what an attention block returns."""
+        return {name: cls for name, cls in self.items() if issubclass(cls, AttentionMethod)}
 
     def register(self, name: str, cls: type[M]) -> type[M]:
         """Let `cls` be a method like those built in; returns it. Raises `ConfigError` where it is incomplete or something is taken."""
@@ -147,7 +153,7 @@ class Registry(Mapping[str, type[Method]]):
             refuse(
                 f"tuner_prefix={cls.tuner_prefix!r}, but PEFT's of {cls.peft_type} is {right!r}", "Use PEFT's, or a peft_type of your own."
             )
-        for key in sorted(keys_of(cls)):
+        for key in sorted(keys_of(cls)) if issubclass(cls, WeightMethod) else ():  # a key of an attention block is told as a whole
             if not key.startswith(cls.tuner_prefix):
                 refuse(f"the checkpoint key {key!r} does not begin with {cls.tuner_prefix!r}, its prefix", "Rename the key.")
 

@@ -19,12 +19,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array, namespace
+from peft_ref.attending import add_params
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.methods.adalora import AdaLoRA
 from peft_ref.nn import Decoder, Gradients, Inputs, Model, Net, OutputGradient
 from peft_ref.nn.loss import IGNORED
-from peft_ref.nn.net import add_params
 from peft_ref.nn.prompted import with_prompt, with_prompt_vjp
 from peft_ref.prompts import Context, Prompt, Tensors
 from peft_ref.stack import Adapter, Dropout

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_ref.check.attending import block_of
 from peft_ref.check.case import (
     ARRAY_OPERATIONS,
+    ATTENTION_OPERATIONS,
     LAYER_OPERATIONS,
     OPERATIONS,
     PROMPT_OPERATIONS,
@@ -175,11 +177,12 @@ HELD = {("cartridge", "0.frozen_embedding"), ("cpt", "0.embedding.weight")}
 
 
 def _alike_on_purpose(case: Case, name: str) -> bool:
-    """A loss is one number, the penalty gives E nothing, an orthonormal factor has no gradient, and of a module all E may be pruned.
+    """A loss or gate is one number, the penalty gives E nothing, an orthonormal factor has no gradient, a module may lose all its E.
 
     Before its only row an LSTM has no output, so what is multiplied by it has no gradient. What a prompt holds constant has none.
     """
-    if case.operation == "prompt_backward" and (case.method, name) in HELD and not case.adapters[0].config["inference_mode"]:
+    held = (case.method, name) in HELD and case.operation == "prompt_backward"
+    if (held and not case.adapters[0].config["inference_mode"]) or name.endswith("adaption_gate"):
         return True
     if ".lstm-one-row." in case.id:
         return "weight_hh" in name
@@ -271,6 +274,28 @@ def test_the_sizes_of_a_prompt_differ_and_none_is_one() -> None:
             assert v.ndim < 2 or len(set(v.shape)) == v.ndim or "lstm" in name or "mlp_head" in name, (case.id, name)
 
 
+def test_what_adds_to_attention_is_asked_forward_and_backward_on_every_kind_of_block() -> None:
+    for name in METHODS.attention:
+        own = [c for c in ARRAYS if c.method == name]
+        assert {c.operation for c in own} == set(ATTENTION_OPERATIONS), name
+        blocks = [block_of(c.question["attention"]) for c in own]
+        assert {b.fused for b in blocks} == {True, False}
+        assert {b.num_key_value_heads < b.num_attention_heads for b in blocks} == {True, False}
+        biases = [part["bias"] is None for c in own for part in c.question["attention"]["projections"].values()]
+        assert set(biases) == {True, False}
+
+
+def test_the_sizes_of_a_question_about_attention_differ_and_none_is_one() -> None:
+    for case in (c for c in ARRAYS if c.operation in ATTENTION_OPERATIONS):
+        block, (batch, _, tokens, d) = block_of(case.question["attention"]), case.question["q"].shape
+        n = case.adapters[0].config["adapter_len"]
+        sizes = {block.num_attention_heads, block.num_key_value_heads, block.hidden_size, tokens, d, n}
+        several = len({block.num_attention_heads, block.num_key_value_heads})
+        assert len(sizes) == 4 + several, case.id
+        assert 1 not in {batch, *sizes} - ({n} if ".one-row." in case.id else set()), case.id
+        assert case.adapters[0].tensors["adaption_gate"] not in (0, 1), case.id
+
+
 def test_every_method_is_asked_about_everything_else() -> None:
     asked = {(c.method, c.operation) for c in corpus()}
     assert {o for _, o in asked} == set(OPERATIONS)
@@ -291,8 +316,8 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    # DoRA and CPT divide by a norm, AdaLoRA by a rank plus 1e-5; prompt tuning and Cartridge only add a few gradients up.
-    for name in set(METHODS) - {"adalora", "cartridge", "cpt", "dora", "prompt_tuning"}:
+    # DoRA and CPT divide by a norm, AdaLoRA by a rank plus 1e-5, attention takes powers of e; prompt tuning and Cartridge only add up.
+    for name in set(METHODS) - {"adalora", "adaption_prompt", "cartridge", "cpt", "dora", "prompt_tuning"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
         kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name

@@ -145,11 +145,11 @@ def rational(array: Host) -> Host:
 
 
 def _transcends(case: Case) -> bool:
-    """Whether a root or a tangent is taken."""
+    """Whether a root, a tangent or a power of e is taken."""
     config = case.adapters[0].config if case.adapters else {}
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
-    return case.method == "dora" or case.operation == "aux_loss" or bool(encodes and through_tanh)
+    return case.method in ("dora", "adaption_prompt") or case.operation == "aux_loss" or bool(encodes and through_tanh)
 
 
 WITHOUT_ROOTS = [c for c in corpus() if c.operation in ARRAY_OPERATIONS and not _transcends(c)]

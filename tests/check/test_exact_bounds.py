@@ -120,7 +120,9 @@ def test_a_settled_number_is_a_new_term_of_the_same_value_and_error() -> None:
     assert settled.k == 0
     assert long.k * long.gauge + long.err <= settled.err <= (long.k * long.gauge + long.err) * (1 + 1e-5)
     exact = of(1.5) - of(0.25)
-    assert +exact is exact  # what is not rounded still has to match its bits
+    same = +exact  # what is not rounded still has to match its bits
+    assert (same.fraction, same.quantum, same.k, same.err) == (exact.fraction, exact.quantum, 0, 0.0)
+    assert same.gauge == 1.25 < exact.gauge
 
 
 def test_tangents_are_never_further_apart_than_two() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from peft_ref.backend import round_to
-from peft_ref.check.case import Case, build_method, build_prompt, encode
+from peft_ref.check.case import Case, build_attention, build_method, build_prompt, encode
 from peft_ref.check.corpus import corpus
 from peft_ref.check.distributions import KS_LIMIT, normal, uniform
-from peft_ref.check.init_laws import grade_init, laws
+from peft_ref.check.init_laws import grade_init, laws, shapes_of
 from peft_ref.check.judge import judge
 from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.prompt_starts import SIZES, sources_of
@@ -35,6 +35,10 @@ def fresh(case: Case, dtype: str, seed: int) -> Draws:
         seeds = [np.random.default_rng([seed, i]) for i in range(case.question["draws"])]
         starts = [prompt.init(np.zeros(1, wide), rng, sources) for rng in seeds]
         return [{k: round_to(v, dtype) for k, v in start.items()} for start in starts]
+    if case.method in METHODS.attention:
+        added, hidden = build_attention(case.method, case.adapters[0].config), case.question["attention"]["hidden_size"]
+        blocks = [added.init(hidden, np.zeros(1, wide), np.random.default_rng([seed, i])) for i in range(case.question["draws"])]
+        return [{k: round_to(v, dtype) for k, v in added.pack(start).items()} for start in blocks]
     assert case.layer is not None
     assert case.weight is not None
     method = build_method(case.method, case.adapters[0].config)
@@ -58,7 +62,7 @@ def accused(case: Case, dtype: str, seeds: range) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_a_right_start_is_never_accused(case: Case, dtype: str) -> None:
-    count = 15 if case.id in PROMPTS else 50  # two hundred seeds over the four formats; those of prompts follow the same few laws
+    count = 50 if case.layer is not None else 15  # two hundred seeds over the four formats; the others follow the same few laws
     first = DTYPES.index(dtype) * count
     assert not accused(case, dtype, range(first, first + count))
 
@@ -117,6 +121,9 @@ def test_every_drawn_tensor_has_a_law() -> None:
     for case in CASES.values():
         if case.method in METHODS.prompts:
             assert list(laws(case)) == list(build_prompt(case.method, case.adapters[0].config).shapes()), case.id
+            continue
+        if case.method in METHODS.attention:
+            assert list(laws(case)) == list(shapes_of(case)), case.id
             continue
         assert case.layer is not None
         keys = {s.key for s in build_method(case.method, case.adapters[0].config).spec(case.layer)} - {"lora_magnitude_vector"}

@@ -99,14 +99,14 @@ def test_a_mistake_explains_itself(method: str, mistake: Mistake) -> None:
 
 
 STEP = 1e-4
-FORWARD_OF = {"backward": "forward", "prompt_backward": "prompt"}
+FORWARD_OF = {"backward": "forward", "prompt_backward": "prompt", "attention_backward": "attention"}
 
 
 @pytest.mark.parametrize(("method", "mistake"), NAMED)
 def test_the_gradients_of_a_mistake_are_those_of_its_own_forward_pass(method: str, mistake: Mistake) -> None:
     """A port that makes it differentiates what it computes: along a random direction of every tensor, gradient and difference agree."""
     asked = {case.operation for case in array_cases(method) if case.id in replays(method)[mistake.name]}
-    if not asked & {"forward", "prompt"}:
+    if not asked & set(FORWARD_OF.values()):
         return  # its forward pass is right: only a hand-written backward pass, or merging, makes this mistake
     for case in array_cases(method):
         if case.operation in FORWARD_OF:
@@ -139,6 +139,8 @@ def _output(mistake: Mistake, case: Case) -> NDArray:
 
 
 def _moved(case: Case, name: str, by: NDArray) -> Case:
+    if name == "q":
+        return replace(case, question={**case.question, "q": case.question["q"] + by})
     if name == "x":
         return replace(case, x=case.x + by)
     index, _, key = name.partition(".")

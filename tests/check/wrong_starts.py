@@ -186,6 +186,14 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("w1_a", lambda c, v, rng: rng.normal(0, 0.1, v.shape)),
         "init-wrong-law",
     ),
+    "adaption prompt zero": ("adaption_prompt.init-3", replaced("_prompt", lambda c, v, rng: v * 0), "init-zero"),
+    "adaption prompt as a transformer draws it": (
+        "adaption_prompt.init-5",
+        replaced("_prompt", lambda c, v, rng: v * 0.02),
+        "init-wrong-law",
+    ),
+    "adaption gate open": ("adaption_prompt.init-3", replaced("_gate", lambda c, v, rng: v + 1), "init-gate-open"),
+    "adaption gate drawn": ("adaption_prompt.init-5", replaced("_gate", lambda c, v, rng: rng.normal(size=1)), "init-gate-open"),
     "prompt zero": ("prompt_tuning.init-random", replaced("embedding", lambda c, v, rng: v * 0), "init-zero"),
     "prompt as a transformer draws it": (
         "prompt_tuning.init-random",

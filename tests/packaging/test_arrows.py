@@ -19,9 +19,9 @@ import pytest
 FLOORS = (
     {"errors"},
     {"arrays", "sizes"},
-    {"layers"},
+    {"layers", "attention"},
     {"contracts"},
-    {"prompts"},
+    {"prompts", "attending"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
     {"methods", "stack", "splice", "backend"},
     {"graph"},
@@ -34,7 +34,8 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "sizes", "layers", "contracts", "prompts", "registry", "methods", "stack", "splice"}
+MATHEMATICS = {"errors", "arrays", "sizes", "layers", "attention", "contracts", "prompts", "attending", "registry"}
+MATHEMATICS |= {"methods", "stack", "splice"}
 ROOT = Path(__file__).resolve().parents[2]
 
 

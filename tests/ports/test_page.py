@@ -14,7 +14,7 @@ import pytest
 
 from peft_ref.check import program
 from peft_ref.check.answers import AnswersPort
-from peft_ref.check.case import Case, build_method, build_prompt, config_of, from_json, layer_to_json
+from peft_ref.check.case import Case, build_attention, build_method, build_prompt, config_of, from_json, layer_to_json
 from peft_ref.check.corpus import corpus
 from peft_ref.check.judge import judge
 from peft_ref.check.protocol import VERSION, schema_document, violation
@@ -45,6 +45,7 @@ PUT_TOGETHER = {
     "unmerge": ("forward", "x"),
     "prompt_backward": ("prompt", ""),
     "saved": ("prompt", "batch"),
+    "attention_backward": ("attention", ""),
 }
 
 
@@ -183,6 +184,16 @@ def test_the_table_of_prompt_tensors_is_the_methods_own(method: str) -> None:
             if current == method and there:
                 found |= {key: _prompt_sizes(cells[2], letters) for key in names(cells[1])}
         assert found == built.shapes()
+
+
+def test_the_tables_of_attention_are_the_methods_own() -> None:
+    built = {name: build_attention(name, {"adapter_len": 3}) for name in METHODS.attention}
+    assert _configurations("### Attention configurations") == {name: set(config_of(method)) for name, method in built.items()}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for cells in rows("### Attention tensors"):
+        current = names(cells[0])[0] if cells[0] else current  # noqa: F821 - the first row names one
+        found.setdefault(current, {})[names(cells[1])[0]] = _prompt_sizes(cells[2], {"n": 3, "hidden": 11})
+    assert found == {name: {s.key: s.shape for s in method.spec(11)} for name, method in built.items()}
 
 
 def _prompt_sizes(cell: str, letters: dict[str, int]) -> tuple[int, ...]:

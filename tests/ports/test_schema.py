@@ -17,9 +17,10 @@ from peft_ref.check.protocol import START, STOP, nest, run_message, schema_docum
 from peft_ref.check.text import right_text
 from peft_ref.methods import METHODS
 
-# One case of every operation on every kind of layer, and of every method of prompts.
-ONE_OF_EACH = {(c.operation, c.layer and c.layer.kind, c.method in METHODS.prompts and c.method): c for c in corpus()}.values()
-ONE_PER_OPERATION = {(c.operation, c.method in METHODS.prompts): c for c in ONE_OF_EACH}
+# One case of every operation on every kind of layer, and of every method that has none.
+WITHOUT_LAYER = METHODS.prompts.keys() | METHODS.attention.keys()
+ONE_OF_EACH = {(c.operation, c.layer and c.layer.kind, c.method in WITHOUT_LAYER and c.method): c for c in corpus()}.values()
+ONE_PER_OPERATION = {(c.operation, c.method in METHODS.prompts, c.method in METHODS.attention): c for c in ONE_OF_EACH}
 # What a question about fresh prompts must bring hangs on where they start.
 STARTS = [c for c in ONE_OF_EACH if c.method in METHODS.prompts and c.operation in ("init", "prompt")]
 STARTS += [c for c in corpus() if c.operation == "init" and "prompt_tuning_init" in c.adapters[0].config]
@@ -43,7 +44,7 @@ def test_exported_cases_fit() -> None:
 
 
 def test_there_is_an_example_of_every_operation() -> None:
-    assert {operation for operation, _ in ONE_PER_OPERATION} == set(OPERATIONS)
+    assert {operation for operation, *_ in ONE_PER_OPERATION} == set(OPERATIONS)
 
 
 def _right(case: Case) -> dict[str, Any] | None:

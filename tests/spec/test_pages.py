@@ -116,7 +116,11 @@ def test_the_blocks_of_a_page_give_what_they_say(page: Path) -> None:
 @every_method
 def test_a_page_works_out_forward_gradient_merge_and_unmerge(name: str) -> None:
     source = "".join(b.source for b in blocks(METHOD_PAGES[name]))
-    words = ("forward(", "vjp(", "merge(", "unmerge(") if name in METHODS.weights else ("prompt(", "prompt_vjp(", "saved(", "splice(")
+    words: tuple[str, ...] = ("prompt(", "prompt_vjp(", "saved(", "splice(")
+    if name in METHODS.weights:
+        words = ("forward(", "vjp(", "merge(", "unmerge(")
+    elif name in METHODS.attention:
+        words = ("added(", "output(", "output_vjp(", "merge(")
     missing = [word for word in words if not re.search(rf"(?<![a-z_]){re.escape(word)}", source)]
     assert not missing
     assert all(">>> " in b.source for b in blocks(METHOD_PAGES[name]))

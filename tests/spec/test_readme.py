@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.check.corpus import corpus
 from peft_ref.check.mistakes import SUITES
 from peft_ref.contracts import WeightMethod
@@ -25,6 +26,10 @@ SHORT = {"transposed_linear": "Conv1D", "embedding": "embedding", "linear": "lin
 def table() -> str:
     rows = ["| method | contract | layers | cases | known mistakes |", "|---|---|---|---|---|"]
     for name, cls in METHODS.items():
+        if issubclass(cls, AttentionMethod):
+            counts = f"{len(corpus(name))} | {len(SUITES[name].mistakes)}"
+            rows.append(f"| [{cls.__name__}](spec/methods/{name}.md) | AttentionMethod | behind attention | {counts} |")
+            continue
         if not issubclass(cls, WeightMethod):
             layers = "before the inputs" if cls.place == "embeddings" else "before the keys and values"
             rows.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import peft_ref.check.mistakes.adalora as adalora
+import peft_ref.check.mistakes.adaption_prompt as adaption_prompt
 import peft_ref.check.mistakes.cartridge as cartridge
 import peft_ref.check.mistakes.cpt as cpt
 import peft_ref.check.mistakes.dora as dora
@@ -18,6 +19,7 @@ from peft_ref.check.suites import Suites
 
 _BUILT: dict[str, Suite] = {
     "adalora": adalora.SUITE,
+    "adaption_prompt": adaption_prompt.SUITE,
     "cartridge": cartridge.SUITE,
     "cpt": cpt.SUITE,
     "dora": dora.SUITE,

@@ -4,7 +4,7 @@
 
 Needs the extra `hf` (torch, peft, transformers). What PEFT refuses, or crashes on, is skipped with the reason; nothing here computes
 anything that PEFT computes. `model.py` builds the layer and puts the adapters on it, `text.py` answers the operations about names,
-`prompts.py` everything about prompts, `training.py` those about a whole training.
+`prompts.py` everything about prompts, `attention.py` everything about attention, `training.py` those about a whole training.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a judge must not wait for a server
 warnings.filterwarnings("ignore")
 
+import attention  # noqa: E402
 import peft  # noqa: E402
 import prompts  # noqa: E402
 import torch  # noqa: E402
@@ -92,8 +93,12 @@ OPERATIONS = {
 
 
 def reply(case: Json, dtype: torch.dtype) -> Json:
-    about_prompts, operation = case["method"] in prompts.CONFIGS, case["operation"]
-    text, arrays = (prompts.TEXT_OPERATIONS, prompts.OPERATIONS) if about_prompts else (TEXT_OPERATIONS, OPERATIONS)
+    operation = case["operation"]
+    text, arrays = TEXT_OPERATIONS, OPERATIONS
+    if case["method"] in prompts.CONFIGS:
+        text, arrays = prompts.TEXT_OPERATIONS, prompts.OPERATIONS
+    elif case["method"] in attention.METHODS:
+        text, arrays = attention.TEXT_OPERATIONS, attention.OPERATIONS
     try:
         if operation in text:
             return {"id": case["id"], "answer": text[operation](case)}

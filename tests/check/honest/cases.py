@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from peft_ref.check.attending import make_attention_case
 from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompting import make_prompt_case
@@ -22,6 +23,10 @@ def random_cases(seed: int, count: int, largest: int = 14) -> list[Case]:
 
 
 def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[Case]:
+    if name in METHODS.attention:
+        variant = SUITES[name].attention[int(rng.integers(len(SUITES[name].attention)))]
+        other = replace(variant, name=f"{variant.name}-{label}", numbers=str(rng.choice(sorted(NUMBERS))))
+        return [make_attention_case(name, other, operation) for operation in variant.operations]
     if name in METHODS.prompts:
         return _prompts(name, label, rng)
     variants = SUITES[name].variants

@@ -13,10 +13,10 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from peft_ref.check.case import ARRAY_OPERATIONS, LAYER_OPERATIONS, PROMPT_OPERATIONS, Answer, Case
+from peft_ref.check.case import ARRAY_OPERATIONS, ATTENTION_OPERATIONS, LAYER_OPERATIONS, PROMPT_OPERATIONS, Answer, Case
 from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
-from tests.check.honest import prompts, training
+from tests.check.honest import attention, prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
@@ -40,7 +40,8 @@ class HonestPort(Port):
         if case.operation in LAYER_OPERATIONS:
             out = Honest(case, a).answer()
         else:
-            out = (prompts if case.operation in PROMPT_OPERATIONS else training).answer(case, a)
+            asked = attention if case.operation in ATTENTION_OPERATIONS else prompts if case.operation in PROMPT_OPERATIONS else training
+            out = asked.answer(case, a)
         return Answered({name: value.astype(np.float64) for name, value in out.items()})
 
     def forget(self) -> None:
