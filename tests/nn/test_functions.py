@@ -24,6 +24,7 @@ def numbers(*shape: int) -> Host:
 
 
 LABELS = np.asarray([[3, -100, 0, 4], [-100, -100, 1, 2]])
+WEIGHTS = np.asarray([[0.0, 0.0, 0.5, 0.25], [0.0, 0.0, 0.125, 1.0]])
 TARGETS = np.asarray([[1.0, 0.0, 0.25], [0.0, 0.5, 2.0]])
 SPANS = np.asarray([0, 7, -3]), np.asarray([3, 2, 4])  # of 4 tokens: one behind them, one before
 SEEN = np.where(RNG.random((2, 1, 3, 5)) < 0.7, 0.0, np.finfo(float).min)
@@ -73,6 +74,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Host, ...]]
     "next_token_loss": (
         lambda z: loss.next_token_loss(z, LABELS),
         lambda z, d: loss.next_token_loss_vjp(z, LABELS, d),
+        (numbers(2, 4, 5),),
+    ),
+    "weighted_next_token_loss": (
+        lambda z: loss.weighted_next_token_loss(z, LABELS, WEIGHTS),
+        lambda z, d: loss.weighted_next_token_loss_vjp(z, LABELS, WEIGHTS, d),
         (numbers(2, 4, 5),),
     ),
     "cross_entropy, 3 ignored": (
