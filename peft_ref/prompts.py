@@ -80,6 +80,11 @@ class Prompt(Method):
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value}: a positive number is needed.")
 
+    @property
+    def held(self) -> frozenset[str]:
+        """The tensors that no training moves."""
+        return frozenset()
+
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every trained tensor, by its name."""

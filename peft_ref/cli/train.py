@@ -46,6 +46,7 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {  # the defaults of peft_ref.train.
 def add_parser(verbs: Any) -> None:
     from peft_ref.methods import METHODS
 
+    able = [*METHODS.weights, *METHODS.prompts]
     parser = verbs.add_parser(
         "train",
         help="train an adapter on a text, with NumPy alone",
@@ -62,7 +63,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the adapter goes")
     method = parser.add_mutually_exclusive_group(required=True)
     method.add_argument("--config", type=Path, metavar="FILE", help="an adapter_config.json")
-    method.add_argument("--method", choices=list(METHODS), metavar="NAME", help=f"or a method by name: {', '.join(METHODS)}")
+    method.add_argument("--method", choices=able, metavar="NAME", help=f"or a method by name: {', '.join(able)}")
     for name, (default, metavar, what) in SETTINGS.items():
         told = f"{what} (default: {default})"
         parser.add_argument(option(name), dest=name, type=type(default), default=default, metavar=metavar, help=told)

@@ -38,6 +38,8 @@ from peft_ref.hf.config import (
 )
 from peft_ref.hf.configs import (
     AdaLoraConfig,
+    CartridgeConfig,
+    CPTConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -80,6 +82,8 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BaseModel",
+    "CPTConfig",
+    "CartridgeConfig",
     "IA3Config",
     "LoHaConfig",
     "LoraConfig",

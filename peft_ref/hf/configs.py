@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from peft_ref.errors import ConfigError
 from peft_ref.hf.config import (
     MultitaskPromptTuningInit,
     PeftConfig,
@@ -16,7 +17,7 @@ from peft_ref.hf.config import (
     PromptTuningInit,
     registered,
 )
-from peft_ref.registry import PeftType
+from peft_ref.registry import PeftType, TaskType
 
 
 @registered
@@ -148,6 +149,40 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: bool = False
 
     kind: ClassVar[PeftType | None] = PeftType.PREFIX_TUNING
+
+
+@registered
+@dataclass(kw_only=True)
+class CartridgeConfig(PromptLearningConfig):
+    num_frozen_tokens: int = 1
+
+    kind: ClassVar[PeftType | None] = PeftType.CARTRIDGE
+
+
+@registered
+@dataclass(kw_only=True)
+class CPTConfig(PromptLearningConfig):
+    cpt_token_ids: list[int] | None = None
+    cpt_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[int] | None = None
+    opt_weighted_loss_type: str | None = "none"
+    opt_loss_decay_factor: float | None = 1.0
+    opt_projection_epsilon: float | None = 0.1
+    opt_projection_format_epsilon: float | None = 0.1
+    tokenizer_name_or_path: str | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.CPT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ConfigError(f"CPTConfig with task_type={self.task_type!r}: it is for CAUSAL_LM alone (HF PEFT refuses it too).")
+        self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        self.num_virtual_tokens = len(self.cpt_token_ids)
+        self.num_transformer_submodules = 1
+        ones = [1] * len(self.cpt_token_ids)
+        self.cpt_mask = ones if self.cpt_mask is None else self.cpt_mask
+        self.cpt_tokens_type_mask = ones if self.cpt_tokens_type_mask is None else self.cpt_tokens_type_mask
 
 
 @registered

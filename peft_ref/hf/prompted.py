@@ -152,9 +152,10 @@ class Prompted(State):
         total = sum(math.prod(p.shape) for p in self.graph.parameters().values())
         trainable = 0
         for adapter in self.adapters.values():
-            own, copies = (sum(math.prod(t.shape) for t in of.values()) for of in (adapter.tensors, adapter.saved))
-            total += own + copies
-            trainable += own + (copies if adapter.trainable else 0)
+            own = {name: math.prod(t.shape) for name, t in adapter.tensors.items()}
+            copies = sum(math.prod(t.shape) for t in adapter.saved.values())
+            total += sum(own.values()) + copies
+            trainable += sum(n for name, n in own.items() if name not in adapter.method.held) + (copies if adapter.trainable else 0)
         return Count(trainable, total)
 
     def rows(self, name: str, batch: int, task_ids: Array | None) -> Array:

@@ -44,6 +44,10 @@ class Cartridge(TablePrompt):
                 " no more can be frozen than there are (HF PEFT refuses it too)."
             )
 
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset({EMBEDDING if self.inference_mode else FROZEN})
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         tokens, columns = self.table_shape
         if self.inference_mode:

@@ -77,6 +77,10 @@ class CPT(TypedPrompt):
     def types(self) -> list[int]:
         return self.cpt_tokens_type_mask or []
 
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset({EMBEDDING})
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         trained = {} if self.inference_mode else {DELTA: self.table_shape}
         return {EMBEDDING: self.table_shape, **trained}

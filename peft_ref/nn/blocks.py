@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple, final
 from peft_ref.arrays import Array, namespace
 from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.nn.attention import KeyValue, mask_bias, positions_from
-from peft_ref.nn.loss import next_token_loss, next_token_loss_vjp
+from peft_ref.nn.loss import next_token_loss, next_token_loss_vjp, weighted_next_token_loss, weighted_next_token_loss_vjp
 from peft_ref.nn.model import Inputs, Model, ModelGradients, Output, OutputGradient, embed
 from peft_ref.nn.net import Gradients, Net
 
@@ -172,8 +172,14 @@ class Decoder(Blocks):
 
     @final
     def loss(self, logits: Array, inputs: Inputs) -> Array | None:
-        return None if inputs.labels is None else next_token_loss(logits, inputs.labels)
+        if inputs.labels is None:
+            return None
+        if inputs.label_weights is not None:
+            return weighted_next_token_loss(logits, inputs.labels, inputs.label_weights)
+        return next_token_loss(logits, inputs.labels)
 
     @final
     def loss_vjp(self, logits: Array, inputs: Inputs, dloss: Array | float) -> Array:
+        if inputs.label_weights is not None:
+            return weighted_next_token_loss_vjp(logits, inputs.labels, inputs.label_weights, dloss)
         return next_token_loss_vjp(logits, inputs.labels, dloss)

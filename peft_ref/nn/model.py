@@ -54,6 +54,7 @@ class Inputs:
     position_ids: Array | None = None  # (batch or 1, T); without them they count on from the past's length
     token_type_ids: Array | None = None
     labels: Array | None = None  # -100 does not count
+    label_weights: Array | None = None  # one for each label, and the loss is their weighted sum: what CPT asks of a decoder
     start_positions: Array | None = None  # (batch,), the answer's first token in question answering, and its last
     end_positions: Array | None = None
     past: Cache | None = None  # a cache, or a prefix: keys and values in front, one per layer

@@ -34,6 +34,7 @@ def with_prompt(model: Model, net: Net, method: Prompt, prompt: Array, inputs: I
         inputs_embeds=spliced.embeddings,
         attention_mask=spliced.attention_mask,
         labels=spliced.labels,
+        label_weights=spliced.loss_weights,
         position_ids=spliced.position_ids,
         token_type_ids=spliced.token_type_ids,
         decoder_input_ids=None if spliced.decoder_embeddings is not None else inputs.decoder_input_ids,

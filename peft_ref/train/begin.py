@@ -28,6 +28,7 @@ from peft_ref.model import Adapted, adapt, adapter_file, add, update
 from peft_ref.model.adapted import Attached
 from peft_ref.model.attaching import parameters_below
 from peft_ref.nn import Model, Net
+from peft_ref.nn.prompted import word_table
 from peft_ref.nn.tree import mapped
 from peft_ref.prompts import NO_SOURCES, Prompt, Sources
 from peft_ref.train.learner import Learner, Trainable
@@ -89,6 +90,8 @@ def prompt_learner(model: Model, graph: Graph, config: AdapterConfig, rng: np.ra
     weights = {name: graph.weight(name) for name in graph.parameters()}
     net = Net(weights=weights, layers=model.layers(), ties=graph.tied())
     like = next(iter(weights.values()))
+    if sources.words is None:
+        sources = sources._replace(words=graph.weight(f"{word_table(model)}.weight"))
     saved = (*(config.targets.modules_to_save or ()), *SAVED_BY_TASK.get(task, ()))
     whole = saved_modules(config.targets, graph, task, ())
     copies = {key: graph.weight(key) for module in whole for key in parameters_below(graph, module)}

@@ -116,7 +116,7 @@ class Learner:
         gradients = Trainable(
             adapters={name: adapters.get(name) for name in p.adapters},
             weights={name: net_gradients.weights.get(name) for name in p.weights},
-            prompt={name: prompt.get(name) for name in p.prompt},
+            prompt={name: None if self.prompt is None or name in self.prompt.held else prompt.get(name) for name in p.prompt},
         )
         return Found(sum(losses[1:], losses[0]), gradients)
 

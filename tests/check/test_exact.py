@@ -149,7 +149,11 @@ def _transcends(case: Case) -> bool:
     config = case.adapters[0].config if case.adapters else {}
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
-    return case.method in ("dora", "adaption_prompt") or case.operation == "aux_loss" or bool(encodes and through_tanh)
+    return (
+        case.method in ("dora", "adaption_prompt")
+        or case.operation == "aux_loss"
+        or bool(encodes and (through_tanh or case.method == "cpt"))
+    )
 
 
 WITHOUT_ROOTS = [c for c in corpus() if c.operation in ARRAY_OPERATIONS and not _transcends(c)]

@@ -199,7 +199,7 @@ def test_a_pickle_is_refused_and_never_run(name: str, tmp_path: Path) -> None:
 def test_a_prompt_has_no_targets_and_no_module_of_its_own() -> None:
     config = from_dict({**PROMPT, "modules_to_save": ["head"]})
     assert config.targets == Targets(modules_to_save=("head",))
-    with pytest.raises(ConfigError, match="PromptTuning adapts no module"):
+    with pytest.raises(ConfigError, match="PromptTuning adapts no layer"):
         config.method_for("h.0.q")
 
 

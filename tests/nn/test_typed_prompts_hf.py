@@ -19,7 +19,6 @@ import transformers  # noqa: E402
 
 from peft_ref import CPT, Cartridge, splice  # noqa: E402
 from peft_ref.nn import Inputs, KeyValue, OutputGradient  # noqa: E402
-from peft_ref.nn.loss import weighted_next_token_loss, weighted_next_token_loss_vjp  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from tests.nn.beside_hf import Host, Pair, all_close, close, float64, pair, scatter, to_torch  # noqa: E402
 
@@ -100,12 +99,15 @@ def test_cpt_does_what_pefts_does_and_has_its_gradients(kind: str) -> None:
         expected = both.live(**to_torch(sent))
         expected.loss.backward()
     spliced = splice.splice(method, method.prompt(tensors, Context(3)), given_of(both, method), "CAUSAL_LM")
-    inputs = Inputs(inputs_embeds=spliced.embeddings, attention_mask=spliced.attention_mask)
-    logits = both.model.forward(both.net, inputs).logits
-    close(logits, expected.logits.detach(), "logits", 1e-12)
-    close(weighted_next_token_loss(logits, spliced.labels, spliced.loss_weights), expected.loss.detach(), "loss", 1e-12)
-    d = weighted_next_token_loss_vjp(logits, spliced.labels, spliced.loss_weights, 1.0)
-    got = both.model.vjp(both.net, inputs, OutputGradient(logits=d))
+    inputs = Inputs(
+        inputs_embeds=spliced.embeddings,
+        attention_mask=spliced.attention_mask,
+        labels=spliced.labels,
+        label_weights=spliced.loss_weights,
+    )
+    got = both.model.vjp(both.net, inputs, OutputGradient(loss=1.0))
+    close(got.output.logits, expected.logits.detach(), "logits", 1e-12)
+    close(got.output.loss, expected.loss.detach(), "loss", 1e-12)
     same_gradients(both, encoder, method, tensors, got)
 
 

@@ -23,6 +23,7 @@ class Left(NamedTuple):
 Row = Same | Different | Left
 
 NOT_BUILT = "the method is not built here"
+IN_ATTENTION = "an adaption prompt is put into a `peft_ref.nn` model with `Net.attention`, and no PeftModel holds it yet"
 TUNER = "there is no model class for each method: PeftModel holds a value of peft_ref.model"
 VARIANT = "what it configures is not built here; LoraConfig refuses the option"
 TORCH = "torch's or a device's business"
@@ -30,7 +31,7 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    *("Adamss", "AdaptionPrompt", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "Gralora", "HRA", "Hira"),
+    *("Adamss", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "Gralora", "HRA", "Hira"),
     *("LNTuning", "Lily", "LoKr", "Miss", "OFT", "OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira"),
     *("Supertuning", "TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Vera", "WaveFT", "XLora"),
 )
@@ -42,14 +43,15 @@ NAMES: dict[str, Row] = {
     # methods that are not built
     **{f"{name}Config": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
     **{f"{name}Model": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
-    **{name: Left(NOT_BUILT) for name in ("CPTConfig", "CPTEmbedding", "CartridgeConfig", "CartridgeEncoder")},
+    "AdaptionPromptConfig": Left(IN_ATTENTION),
+    "AdaptionPromptModel": Left(IN_ATTENTION),
     **{
         f"{name}Config": Left(VARIANT)
         for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
     },
     # configurations
     **{f"{name}Config": CONFIG for name in ("AdaLora", "IA3", "LoHa", "Lora")},
-    **{f"{name}Config": CONFIG for name in ("MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
+    **{f"{name}Config": CONFIG for name in ("CPT", "Cartridge", "MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
     "PeftConfig": Different(
         "read from a folder only, and what a newer PEFT added is kept for the file, where PEFT drops it with a warning"
     ),
@@ -103,7 +105,7 @@ NAMES: dict[str, Row] = {
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": Left(TUNER),
     **{
         name: Left("a torch module; the prompt's mathematics is a method of peft_ref")
-        for name in ("PrefixEncoder", "PromptEmbedding", "PromptEncoder")
+        for name in ("CPTEmbedding", "CartridgeEncoder", "PrefixEncoder", "PromptEmbedding", "PromptEncoder")
     },
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": Left("for model families that peft_ref.nn has not"),
     "bloom_model_postprocess_past_key_value": Left("for a model family that peft_ref.nn has not"),

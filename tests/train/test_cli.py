@@ -31,6 +31,8 @@ ADALORA = ("--method", "adalora", "--init-r", "4", "--target-r", "2", "--tinit",
 PTUNING = ("--method", "p_tuning", "--num-virtual-tokens", "2", "--encoder-hidden-size", "4")
 LSTM = ("--encoder-reparameterization-type", "LSTM", "--encoder-dropout", "0.3")
 OPTIONS = {
+    "cartridge": ("--num-virtual-tokens", "3"),
+    "cpt": ("--cpt-token-ids", "97", "98", "99", "--cpt-tokens-type-mask", "1", "2", "4", "--opt-weighted-loss-type", "decay"),
     "adalora": ("--target-modules", "q_proj", "down_proj"),
     "dora": ("--r", "2", "--target-modules", "q_proj"),
     "ia3": ("--target-modules", "k_proj", "down_proj", "--feedforward-modules", "down_proj"),
@@ -110,7 +112,7 @@ def train(*arguments: str) -> int:
     return main(["train", *SMALL, "--steps", "3", *arguments])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS.weights, *METHODS.prompts])
 def test_every_method_is_trained_and_its_file_is_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--method", name, *OPTIONS[name], "--json") == 0
     told = json.loads(capsys.readouterr().out)
