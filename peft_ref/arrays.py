@@ -79,6 +79,11 @@ def column(v: Array) -> Array:
     return namespace(v).expand_dims(v, axis=1)
 
 
+def outer(a: Array, b: Array) -> Array:
+    """The matrix a_i b_j."""
+    return column(a) * namespace(b).expand_dims(b, axis=0)
+
+
 def row_norm(V: Array) -> Array:
     """The Euclidean norm of every row of `V` (out, in), shape (out,)."""
     xp = namespace(V)

@@ -77,9 +77,15 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "alpha-missing": {"r": 4},
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
+    "hra": {
+        "plain": {"r": 4},
+        "rank-missing": {},
+        "odd-orthogonal": {"r": 5, "apply_GS": True},
+        "layers": {"r": 2, "layers_to_transform": [0, 10]},
+    },
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "hra": "HRA", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
@@ -88,6 +94,7 @@ CLAUSES = {
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
+    "hra": ("HRA-C19", "HRA-C21", "HRA-C22"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
 # Of configurations and of keys; every start of a prompt has its own.

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import HRA, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -30,6 +30,9 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora": AdaLoRA(init_r=4, lora_alpha=6, total_step=10),
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
+    "hra": HRA(r=4),
+    "hra-odd": HRA(r=3),
+    "hra-orthogonal": HRA(r=4, apply_GS=True),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
 }
@@ -43,7 +46,7 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "HRA": peft.HRAConfig}[method.peft_type]
     values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:
