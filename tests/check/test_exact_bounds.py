@@ -120,7 +120,9 @@ def test_a_settled_number_is_a_new_term_of_the_same_value_and_error() -> None:
     assert settled.k == 0
     assert long.k * long.gauge + long.err <= settled.err <= (long.k * long.gauge + long.err) * (1 + 1e-5)
     exact = of(1.5) - of(0.25)
-    assert +exact is exact  # what is not rounded still has to match its bits
+    again = +exact  # what is not rounded still has to match its bits
+    assert (again.fraction, again.gauge, again.k, again.err) == (exact.fraction, 1.25, 0, 0.0)
+    assert again.quantum is not None
 
 
 def test_tangents_are_never_further_apart_than_two() -> None:

@@ -309,6 +309,16 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
     "LSTM's forget bias one": ("p_tuning.init-lstm", replaced("bias_ih_l0", lambda c, v, rng: v * 0 + 1), "init-wrong-bound"),
     "LSTM's biases zero": ("p_tuning.init-lstm", replaced("bias_hh_l1_reverse", lambda c, v, rng: v * 0), "init-encoder-zero"),
     "LSTM's way back a copy in narrow": ("p_tuning.init-lstm", replaced("weight_hh_l1_reverse", lambda c, v, rng: v / 2), "init-wrong-law"),
+    "HRA's vectors not in pairs": (
+        "hra.linear.init-default-r-4",
+        replaced("hra_u", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(2)),
+        "init-not-in-pairs",
+    ),
+    "HRA's vectors of the bound of all columns": (
+        "hra.linear.init-default-r-4",
+        replaced("hra_u", lambda c, v, rng: v / math.sqrt(2)),
+        "init-wrong-law",
+    ),
     "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
     "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
 }

@@ -23,6 +23,7 @@ class Difference(NamedTuple):
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
+    "HRA": {"peft_type": "HRA", "r": 4, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -83,6 +84,14 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
         "use_effective_conv2d": [False, None],
     },
+    "HRA": TARGETS
+    | LAYERS
+    | {
+        "r": NUMBERS,
+        "apply_GS": SWITCH,
+        "init_weights": SWITCH,
+        "bias": ["none", "all", "hra_only", "some_only", "some", "", None, True],
+    },
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -93,7 +102,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "HRA"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

@@ -79,6 +79,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     # PEFT keeps LoHa's scale as a float32, so only a dyadic one can be compared in float64
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
+    "hra": (Net, lambda: peft.HRAConfig(r=3, target_modules=["q", "up"], modules_to_save=["head"])),
+    "hra conv": (
+        lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 2)}),
+        lambda: peft.HRAConfig(r=2, apply_GS=True, init_weights=False, target_modules=["c"]),
+    ),
     "ia3": (
         Net,
         lambda: peft.IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"], modules_to_save=["head"]),
@@ -177,7 +182,7 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(3)
+    kind = rng.integers(4)
     if kind == 0:
         dora = bool(rng.integers(2))
         layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
@@ -196,4 +201,9 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         )
     if kind == 1:
         return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
+    if kind == 2:
+        patterns = {k: v for k, v in common.items() if k != "target_modules"}
+        return peft.HRAConfig(
+            r=int(rng.integers(1, 5)), init_weights=False, apply_GS=bool(rng.integers(2)), target_modules=["q", "up"], **patterns
+        )
     return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)

@@ -99,6 +99,8 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "IA3":
         return bool(module.is_feedforward == method.is_feedforward)
+    if kind == "HRA":
+        return bool(module.hra_r["default"] == method.r and bool(module.hra_apply_GS["default"]) == method.apply_GS)
     same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)
     return bool(same and (kind != "LORA" or bool(module.use_dora["default"]) == (type(method).__name__ == "DoRA")))
 

@@ -150,7 +150,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n != "lora-bias"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
     check_forward_and_gradients(*make(name, "linear", bias=False))
 
@@ -190,7 +190,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"):
+    for name in SETTINGS:
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

@@ -35,6 +35,9 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
 FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
 }
+FRESH_BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "hra": {"r": st.sampled_from((2, 4)), "apply_GS": st.just(False)},  # only pairs cancel
+}
 BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "adalora": {
         "init_r": st.sampled_from((3, 2, 4)),
@@ -108,7 +111,7 @@ def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
 
 @st.composite
 def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool = False, dyadic: bool = False) -> Case:
-    layer = draw(_FEW[kind] if few else layers(kind))
+    layer = draw(_FEW_BY_METHOD.get((name, kind), _FEW[kind]) if few else BY_LAYER.get((name, kind), layers(kind)))
     try:
         method = draw(methods(name, fresh, few))
         method.check_layer(layer)
@@ -124,7 +127,13 @@ def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) 
     hints = get_type_hints(cls)
     options = {}
     for f in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass; the table's type cannot say so
-        rows = (_FEW_BY_NAME if few else {}, BY_METHOD.get(name, {}), FRESH_BY_NAME if fresh else {}, BY_NAME)
+        rows = (
+            FRESH_BY_METHOD.get(name, {}) if fresh else {},
+            _FEW_BY_NAME if few else {},
+            BY_METHOD.get(name, {}),
+            FRESH_BY_NAME if fresh else {},
+            BY_NAME,
+        )
         if row := next((row for row in rows if f.name in row), None):
             options[f.name] = draw(row[f.name])
         elif hints[f.name] is bool and not f.name.startswith("init"):
@@ -202,6 +211,19 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
         )
         for d in (1, 2, 3)
     },
+}
+# A method that takes only some convolutions.
+_CHANNELS = st.integers(1, 4)
+BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("hra", "conv2d"): st.builds(
+        lambda n_in, out, k, s, p: Conv(in_channels=n_in, out_channels=out, kernel_size=(k, k), stride=(s, s), padding=(p, p)),
+        _CHANNELS,
+        _CHANNELS,
+        *(st.integers(low, high) for low, high in ((1, 2), (1, 3), (0, 2))),
+    ),
+}
+_FEW_BY_METHOD: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("hra", "conv2d"): st.just(Conv(in_channels=2, out_channels=4, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1))),
 }
 _FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
     "linear": st.just((2, 3, 5)),

@@ -58,6 +58,8 @@ def config(case: Json) -> dict[str, Any]:
         layer: Any = model.get_base_model().get_submodule(name)
         if case["adapter_config"]["peft_type"] == "IA3":
             answer[name] = {"is_feedforward": layer.is_feedforward}
+        elif case["adapter_config"]["peft_type"] == "HRA":
+            answer[name] = {"r": layer.hra_r["default"], "apply_GS": layer.hra_apply_GS["default"]}
         elif adalora:  # its `scaling` is not yet divided
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
         else:

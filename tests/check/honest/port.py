@@ -20,6 +20,7 @@ from tests.check.honest import prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
+from tests.check.honest.reflections import Reflections
 
 Step: TypeAlias = "Callable[[int, Host, Host | None], tuple[Host, Host | None]]"
 
@@ -122,6 +123,10 @@ class Honest:
     def l(self, i: int) -> Host:  # noqa: E743 - the paper's letter
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
+    def reflections(self, i: int) -> Reflections:
+        adapter = self.case.adapters[i]
+        return Reflections(self.a.array(adapter.tensors["hra_u"]), self.a, bool(adapter.config["apply_GS"]))
+
     def plain_delta(self, i: int) -> Host:
         return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
@@ -131,6 +136,8 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
+        if method == "hra":
+            return self.reflections(i).merged(W), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return W * columns, b
@@ -145,6 +152,8 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
+        if method == "hra":
+            return self.reflections(i).merged(W, back=True), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return a.over(W, columns), b
@@ -177,6 +186,7 @@ class Honest:
             "adalora": self.forward_lora,
             "lora": self.forward_lora,
             "dora": self.forward_dora,
+            "hra": self.forward_merged,
             "loha": self.forward_merged,
             "ia3": self.forward_ia3,
         }
@@ -248,6 +258,7 @@ class Honest:
             "adalora": self.backward_lora,
             "lora": self.backward_lora,
             "dora": self.backward_dora,
+            "hra": self.backward_hra,
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
         }
@@ -311,6 +322,17 @@ class Honest:
             for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
                 out |= self.named(i, key, grad)
         return out, a.matmul(self.dY, spread_groups(W, self.g))
+
+    def backward_hra(self) -> tuple[Answer, Host]:
+        Ws, n = [self.W], len(self.case.adapters)
+        for i in range(n):
+            Ws.append(self.merge_step(i, Ws[-1], None)[0])
+        dW = self.weight_gradient(self.X)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            du, dW = self.reflections(i).gradients(dW, Ws[i])
+            out |= self.named(i, "hra_u", du)
+        return out, self.a.matmul(self.dY, Ws[-1])
 
     def backward_ia3(self) -> tuple[Answer, Host]:
         """Adapter i sees what the earlier ones made of W and b, and a gradient that already carries the later ones."""
