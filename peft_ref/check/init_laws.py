@@ -40,6 +40,10 @@ def laws(case: Case) -> dict[str, Law]:
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
+    if case.method == "road":
+        if config["init_weights"]:
+            return {"road_theta": constant(0.0, "init-not-identity"), "road_alpha": constant(1.0, "init-not-identity")}
+        return {"road_theta": normal(0.5), "road_alpha": normal(0.5, mean=1.0)}
     init = config["init_lora_weights"]
     if case.method == "adalora":
         if init is False:
@@ -177,11 +181,15 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         ({"r": 4, "init_weights": False}, ("linear",)),
         ({"r": 4, "apply_GS": True}, ("linear",)),
     ),
+    "road": (
+        *(({"variant": f"road_{n}", "group_size": 4}, ("linear-even",)) for n in (1, 2, 4)),
+        ({"group_size": 4, "init_weights": False}, ("linear-even",)),
+    ),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),
 }
 
 
-NAMED_BY_CONFIG = ("hra",)  # whose starts differ by all of their configuration
+NAMED_BY_CONFIG = ("hra", "road")  # whose starts differ by all of their configuration
 
 
 def init_cases(name: str, clause: str) -> tuple[Case, ...]:

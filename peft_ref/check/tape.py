@@ -71,6 +71,12 @@ class Node:
         out = math.tanh(self.value)
         return Node(out, ((self, 1.0 - out * out),))
 
+    def cos(self) -> Node:
+        return Node(math.cos(self.value), ((self, -math.sin(self.value)),))
+
+    def sin(self) -> Node:
+        return Node(math.sin(self.value), ((self, math.cos(self.value)),))
+
     def __gt__(self, other: Any) -> bool:
         return self.value > float(other)
 

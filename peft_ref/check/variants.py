@@ -28,6 +28,7 @@ RUN = ("forward", "backward")
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
+    "linear-even": Linear(in_features=5, out_features=12),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=7),
     "conv1d": Conv(in_channels=5, out_channels=7, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -40,6 +41,7 @@ LAYERS: dict[str, Layer] = {
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
+    "linear-even": (2, 3),
     "transposed_linear": (2, 3),
     "embedding": (2, 3),
     "conv1d": (2, 8),

@@ -13,6 +13,7 @@ from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.methods.prefix_tuning import PrefixTuning
 from peft_ref.methods.prompt_tuning import PromptTuning
+from peft_ref.methods.road import RoAd
 from peft_ref.registry import Registry
 
 _BUILT: dict[str, type[Method]] = {
@@ -26,6 +27,7 @@ _BUILT: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
     "prompt_tuning": PromptTuning,
+    "road": RoAd,
 }
 
 METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
@@ -43,4 +45,5 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "RoAd",
 ]

@@ -17,6 +17,7 @@ from peft_ref.stack import Adapter
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
+    "linear-even": Linear(in_features=5, out_features=12),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=6),
     "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -28,6 +29,7 @@ LAYERS: dict[str, Layer] = {
 }
 INPUTS = {
     "linear": (2, 3, 5),
+    "linear-even": (2, 3, 5),
     "transposed_linear": (2, 3, 5),
     "embedding": (2, 4),
     "conv1d": (2, 3, 8),

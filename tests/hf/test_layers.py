@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import HRA, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import HRA, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA, RoAd  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -33,6 +33,8 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "hra": HRA(r=4),
     "hra-odd": HRA(r=3),
     "hra-orthogonal": HRA(r=4, apply_GS=True),
+    **{f"road-{n}": RoAd(variant=f"road_{n}", group_size=4) for n in (1, 2, 4)},
+    "road-pairs": RoAd(group_size=2),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
 }
@@ -46,7 +48,7 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "HRA": peft.HRAConfig}[method.peft_type]
+    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "HRA": peft.HRAConfig, "ROAD": peft.RoadConfig}[method.peft_type]
     values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:
@@ -152,7 +154,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "lora-bias"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
-    check_forward_and_gradients(*make(name, "linear", bias=False))
+    check_forward_and_gradients(*make(name, "linear-even" if name.startswith("road") else "linear", bias=False))
 
 
 def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() -> None:

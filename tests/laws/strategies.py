@@ -36,6 +36,7 @@ FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
 }
 FRESH_BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "road": {"variant": st.sampled_from(("road_1", "road_2", "road_4")), "group_size": st.sampled_from((2, 4))},
     "hra": {"r": st.sampled_from((2, 4)), "apply_GS": st.just(False)},  # only pairs cancel
 }
 BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -215,6 +216,7 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
 # A method that takes only some convolutions.
 _CHANNELS = st.integers(1, 4)
 BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("road", "linear"): st.builds(lambda n_in, pairs: Linear(in_features=n_in, out_features=4 * pairs), st.integers(1, 6), st.integers(1, 3)),
     ("hra", "conv2d"): st.builds(
         lambda n_in, out, k, s, p: Conv(in_channels=n_in, out_channels=out, kernel_size=(k, k), stride=(s, s), padding=(p, p)),
         _CHANNELS,
@@ -223,6 +225,7 @@ BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
     ),
 }
 _FEW_BY_METHOD: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("road", "linear"): st.just(Linear(in_features=5, out_features=8)),
     ("hra", "conv2d"): st.just(Conv(in_channels=2, out_channels=4, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1))),
 }
 _FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
