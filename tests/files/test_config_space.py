@@ -56,7 +56,9 @@ DIFFERENCES = (
     Difference(
         "we", r"init_lora_weights='(magic|pissa_x|pissa_niter_x|PISSA|Orthogonal)' is not built here|'orthogonal' needs an even", UNSEEN
     ),
-    Difference("we", r"HRA on a convolution with groups=1, kernel_size=\(3, 2\)", "PEFT takes the kernel for a square and raises in forward"),
+    Difference(
+        "we", r"HRA on a convolution with groups=1, kernel_size=\(3, 2\)", "PEFT takes the kernel for a square and raises in forward"
+    ),
     Difference("PEFT", r"No module named 'megatron'", "it wants megatron installed for a configuration that names it; a reader does not"),
 )
 

@@ -48,7 +48,9 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "HRA": peft.HRAConfig, "ROAD": peft.RoadConfig}[method.peft_type]
+    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig, "HRA": peft.HRAConfig, "ROAD": peft.RoadConfig}[
+        method.peft_type
+    ]
     values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:

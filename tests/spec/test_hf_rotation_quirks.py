@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from peft import HRAConfig  # noqa: E402
+from peft import HRAConfig, RoadConfig  # noqa: E402
 from torch import nn  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
@@ -81,3 +81,25 @@ def test_hra_q5_a_zero_column_is_no_number() -> None:
     made = model(nn.Linear(6, 5), hra())
     wrapped(made).hra_u["default"].data[:, 1] = 0.0
     assert made(torch.randn(2, 6)).isnan().all()
+
+
+def road(**more: Any) -> Any:
+    return RoadConfig(target_modules=["l"], **{"group_size": 4, "init_weights": False, **more})
+
+
+def test_road_q1_unmerging_inverts_in_float32() -> None:
+    made = model(nn.Linear(6, 8), road())
+    before = wrapped(made).base_layer.weight.detach().clone()
+    made.merge_adapter()
+    made.unmerge_adapter()
+    off = (wrapped(made).base_layer.weight - before).abs().max().item()
+    assert 1e-10 < off < 1e-4
+
+
+@pytest.mark.parametrize(("g", "partner"), [(2, 1), (4, 2), (8, 4)])
+def test_road_q2_partners_are_half_a_group_apart(g: int, partner: int) -> None:
+    linear = nn.Linear(6, 8, bias=False)
+    linear.weight.data = torch.zeros(8, 6)
+    linear.weight.data[0] = 1.0
+    y = model(linear, road(group_size=g))(torch.ones(6))
+    assert y.nonzero().reshape(-1).tolist() == [0, partner]

@@ -221,9 +221,7 @@ SUITE = Suite(
             name="cosines-first",
             clause="ROAD-C6",
             sentence="road_4's numbers are read as all of the cosines and then all of the sines, not group by group",
-            replay=as_if_tensors(
-                lambda key, v, config: _cosines_first(v, config), lambda key, g, config: _cosines_first_undone(g, config)
-            ),
+            replay=as_if_tensors(lambda key, v, config: _cosines_first(v, config), lambda key, g, config: _cosines_first_undone(g, config)),
         ),
         Mistake(
             name="bias-not-turned",

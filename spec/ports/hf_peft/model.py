@@ -19,6 +19,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftConfig,
+    RoadConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -35,8 +36,10 @@ CONFIGS: Mapping[str, type[PeftConfig]] = {
     "IA3": IA3Config,
     "LOHA": LoHaConfig,
     "LORA": LoraConfig,
+    "ROAD": RoadConfig,
 }
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+INVERTED = ("oft", "road")
 PREFIX = "base_model.model.layer."
 
 
@@ -71,7 +74,7 @@ class Adapted(NamedTuple):
 
 def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     """The layer with the case's adapters, all of them active."""
-    check(case)
+    check(case, dtype)
     base = build(case["layer"], dtype)
     adapters = case.get("adapters", ())
     if not adapters:
@@ -94,7 +97,7 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     """One freshly drawn adapter, and the frozen weight where drawing changed it."""
-    check(case)
+    check(case, dtype)
     init = case["adapters"][0]["config"].get("init_lora_weights")
     if init in ("pissa", "olora") and dtype == torch.float64:
         raise NotInPeft(f"PEFT refuses init_lora_weights={init!r} on float64 and works it out in float32: ask with --dtype float32")
@@ -105,8 +108,10 @@ def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     return {**draw, "weight": nested(weight)} if changed else draw
 
 
-def check(case: Json) -> None:
+def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
+    if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
+        raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")

@@ -21,6 +21,7 @@ from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
 from tests.check.honest.reflections import Reflections
+from tests.check.honest.turns import Turns
 
 Step: TypeAlias = "Callable[[int, Host, Host | None], tuple[Host, Host | None]]"
 
@@ -127,6 +128,11 @@ class Honest:
         adapter = self.case.adapters[i]
         return Reflections(self.a.array(adapter.tensors["hra_u"]), self.a, bool(adapter.config["apply_GS"]))
 
+    def turns(self, i: int) -> Turns:
+        adapter = self.case.adapters[i]
+        theta, alpha = (self.a.array(adapter.tensors[f"road_{name}"]) for name in ("theta", "alpha"))
+        return Turns(theta, alpha, adapter.config, self.layer.shape[0], self.a)
+
     def plain_delta(self, i: int) -> Host:
         return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
@@ -136,6 +142,9 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
+        if method == "road":
+            turns = self.turns(i)
+            return turns.turned(W), None if b is None else turns.turned(b[:, None])[:, 0]
         if method == "hra":
             return self.reflections(i).merged(W), b
         if method == "ia3":
@@ -152,6 +161,9 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
+        if method == "road":
+            turns = self.turns(i)
+            return turns.undone(W), None if b is None else turns.undone(b[:, None])[:, 0]
         if method == "hra":
             return self.reflections(i).merged(W, back=True), b
         if method == "ia3":
@@ -187,6 +199,7 @@ class Honest:
             "lora": self.forward_lora,
             "dora": self.forward_dora,
             "hra": self.forward_merged,
+            "road": self.forward_road,
             "loha": self.forward_merged,
             "ia3": self.forward_ia3,
         }
@@ -251,6 +264,14 @@ class Honest:
             y = y * self.l(i)
         return y
 
+    def forward_road(self) -> Host:
+        if self.a.pick(True, False):
+            return self.forward_merged()
+        y = self.apply(self.X, self.W, self.b)
+        for i in range(len(self.case.adapters)):
+            y = self.turns(i).turned(y.T).T
+        return y
+
     # ---- backward
 
     def backward(self) -> Answer:
@@ -259,6 +280,7 @@ class Honest:
             "lora": self.backward_lora,
             "dora": self.backward_dora,
             "hra": self.backward_hra,
+            "road": self.backward_road,
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
         }
@@ -333,6 +355,22 @@ class Honest:
             du, dW = self.reflections(i).gradients(dW, Ws[i])
             out |= self.named(i, "hra_u", du)
         return out, self.a.matmul(self.dY, Ws[-1])
+
+    def backward_road(self) -> tuple[Answer, Host]:
+        a, n = self.a, len(self.case.adapters)
+        Ws, bs = [self.W], [self.b]
+        for i in range(n):
+            W, b = self.merge_step(i, Ws[-1], bs[-1])
+            Ws.append(W)
+            bs.append(b)
+        dW, db = self.weight_gradient(self.X), None if self.b is None else a.sum(self.dY)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            turns = self.turns(i)
+            dtheta, dalpha = turns.gradients(dW, Ws[i], db, bs[i])
+            out |= {**self.named(i, "theta", dtheta), **self.named(i, "alpha", dalpha)}
+            dW, db = turns.turned_back(dW), None if db is None else turns.turned_back(db[:, None])[:, 0]
+        return out, a.matmul(self.dY, Ws[-1])
 
     def backward_ia3(self) -> tuple[Answer, Host]:
         """Adapter i sees what the earlier ones made of W and b, and a gradient that already carries the later ones."""
