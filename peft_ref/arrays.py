@@ -63,6 +63,14 @@ def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     return xp.zeros(shape, dtype=like.dtype, device=device(like))
 
 
+def eye_like(n: int, like: Array) -> Array:
+    """The identity (n, n) in `like`'s library, dtype and device."""
+    xp = namespace(like)
+    if xp is np:
+        return np.eye(n, dtype=like.dtype)
+    return xp.eye(n, dtype=like.dtype, device=device(like))
+
+
 def as_rows(x: Array) -> Array:
     """`x` (..., n) as a matrix (rows, n)."""
     return namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

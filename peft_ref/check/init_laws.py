@@ -40,6 +40,9 @@ def laws(case: Case) -> dict[str, Law]:
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
+    if case.method == "oft":
+        key = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
+        return {key: constant(0.0, "init-not-identity") if config["init_weights"] else normal(0.1)}
     if case.method == "road":
         if config["init_weights"]:
             return {"road_theta": constant(0.0, "init-not-identity"), "road_alpha": constant(1.0, "init-not-identity")}
@@ -181,6 +184,10 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         ({"r": 4, "init_weights": False}, ("linear",)),
         ({"r": 4, "apply_GS": True}, ("linear",)),
     ),
+    "oft": (
+        ({"oft_block_size": 4}, ("linear-blocks", "embedding-blocks", "conv2d-pointwise")),
+        ({"oft_block_size": 4, "init_weights": False}, ("linear-blocks",)),
+    ),
     "road": (
         *(({"variant": f"road_{n}", "group_size": 4}, ("linear-even",)) for n in (1, 2, 4)),
         ({"group_size": 4, "init_weights": False}, ("linear-even",)),
@@ -189,7 +196,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
 }
 
 
-NAMED_BY_CONFIG = ("hra", "road")  # whose starts differ by all of their configuration
+NAMED_BY_CONFIG = ("hra", "oft", "road")  # whose starts differ by all of their configuration
 
 
 def init_cases(name: str, clause: str) -> tuple[Case, ...]:

@@ -83,6 +83,12 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "odd-orthogonal": {"r": 5, "apply_GS": True},
         "layers": {"r": 2, "layers_to_transform": [0, 10]},
     },
+    "oft": {
+        "plain": {"oft_block_size": 4},
+        "block-size-missing": {"num_cayley_neumann_terms": 3},
+        "by-number": {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True},
+        "held": {"oft_block_size": 8, "coft": True},
+    },
     "road": {
         "small-groups": {"group_size": 2},
         "variant-missing": {"group_size": 4},
@@ -91,7 +97,7 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
     },
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "hra": "HRA", "road": "ROAD", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "hra": "HRA", "road": "ROAD", "oft": "OFT", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
@@ -101,6 +107,7 @@ CLAUSES = {
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
     "hra": ("HRA-C19", "HRA-C21", "HRA-C22"),
+    "oft": ("OFT-C22", "OFT-C23", "OFT-C25"),
     "road": ("ROAD-C17", "ROAD-C19", "ROAD-C20"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }

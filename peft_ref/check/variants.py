@@ -29,6 +29,9 @@ RUN = ("forward", "backward")
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
     "linear-even": Linear(in_features=5, out_features=12),
+    "linear-blocks": Linear(in_features=8, out_features=5),
+    "embedding-blocks": Embedding(num_embeddings=9, embedding_dim=8),
+    "conv2d-pointwise": Conv(in_channels=8, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=7),
     "conv1d": Conv(in_channels=5, out_channels=7, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -42,6 +45,9 @@ LAYERS: dict[str, Layer] = {
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
     "linear-even": (2, 3),
+    "linear-blocks": (2, 3),
+    "embedding-blocks": (2, 3),
+    "conv2d-pointwise": (2, 5, 4),
     "transposed_linear": (2, 3),
     "embedding": (2, 3),
     "conv1d": (2, 8),

@@ -10,6 +10,7 @@ from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
+from peft_ref.methods.oft import OFT
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.methods.prefix_tuning import PrefixTuning
 from peft_ref.methods.prompt_tuning import PromptTuning
@@ -24,6 +25,7 @@ _BUILT: dict[str, type[Method]] = {
     "loha": LoHa,
     "lora": LoRA,
     "multitask_prompt_tuning": MultitaskPromptTuning,
+    "oft": OFT,
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
     "prompt_tuning": PromptTuning,
@@ -37,6 +39,7 @@ __all__ = [
     "HRA",
     "IA3",
     "METHODS",
+    "OFT",
     "AdaLoRA",
     "DoRA",
     "LoHa",

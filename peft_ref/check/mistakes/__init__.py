@@ -9,6 +9,7 @@ import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
 import peft_ref.check.mistakes.lora as lora
 import peft_ref.check.mistakes.multitask_prompt_tuning as multitask_prompt_tuning
+import peft_ref.check.mistakes.oft as oft
 import peft_ref.check.mistakes.p_tuning as p_tuning
 import peft_ref.check.mistakes.prefix_tuning as prefix_tuning
 import peft_ref.check.mistakes.prompt_tuning as prompt_tuning
@@ -24,6 +25,7 @@ _BUILT: dict[str, Suite] = {
     "loha": loha.SUITE,
     "lora": lora.SUITE,
     "multitask_prompt_tuning": multitask_prompt_tuning.SUITE,
+    "oft": oft.SUITE,
     "p_tuning": p_tuning.SUITE,
     "prefix_tuning": prefix_tuning.SUITE,
     "prompt_tuning": prompt_tuning.SUITE,
