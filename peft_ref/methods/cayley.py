@@ -3,7 +3,7 @@
     cayley    R = (I - Q) (I + Q)^-1 = 2 A - I,  A = (I + Q)^-1        dQ = -2 A^T dR A^T
     neumann   R = c_0 I + c_1 Q + c_2 Q^2 + ...,  c = 1, 2, ..., 2, 1  dQ by the product rule, from the last power down
 
-Of three terms c is 1, 2, 2, 1 too, as of four; of two 1, 2; of one or less 1.
+The plus signs tell `check.exact` that these numbers are computed as they stand.  Of three terms c is 1, 2, 2, 1 too, as of four; of two 1, 2; of one or less 1.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def inverse(A: Array) -> Array:
     rows = [start[:, i, :] for i in range(b)]
     for j in range(b):
         row = rows[j] / rows[j][:, j : j + 1]
-        rows = [row if i == j else rows[i] - rows[i][:, j : j + 1] * row for i in range(b)]
+        rows = [row if i == j else +(rows[i] - rows[i][:, j : j + 1] * row) for i in range(b)]
     return xp.stack(rows, axis=1)[:, :, b:]
 
 
 def cayley(Q: Array) -> Array:
     one = eye_like(Q.shape[1], Q)
-    return 2.0 * inverse(one + Q) - one
+    return +(2.0 * inverse(one + Q) - one)
 
 
 def cayley_vjp(Q: Array, dR: Array) -> Array:
@@ -61,7 +61,7 @@ def neumann(Q: Array, terms: int) -> Array:
     for c in coefficients(terms):
         power = Q if power is None else power @ Q
         R = R + c * power
-    return R
+    return +R
 
 
 def neumann_vjp(Q: Array, terms: int, dR: Array) -> Array:

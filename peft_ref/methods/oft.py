@@ -117,7 +117,7 @@ class OFT(Reweight[Params]):
         F = self._factor(layer, self.acting(layer, p))
         back = namespace(F).matrix_transpose(F)
         if self.use_cayley_neumann:  # no longer orthogonal, but F and F^T commute
-            back = inverse(F @ back) @ back
+            back = +(inverse(+(F @ back)) @ back)
         return self._turned(layer, W, back), b
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:

@@ -54,6 +54,8 @@ EQUAL_SIZES = {
     # Groups divide both sides of the layer and the rank: 2 | 6, 10, 4.
     "groups": "2 groups, kernel (3, 2)",
     # HRA knows no other kernels, strides and paddings than those that are the same along both axes.
+    # OFT turns no convolution with a larger kernel.
+    "pointwise": "kernel (1, 1), 8 in",
     "square": "kernel (2, 2), stride (2, 2), padding (1, 1)",
 }
 
@@ -76,7 +78,7 @@ def test_alpha_is_not_r_and_no_two_readings_of_the_scale_agree() -> None:
         if "r" not in config:
             continue
         alpha, r = config.get("lora_alpha", config.get("alpha")), config["r"]
-        if alpha is None:
+        if alpha is None or not r:
             continue  # a method without a scale
         assert alpha != r, case.id
         readings = (alpha / r, alpha / math.sqrt(r), alpha, 1 / r, 1.0)
@@ -85,7 +87,7 @@ def test_alpha_is_not_r_and_no_two_readings_of_the_scale_agree() -> None:
 
 def test_several_adapters_have_different_scales_and_ranks() -> None:
     for case in ARRAYS:
-        if len(case.adapters) > 1 and "r" in case.adapters[0].config:
+        if len(case.adapters) > 1 and case.adapters[0].config.get("r"):
             assert len({a.config["r"] for a in case.adapters}) == len(case.adapters), case.id
             methods = [build_method(case.method, a.config) for a in case.adapters]
             scales = {m.scale for m in methods if hasattr(m, "scale")}
@@ -108,7 +110,7 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     layer = case.layer
     assert layer is not None
     sizes = _sizes(layer)
-    ranks = [a.config["r"] for a in case.adapters if "r" in a.config]
+    ranks = [a.config["r"] for a in case.adapters if a.config.get("r")]
     assert 1 not in (*sizes, *ranks)
     for one in (sizes, (*layer.shape, *ranks)):
         assert len(set(one)) == len(one), (case.id, one)
@@ -124,6 +126,8 @@ def _sizes(layer: Layer) -> tuple[int, ...]:
         return layer.shape
     kernel = layer.kernel_size if len(layer.kernel_size) < 3 else ()  # EQUAL_SIZES["conv3d"]
     square = layer.kernel_size == (2, 2)  # EQUAL_SIZES["square"]
+    if math.prod(layer.kernel_size) == 1:  # EQUAL_SIZES["pointwise"]
+        return layer.in_channels, layer.out_channels
     assert square or len(set(layer.kernel_size)) == len(layer.kernel_size)
     return (layer.in_channels, layer.out_channels) if kernel == () else (layer.shape[0], layer.shape[1], layer.channels)
 
@@ -132,6 +136,7 @@ def test_every_exception_from_different_sizes_is_one_that_exists() -> None:
     layers = {repr(c.layer) for c in ARRAYS}
     assert any("kernel_size=(2, 1, 3)" in text and "in_channels=2" in text for text in layers), EQUAL_SIZES["conv3d"]
     assert any("groups=2" in text for text in layers), EQUAL_SIZES["groups"]
+    assert any("kernel_size=(1, 1)" in text and "in_channels=8" in text for text in layers), EQUAL_SIZES["pointwise"]
     assert any("kernel_size=(2, 2), stride=(2, 2), padding=(1, 1)" in text for text in layers), EQUAL_SIZES["square"]
 
 

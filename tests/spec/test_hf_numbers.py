@@ -23,6 +23,7 @@ CONFIGS = {
     "LOHA": "LoHaConfig",
     "HRA": "HRAConfig",
     "ROAD": "RoadConfig",
+    "OFT": "OFTConfig",
     "IA3": "IA3Config",
 }
 

@@ -43,11 +43,11 @@ KINDS = ("linear-blocks", "embedding-blocks", "conv2d-pointwise")
 
 
 def units(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
-    """Blocks of four whose Q is the left product by a quaternion: Q^2 = -3, so that (I - Q) (I + Q)^-1 has entries of one half."""
+    """Blocks of four whose Q is the product by a quaternion: Q^2 = -3, so that (I - Q) (I + Q)^-1 has entries of one half."""
     rows = []
     for _ in range(shape[0]):
         a, b, c = rng.choice([-1.0, 1.0], 3)
-        rows.append([a, b, c, c, -b, a])
+        rows.append([a, b, c, -c, b, -a])
     return np.asarray(rows)
 
 

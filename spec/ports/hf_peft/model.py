@@ -18,6 +18,7 @@ from peft import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     RoadConfig,
     get_peft_model,
@@ -36,6 +37,7 @@ CONFIGS: Mapping[str, type[PeftConfig]] = {
     "IA3": IA3Config,
     "LOHA": LoHaConfig,
     "LORA": LoraConfig,
+    "OFT": OFTConfig,
     "ROAD": RoadConfig,
 }
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}

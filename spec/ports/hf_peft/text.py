@@ -62,6 +62,11 @@ def config(case: Json) -> dict[str, Any]:
             answer[name] = {"r": layer.hra_r["default"], "apply_GS": layer.hra_apply_GS["default"]}
         elif case["adapter_config"]["peft_type"] == "ROAD":
             answer[name] = {"variant": layer.variant["default"], "group_size": layer.group_size["default"]}
+        elif case["adapter_config"]["peft_type"] == "OFT":
+            module = layer.oft_R["default"]
+            words = ("r", "oft_block_size", "num_cayley_neumann_terms", "use_cayley_neumann", "coft", "block_share")
+            made: Any = model.peft_config["default"]
+            answer[name] = {w: getattr(made if w in ("r", "oft_block_size") else module, w) for w in words}
         elif adalora:  # its `scaling` is not yet divided
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
         else:

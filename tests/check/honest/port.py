@@ -18,6 +18,7 @@ from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from tests.check.honest import prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
+from tests.check.honest.blocks import Blocks
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
 from tests.check.honest.reflections import Reflections
@@ -128,6 +129,23 @@ class Honest:
         adapter = self.case.adapters[i]
         return Reflections(self.a.array(adapter.tensors["hra_u"]), self.a, bool(adapter.config["apply_GS"]))
 
+    def blocks(self, i: int) -> Blocks:
+        adapter = self.case.adapters[i]
+        (numbers,) = adapter.tensors.values()
+        size = self.layer.shape[0] if self.layer.kind == "embedding" else self.layer.shape[1]
+        return Blocks(self.a.array(numbers), adapter.config, size, self.a)
+
+    def rows(self, W: Host) -> Host:
+        """What OFT turns, as rows; undoes itself."""
+        return W.T if self.layer.kind == "embedding" else W
+
+    def blocked(self, i: int, W: Host, undo: bool) -> Host:
+        blocks, V = self.blocks(i), self.rows(W)
+        if self.layer.kind == "embedding":  # E M instead of W M^T
+            for k, R in enumerate(blocks.R):
+                blocks.R[k] = R.T
+        return self.rows(blocks.undone(V) if undo else blocks.turned(V))
+
     def turns(self, i: int) -> Turns:
         adapter = self.case.adapters[i]
         theta, alpha = (self.a.array(adapter.tensors[f"road_{name}"]) for name in ("theta", "alpha"))
@@ -142,6 +160,8 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
+        if method == "oft":
+            return self.blocked(i, W, undo=False), b
         if method == "road":
             turns = self.turns(i)
             return turns.turned(W), None if b is None else turns.turned(b[:, None])[:, 0]
@@ -161,6 +181,8 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
+        if method == "oft":
+            return self.blocked(i, W, undo=True), b
         if method == "road":
             turns = self.turns(i)
             return turns.undone(W), None if b is None else turns.undone(b[:, None])[:, 0]
@@ -199,6 +221,7 @@ class Honest:
             "lora": self.forward_lora,
             "dora": self.forward_dora,
             "hra": self.forward_merged,
+            "oft": self.forward_merged,
             "road": self.forward_road,
             "loha": self.forward_merged,
             "ia3": self.forward_ia3,
@@ -280,6 +303,7 @@ class Honest:
             "lora": self.backward_lora,
             "dora": self.backward_dora,
             "hra": self.backward_hra,
+            "oft": self.backward_oft,
             "road": self.backward_road,
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
@@ -354,6 +378,19 @@ class Honest:
         for i in reversed(range(n)):
             du, dW = self.reflections(i).gradients(dW, Ws[i])
             out |= self.named(i, "hra_u", du)
+        return out, self.a.matmul(self.dY, Ws[-1])
+
+    def backward_oft(self) -> tuple[Answer, Host]:
+        Ws, n = [self.W], len(self.case.adapters)
+        for i in range(n):
+            Ws.append(self.blocked(i, Ws[-1], undo=False))
+        dW = self.weight_gradient(self.X)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            blocks, dV, V = self.blocks(i), self.rows(dW), self.rows(Ws[i])
+            table = self.layer.kind == "embedding"
+            out |= self.named(i, "oft_", blocks.gradient(V, dV) if table else blocks.gradient(dV, V))
+            dW = self.rows(blocks.turned(dV, back=not table))
         return out, self.a.matmul(self.dY, Ws[-1])
 
     def backward_road(self) -> tuple[Answer, Host]:
