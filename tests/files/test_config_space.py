@@ -102,6 +102,16 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "IA3":
         return bool(module.is_feedforward == method.is_feedforward)
+    if kind == "ROAD":
+        return bool((module.variant["default"], module.group_size["default"]) == (method.variant, method.group_size))
+    if kind == "OFT":
+        found = module.oft_R["default"]
+        return bool(
+            (module.r["default"], module.oft_block_size["default"]) == method.blocks(layer_of(module))
+            and (bool(found.coft), found.eps, bool(found.block_share)) == (method.coft, method.eps, method.block_share)
+            and (bool(found.use_cayley_neumann), found.num_cayley_neumann_terms)
+            == (method.use_cayley_neumann, method.num_cayley_neumann_terms)
+        )
     if kind == "HRA":
         return bool(module.hra_r["default"] == method.r and bool(module.hra_apply_GS["default"]) == method.apply_GS)
     same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)

@@ -97,6 +97,8 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
     k = tuple(layer.kernel_size)
     linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
     letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "2": 2, "k": math.prod(k), "groups": layer.groups}
+    size = out if layer.kind == "embedding" else layer.shape[1]
+    letters |= {"n": 1, "numbers": size * (size - 1) // 2}  # OFT, all in one block
     sizes: list[int] = []
     for entry in cell.strip("()").split(", "):
         if entry in ("*k", "*1"):
@@ -129,7 +131,7 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
 SWITCHED: dict[str, tuple[dict[str, Any], ...]] = {
     "ia3": ({"is_feedforward": False}, {"is_feedforward": True}),
     "lora": ({"lora_bias": False}, {"lora_bias": True}),
-    "oft": ({"r": 0, "oft_block_size": 1}, {"r": 0, "oft_block_size": 1, "block_share": True}),
+    "oft": tuple({"r": 0, "oft_block_size": 1000, "block_share": on} for on in (False, True)),
     "road": tuple({"variant": f"road_{n}", "group_size": 4} for n in (1, 2, 4)),
 }
 
