@@ -62,7 +62,7 @@ def right_config(question: Mapping[str, Any]) -> dict[str, Any]:
 def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
     """What a configuration says about one module: its rank and scale, or what its method has instead."""
     method = config.method_for(name)
-    if fields := MEANING.get(config.peft_type):
+    if fields := MEANING.get(type(method).peft_type):
         return {field: getattr(method, field) for field in fields}
     scale, r = getattr(method, "scale", None), getattr(method, "r", None)
     if scale is None:

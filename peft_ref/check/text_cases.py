@@ -81,7 +81,6 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "plain": {"r": 4},
         "rank-missing": {},
         "odd-orthogonal": {"r": 5, "apply_GS": True},
-        "layers": {"r": 2, "layers_to_transform": [0, 10]},
     },
     "oft": {
         "plain": {"oft_block_size": 4},

@@ -126,7 +126,7 @@ class OFT(Reweight[Params]):
 
     def acting(self, layer: Layer, p: Params) -> Params:
         """The numbers that act: with coft, those of Q e / |Q| where |Q| is larger than e."""
-        if not self.coft:
+        if not self.coft or p.R.shape[1] == 0:
             return p
         xp, limit = namespace(p.R), self.eps / math.sqrt(p.R.shape[0])
         norm = xp.sqrt(2.0 * xp.sum(p.R * p.R, axis=1, keepdims=True))

@@ -18,6 +18,7 @@ HF      peft.RoadConfig, on linear layers. It unmerges with a matrix inverted in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, final
 
@@ -26,7 +27,7 @@ import numpy as np
 from peft_ref.arrays import Array, column, namespace, to
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients
 from peft_ref.errors import ConfigError, UnsupportedLayerError
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 
 KINDS = frozenset({"linear"})
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # of theta and alpha, as a fraction of out
@@ -58,6 +59,11 @@ class RoAd(Reweight[Params]):
     def dims(self, layer: Layer) -> dict[str, int]:
         top, bottom = SIZES[self.variant]
         return {"n": layer.shape[0] * top // bottom}
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        top, bottom = SIZES[self.variant]
+        n = shapes.get("road_theta", (0,))[0] * bottom // top
+        return Linear(in_features=1, out_features=n) if n else None
 
     def check_geometry(self, layer: Layer) -> None:
         if layer.shape[0] % self.group_size:

@@ -83,7 +83,9 @@ def test_every_replay_is_finite(method: str) -> None:
             assert all(np.all(np.isfinite(v)) for v in out.values()), (name, case)
 
 
-@pytest.mark.parametrize(("method", "at_least"), [("lora", 16), ("dora", 11), ("loha", 8), ("ia3", 8)])
+@pytest.mark.parametrize(
+    ("method", "at_least"), [("lora", 16), ("dora", 11), ("loha", 8), ("ia3", 8), ("hra", 15), ("oft", 18), ("road", 16)]
+)
 def test_there_are_as_many_mistakes_as_people_make(method: str, at_least: int) -> None:
     names = [m.name for m in SUITES[method].mistakes]
     assert len(set(names)) == len(names) >= at_least
