@@ -32,7 +32,8 @@ PRECISION = 200
 DECIMAL_DIGITS = 70  # some more than 200 bits
 # A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
 CONSTANT_BITS = 8
-# No standard says how well a library computes a tangent, a sine or a cosine; good ones are off by 1 to 6 units in the last place, which is twice as many u.
+# No standard says how well a library computes a tangent, a sine or a cosine;
+# good ones are off by 1 to 6 units in the last place, which is twice as many u.
 TANH_DEPTH = 15
 
 Scalar: TypeAlias = "Exact | int | float | np.generic"

@@ -24,7 +24,6 @@ from peft_ref.files.adapter import AdapterModule, state_dict
 from peft_ref.files.config import AdapterConfig, from_dict
 from peft_ref.methods import METHODS
 
-
 # What a module has of a method without rank and scale.
 MEANING: Mapping[str, tuple[str, ...]] = {
     "HRA": ("r", "apply_GS"),

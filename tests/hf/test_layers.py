@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import HRA, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA, OFT, RoAd  # noqa: E402
+from peft_ref.methods import HRA, IA3, METHODS, OFT, AdaLoRA, DoRA, LoHa, LoRA, RoAd  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
