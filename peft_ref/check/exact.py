@@ -34,7 +34,8 @@ LARGEST_POWER = 100_000  # of e; what is beyond overflows, or is nothing
 FURTHEST = 700.0  # the power of e is a float64 up to there
 # A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
 CONSTANT_BITS = 8
-# No standard says how well a library computes a tangent, a sine or a cosine; good ones are off by 1 to 6 units in the last place, which is twice as many u.
+# No standard says how well a library computes a tangent, a sine or a cosine;
+# good ones are off by 1 to 6 units in the last place, which is twice as many u.
 TANH_DEPTH = 15
 # The same of a power of e, whose libraries are better.
 EXP_DEPTH = 9

@@ -3,7 +3,8 @@
     cayley    R = (I - Q) (I + Q)^-1 = 2 A - I,  A = (I + Q)^-1        dQ = -2 A^T dR A^T
     neumann   R = c_0 I + c_1 Q + c_2 Q^2 + ...,  c = 1, 2, ..., 2, 1  dQ by the product rule, from the last power down
 
-The plus signs tell `check.exact` that these numbers are computed as they stand.  Of three terms c is 1, 2, 2, 1 too, as of four; of two 1, 2; of one or less 1.
+The plus signs tell `check.exact` that these numbers are computed as they stand.
+Of three terms c is 1, 2, 2, 1 too, as of four; of two 1, 2; of one or less 1.
 """
 
 from __future__ import annotations

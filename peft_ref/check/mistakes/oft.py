@@ -107,7 +107,8 @@ def turning(
     def turned(layer: Layer, a: Adapter, W: Array, F: Array) -> Array:
         if mix is None:
             return a.method._turned(layer, W, F)  # type: ignore[attr-defined]
-        at = np.asarray(mix(*a.method.blocks(layer)))  # type: ignore[attr-defined]
+        n, b = a.method.blocks(layer)  # type: ignore[attr-defined]
+        at: NDArray = np.asarray(mix(int(n), int(b)), dtype=np.int64)
         back = np.argsort(at)
         if layer.kind == "embedding":
             return a.method._turned(layer, W[at, :], F)[back, :]  # type: ignore[attr-defined]
@@ -194,8 +195,8 @@ def _transposed(case: Case) -> Answer:
     W = p.merged_W
     for a in reversed(p.adapters):
         m = a.method
-        F = m._factor(p.layer, m.acting(p.layer, a.params))  # type: ignore[attr-defined]
-        W = m._turned(p.layer, W, F.swapaxes(1, 2))  # type: ignore[attr-defined]
+        F = m._factor(p.layer, m.acting(p.layer, a.params))
+        W = m._turned(p.layer, W, F.swapaxes(1, 2))
     return stored(p.layer, W, p.merged_b)
 
 
