@@ -81,9 +81,9 @@ class OFT(Reweight[Params]):
     def check_geometry(self, layer: Layer) -> None:
         if isinstance(layer, Conv) and (math.prod(layer.kernel_size) > 1 or layer.groups > 1 or any(d > 1 for d in layer.dilation)):
             raise UnsupportedLayerError(
-                f"OFT on a convolution with kernel_size={layer.kernel_size}, groups={layer.groups}, dilation={layer.dilation}: only"
-                " pointwise ones are turned, without groups.\n  HF PEFT adds up overlapping turned patches of a larger kernel, which no merged"
-                " weight does, cannot merge groups, and refuses dilation."
+                f"OFT on a convolution with kernel_size={layer.kernel_size}, groups={layer.groups}, dilation={layer.dilation}:"
+                " only pointwise ones are turned, without groups.\n  HF PEFT adds up overlapping turned patches of a larger kernel,"
+                " which no merged weight does, cannot merge groups, and refuses dilation."
             )
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
