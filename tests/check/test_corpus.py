@@ -298,9 +298,10 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; prompt tuning only adds a few gradients up.
-    for name in set(METHODS) - {"adalora", "dora", "prompt_tuning"}:
+    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5, RoAd takes cosines, HRA's products need more bits than float32 has; prompt tuning only adds a few gradients up.
+    for name in set(METHODS) - {"adalora", "dora", "prompt_tuning", "road"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
+        narrow = "float64" if name == "hra" else narrow
         kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name
 
