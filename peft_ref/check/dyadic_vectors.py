@@ -30,5 +30,10 @@ def orthonormal_start(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArr
     n, r = shape
     v = whole_norm(rng, n)
     Q = np.eye(n) - 2 * np.outer(v, v) / (v @ v)
-    T = np.triu(rng.choice([-1.0, 1.0], (r, r)), 1) + np.diag(rng.choice([1.0, 2.0], r))
-    return np.asarray(Q[:, rng.permutation(n)[:r]] @ T)
+    u = Q[:, :r]
+    for _ in range(TRIES):
+        T = np.triu(rng.choice([-1.0, 1.0], (r, r)), 1) + np.diag(rng.choice([1.0, 2.0], r))
+        u = Q[:, rng.permutation(n)[:r]] @ T
+        if np.all(u != 0):
+            break
+    return np.asarray(u)

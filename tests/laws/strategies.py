@@ -226,6 +226,12 @@ BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
     ("road", "linear"): st.builds(
         lambda n_in, pairs: Linear(in_features=n_in, out_features=4 * pairs), st.integers(1, 6), st.integers(1, 3)
     ),
+    ("oft", "conv2d"): st.builds(
+        lambda n_in, out, s: Conv(in_channels=n_in, out_channels=out, kernel_size=(1, 1), stride=(s, 1)),
+        st.integers(1, 6),
+        st.integers(1, 4),
+        st.integers(1, 3),
+    ),
     # With few inputs a vector may be short, and differences of its direction inexact.
     ("hra", "linear"): st.builds(Linear, in_features=st.integers(5, 7), out_features=st.integers(1, 6)),
     ("hra", "conv2d"): st.builds(
