@@ -25,8 +25,9 @@ COMPUTED_STARTS = {"lora.linear.init-pissa.init", "lora.linear.init-olora.init"}
 # Two tasks' forward does not hand task_ids on, without which the encoder of multitask prompt tuning raises.
 WITHOUT_TASK_IDS = {f"multitask_prompt_tuning.splice-{task}.splice" for task in ("answering", "features")}
 # The smallest of no scores is nothing: where no triplet is to go, PEFT's allocator crashes.
-HEAD_DIM = {f"adaption_prompt.wide.{operation}" for operation in ("attention", "attention_backward")}  # ADAPTIONPROMPT-Q2
 NOTHING_GOES = {"adalora.allocator.nothing-goes.allocate"}
+# Heads whose widths do not add up to the model's.
+HEAD_DIM = {f"adaption_prompt.wide.{operation}" for operation in ("attention", "attention_backward")}  # ADAPTIONPROMPT-Q2
 # It divides by l + 1e-8; in float32 that is l.
 EPSILON = {c.id for c in corpus("ia3") if c.operation == "unmerge"}
 
