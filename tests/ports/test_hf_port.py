@@ -67,9 +67,15 @@ def test_the_only_dialect_is_ia3s_unmerge_and_float32_hides_it(report: Report) -
 def test_what_a_model_receives_is_pefts_for_every_task_and_number_of_submodules() -> None:
     """Also where a configuration gives two to a task that has one, or one to an encoder-decoder."""
     sizes = {"num_virtual_tokens": 3, "token_dim": 6, "num_attention_heads": 2, "num_layers": 5}
-    own: dict[str, dict[str, Any]] = {"multitask_prompt_tuning": {"num_tasks": 2}, "p_tuning": {"encoder_hidden_size": 4}}
+    own: dict[str, dict[str, Any]] = {
+        "cpt": {"cpt_token_ids": [2, 0, 1], "cpt_tokens_type_mask": [1, 2, 4]},
+        "multitask_prompt_tuning": {"num_tasks": 2},
+        "p_tuning": {"encoder_hidden_size": 4},
+    }
     asked = []
     for name, task, n in product(METHODS.prompts, TASKS, (1, 2)):
+        if METHODS.prompts[name].only_task not in (None, task):
+            continue
         config = {**sizes, **own.get(name, {}), "num_transformer_submodules": n}
         inputs = ("attention_mask", "labels") if task == SEQ_2_SEQ else INTEGERS
         variant = PromptVariant(name=f"{task}-{n}", clause="", config=config, operations=("splice",), task_type=task, inputs=inputs)
