@@ -184,7 +184,8 @@ def one(case: Json, model: Any, dtype: torch.dtype, i: int) -> dict[str, torch.T
     model(**inputs(case, slice(i, i + 1), dtype), task_ids=torch.zeros(1, dtype=torch.long))
     received = model.base_model.received
     cache = received["past_key_values"]
-    return {**{name: received.get(theirs) for name, theirs in NAMES.items()}, "past_key_values": None if cache is None else cached(cache)}
+    found = {name: received.get(theirs) for name, theirs in NAMES.items() if name != "input_type_mask"}  # no model receives it
+    return {**found, "past_key_values": None if cache is None else cached(cache)}
 
 
 def init(case: Json, dtype: torch.dtype) -> dict[str, Any]:
