@@ -18,6 +18,8 @@ import numpy as np
 from peft_ref.check.case import Case, CaseAdapter, NDArray, build_method, build_prompt, config_of, decode
 from peft_ref.check.distributions import Law, constant, normal, uniform
 from peft_ref.check.prompt_starts import DRAWS, prompt_laws
+from peft_ref.check.start_laws import ASKED as ASKED_BESIDE
+from peft_ref.check.start_laws import LAWS
 from peft_ref.check.tolerance import PRECISION
 from peft_ref.check.variants import LAYERS, dyadic, generator
 from peft_ref.layers import Layer
@@ -32,6 +34,8 @@ def laws(case: Case) -> dict[str, Law]:
         return prompt_laws(case)
     config, layer = case.adapters[0].config, case.layer
     assert layer is not None
+    if case.method in LAWS:
+        return LAWS[case.method](config, layer)
     if case.method == "ia3":
         return {"ia3_l": constant(1.0, "ia3-init-not-one")}
     if case.method == "loha":
@@ -166,6 +170,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),
+    **ASKED_BESIDE,
 }
 
 
@@ -175,7 +180,11 @@ def init_cases(name: str, clause: str) -> tuple[Case, ...]:
     for config, layers in ASKED[name]:
         for layer_name in layers:
             layer, method = LAYERS[layer_name], build_method(name, config)
-            init = str(config.get("init_lora_weights", "default")).lower() + ("-bias" if config.get("lora_bias") else "")
+            init = str(config.get("init_lora_weights", config.get("init_weights", "default"))).lower() + (
+                "-bias" if config.get("lora_bias") else ""
+            )
+            init += "-both" if config.get("decompose_both") else ""
+            init += "-hybrid" if config.get("hybrid_r") else ""
             init += "-feedforward" if config.get("is_feedforward") else ""
             computed = config.get("init_lora_weights") in ("pissa", "olora")
             where = f"{name}.{layer_name}.init-{init}"

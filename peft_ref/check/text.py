@@ -52,12 +52,12 @@ def right_config(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
-    """What a configuration says about one module: its rank and scale, or for IA3 on which side it scales."""
+    """What a configuration says about one module: its rank and, where there is one, its scale; for IA3 on which side it scales."""
     method = config.method_for(name)
-    scale, r = getattr(method, "scale", None), getattr(method, "r", None)
-    if scale is None:
-        return {"is_feedforward": getattr(method, "is_feedforward", False)}
-    return {"r": r, "scaling": scale}
+    if (feedforward := getattr(method, "is_feedforward", None)) is not None:
+        return {"is_feedforward": feedforward}
+    found = {"r": getattr(method, "r", None), "scaling": getattr(method, "scale", None)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def right_state_dict(question: Mapping[str, Any]) -> dict[str, Any]:

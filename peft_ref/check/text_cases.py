@@ -13,6 +13,7 @@ from peft_ref.check.prompt_starts import prompt_init_cases
 from peft_ref.check.variants import dyadic, generator
 from peft_ref.files.config import from_dict
 from peft_ref.layers import Embedding, Layer, Linear
+from peft_ref.methods import METHODS
 
 BLOCK = ("self_attn.q_proj", "self_attn.xq_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 MODULES: tuple[Mapping[str, str], ...] = (
@@ -77,17 +78,16 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "alpha-missing": {"r": 4},
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
+    "hira": {"plain": {"r": 4}, "rank-missing": {}},
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
-
-
 # The clauses in question: of fresh adapters, of configurations, of keys.
 CLAUSES = {
     "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
+    "hira": ("HIRA-C17", "HIRA-C20", "HIRA-C22"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
 # Of configurations and of keys; every start of a prompt has its own.
@@ -120,7 +120,7 @@ def _targets(clause: str) -> Iterator[Case]:
 def _configs(method: str, clause: str) -> Iterator[Case]:
     names = [m["name"] for m in MODULES if m["kind"] == "linear" and m["name"] != "lm_head"]
     for name, config in CONFIGS[method].items():
-        given = {"peft_type": PEFT_TYPE[method], "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], **config}
+        given = {"peft_type": METHODS[method].peft_type, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], **config}
         used = [n for n in names if not n.endswith("xq_proj")]
         question = {
             "adapter_config": given,
@@ -131,7 +131,7 @@ def _configs(method: str, clause: str) -> Iterator[Case]:
 
 def _state_dicts(method: str, clause: str) -> Iterator[Case]:
     for adapter_name in ("default", "0"):
-        config = {"peft_type": PEFT_TYPE[method], **next(iter(CONFIGS[method].values()))}
+        config = {"peft_type": METHODS[method].peft_type, **next(iter(CONFIGS[method].values()))}
         parsed = from_dict(config)
         where = f"{method}.state-dict.{adapter_name}"
         rng = generator(where)
@@ -139,7 +139,7 @@ def _state_dicts(method: str, clause: str) -> Iterator[Case]:
             "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=7),
             "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=5),
         }
-        if method in ("lora", "dora"):
+        if method in ("lora", "dora", "hira"):
             layers["model.embed_tokens"] = Embedding(num_embeddings=9, embedding_dim=7)
         modules = []
         for name, layer in layers.items():

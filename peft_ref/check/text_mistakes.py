@@ -53,6 +53,16 @@ TARGET_MISTAKES: dict[str, tuple[str, Callable[[Question], set[str]]]] = {
 }
 
 
+# What the numerator of the scale is called, and its default; None where there is no scale.
+ALPHAS: Mapping[str, tuple[str | None, int]] = {
+    "LOHA": ("alpha", 8),
+    "LOKR": ("alpha", 8),
+    "GRALORA": ("alpha", 64),
+    "HIRA": (None, 0),
+    "MISS": (None, 0),
+}
+
+
 def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     """For a question about a configuration, the questions that a port may have answered instead."""
     config = dict(question["adapter_config"])
@@ -60,7 +70,7 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     def asked(**changes: Any) -> Question:
         return {**question, "adapter_config": {**config, **changes}}
 
-    alpha = "alpha" if config.get("peft_type") in ("LOHA", "LOKR") else "lora_alpha"
+    alpha, default = ALPHAS.get(str(config.get("peft_type")), ("lora_alpha", 8))
     mistakes: dict[str, tuple[str, Question]] = {}
     if config.get("rank_pattern"):
         mistakes["rank-pattern-ignored"] = ("rank_pattern is not read", asked(rank_pattern={}))
@@ -68,10 +78,10 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
         mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
         mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
     rank = config.get("r", config.get("init_r"))
-    if alpha not in config and rank is not None:
+    if alpha is not None and alpha not in config and rank is not None:
         for value, text in ((0, "0"), (1, "1"), (rank, "r"), (16, "16"), (32, "32")):
             mistakes[f"missing-alpha-default-{text}"] = (
-                f"a missing {alpha} is taken for {text}; its default is 8",
+                f"a missing {alpha} is taken for {text}; its default is {default}",
                 asked(**{alpha: value}),
             )
     if config.get("use_rslora"):
@@ -90,7 +100,10 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
         lambda key, name: re.sub(
-            r"(lora_[ABE]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)", rf"\1.{name}", key, count=1
+            r"(lora_[ABE]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector|(?:hira|miss|lokr|gralora)_\w+)",
+            rf"\1.{name}",
+            key,
+            count=1,
         ),
     ),
     "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),

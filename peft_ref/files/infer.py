@@ -3,6 +3,7 @@
 A method says which shapes its parameters have on a layer. Asked about a layer whose sizes are large primes, it shows where those sizes
 stand in the shapes, and there the tensors' own sizes are read off.  A size the tensors do not hold is 1 (what an IA3 layer takes in, say),
 a stride, padding or dilation is the default, and a transposed linear layer looks like a linear one: none of it matters to the parameters.
+A method whose shapes hold parts of a layer's sizes only says itself which layer fits (`layer_of`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PROBES: tuple[Layer, ...] = (
 
 def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: str) -> Layer:
     """The layer on which `method` has parameters like `tensors`, or the nearest to it, whose `unpack` then says what is wrong."""
+    if (told := method.layer_of(tensors)) is not None:
+        return told
     best: tuple[int, Layer] | None = None
     for probe in PROBES:
         if probe.kind not in method.kinds:

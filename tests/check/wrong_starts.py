@@ -186,6 +186,18 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("w1_a", lambda c, v, rng: rng.normal(0, 0.1, v.shape)),
         "init-wrong-law",
     ),
+    "HiRA's B random": ("hira.linear.init-default", replaced("_B", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
+    "HiRA's embedding the other way": ("hira.embedding.init-default", swapped, "embedding-init-swapped"),
+    "HiRA's gaussian ignored": (
+        "hira.linear.init-gaussian",
+        replaced("_A", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(fan_in(c))),
+        "init-wrong-law",
+    ),
+    "HiRA's A within 1 / sqrt(channels)": (
+        "hira.conv2d.init-default",
+        replaced("_A", lambda c, v, rng: v * math.sqrt(v[0, 0].size)),
+        "init-wrong-bound",
+    ),
     "prompt zero": ("prompt_tuning.init-random", replaced("embedding", lambda c, v, rng: v * 0), "init-zero"),
     "prompt as a transformer draws it": (
         "prompt_tuning.init-random",

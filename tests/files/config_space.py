@@ -23,6 +23,7 @@ class Difference(NamedTuple):
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
+    "HIRA": {"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -83,6 +84,15 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
         "use_effective_conv2d": [False, None],
     },
+    "HIRA": TARGETS
+    | LAYERS
+    | {
+        "r": NUMBERS,
+        "rank_pattern": PATTERNS["rank_pattern"],
+        "hira_dropout": [0.0, 0, 0.1, 0.999, 1, 1.5, -0.1, None, "0.1", True],
+        "init_weights": [*SWITCH, "gaussian", "Gaussian", "magic"],
+        "fan_in_fan_out": [True, False],
+    },
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -93,7 +103,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3"]))
+    kind = str(rng.choice(["LORA", "LORA", *STARTS]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

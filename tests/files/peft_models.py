@@ -79,6 +79,8 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     # PEFT keeps LoHa's scale as a float32, so only a dyadic one can be compared in float64
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
+    "hira": (Net, lambda: peft.HiraConfig(r=4, target_modules=EVERY)),
+    "gpt2 Conv1D hira": (gpt2, lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"])),
     "ia3": (
         Net,
         lambda: peft.IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"], modules_to_save=["head"]),
@@ -177,7 +179,9 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(3)
+    kind = rng.integers(4)
+    if kind == 3:
+        return peft.HiraConfig(r=int(rng.integers(1, 9)), hira_dropout=float(rng.random()), rank_pattern=pattern(), **common)
     if kind == 0:
         dora = bool(rng.integers(2))
         layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}

@@ -14,7 +14,8 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, HiRA, LoHa, LoRA  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -30,9 +31,11 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora": AdaLoRA(init_r=4, lora_alpha=6, total_step=10),
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
+    "hira": HiRA(r=4),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
 }
+DROPOUTS = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
 # Where PEFT 0.21.2 itself crashes: LoRA's A is built without the layer's dilation.
 CRASHES = {(name, "conv2d-dilation") for name in SETTINGS if name.startswith(("lora", "dora"))}
 
@@ -43,11 +46,11 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    cls = getattr(peft, CONFIG_NAMES[method.peft_type])
     values.pop("live_r", None)
-    switch = {method.flag: True} if method.flag else {}
+    switch = {method.flag: method.flag_value} if method.flag else {}
     if dropout:
-        values["lora_dropout"] = dropout
+        values[DROPOUTS.get(method.peft_type, "lora_dropout")] = dropout
     return cls(target_modules=["target"], **values, **switch)
 
 
@@ -107,7 +110,9 @@ def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapt
     check_forward_and_gradients(*make(name, layer_name, adapters))
 
 
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith(("lora", "dora", "adalora"))])
+@pytest.mark.parametrize(
+    "name", [n for n in SETTINGS if n.startswith(("lora", "dora", "adalora", "hira", "gralora")) or n in ("miss", "miss-mini")]
+)
 @pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adapters: int) -> None:
@@ -123,17 +128,19 @@ def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adap
             self.mask = torch.tensor(mask / 0.75)
 
         def forward(self, v: Any) -> Any:
-            return v * self.mask
+            return v * torch.nn.functional.pad(self.mask, (0, v.shape[-1] - self.mask.shape[-1]))  # MiSS drops what it has padded
 
     for n, mask in enumerate(masks):
-        p.tuner.lora_dropout[f"a{n}"] = Masked(mask)
+        getattr(p.tuner, DROPOUTS.get(SETTINGS[name].peft_type, "lora_dropout"))[f"a{n}"] = Masked(mask)
     p.model.train()
     dropped = [a._replace(dropout=Dropout(m, 0.25)) for a, m in zip(p.adapters, masks, strict=True)]
     check_forward_and_gradients(p._replace(adapters=dropped), x, dy)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-@pytest.mark.parametrize(("name", "layer_name"), [s for s in supported() if s[1] != "conv2d-groups" or s[0].startswith(("ia3", "loha"))])
+@pytest.mark.parametrize(
+    ("name", "layer_name"), [s for s in supported() if s[1] != "conv2d-groups" or s[0].startswith(("ia3", "loha", "lokr"))]
+)
 def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str, adapters: int) -> None:
     p, _, _ = make(name, layer_name, adapters)
     W, b = stack.merge(p.layer, p.W, p.b, p.adapters)
@@ -147,7 +154,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("lora-rslora", "lora-bias", "dora-rslora", "adalora-alpha-zero")])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
     check_forward_and_gradients(*make(name, "linear", bias=False))
 
@@ -187,7 +194,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"):
+    for name in SETTINGS:
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft_ref.check.mistakes.adalora as adalora
 import peft_ref.check.mistakes.dora as dora
+import peft_ref.check.mistakes.hira as hira
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
 import peft_ref.check.mistakes.lora as lora
@@ -17,6 +18,7 @@ from peft_ref.check.suites import Suites
 _BUILT: dict[str, Suite] = {
     "adalora": adalora.SUITE,
     "dora": dora.SUITE,
+    "hira": hira.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,
     "lora": lora.SUITE,

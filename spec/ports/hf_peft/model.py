@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from peft import (
     AdaLoraConfig,
+    GraloraConfig,
+    HiraConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -28,7 +32,17 @@ from transformers.pytorch_utils import Conv1D
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {"ADALORA": AdaLoraConfig, "LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
+CONFIGS: Mapping[str, type[PeftConfig]] = {
+    "ADALORA": AdaLoraConfig,
+    "GRALORA": GraloraConfig,
+    "HIRA": HiraConfig,
+    "IA3": IA3Config,
+    "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
+    "LORA": LoraConfig,
+    "MISS": MissConfig,
+}
+DROPOUTS = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PREFIX = "base_model.model.layer."
 
@@ -45,7 +59,8 @@ class Mask(nn.Module):
         self.mask, self.p = mask, p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.mask / (1 - self.p)
+        mask = nn.functional.pad(self.mask, (0, x.shape[-1] - self.mask.shape[-1]))  # MiSS drops out of an input it has padded
+        return x * mask / (1 - self.p)
 
 
 class Model(nn.Module):
@@ -81,7 +96,8 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
             drop = adapter["dropout"]
-            layer.lora_dropout[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
+            modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
 
 
@@ -127,7 +143,7 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
-    if config["peft_type"] in ("ADALORA", "LORA", "IA3"):
+    if config["peft_type"] in ("ADALORA", "GRALORA", "HIRA", "LORA", "IA3"):
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
     return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
 

@@ -60,6 +60,8 @@ def config(case: Json) -> dict[str, Any]:
             answer[name] = {"is_feedforward": layer.is_feedforward}
         elif adalora:  # its `scaling` is not yet divided
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
+        elif case["adapter_config"]["peft_type"] in ("HIRA", "MISS"):  # they have no scale
+            answer[name] = {"r": (layer.miss_r if hasattr(layer, "miss_r") else layer.r)["default"]}
         else:
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"]}
     return {"modules": answer}

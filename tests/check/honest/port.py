@@ -20,6 +20,7 @@ from tests.check.honest import prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
+from tests.check.honest.others import OTHERS, Other
 
 Step: TypeAlias = "Callable[[int, Host, Host | None], tuple[Host, Host | None]]"
 
@@ -122,13 +123,22 @@ class Honest:
     def l(self, i: int) -> Host:  # noqa: E743 - the paper's letter
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
+    def other(self, i: int) -> Other:
+        adapter = self.case.adapters[i]
+        tensors = {key: self.a.array(v) for key, v in adapter.tensors.items()}
+        return OTHERS[self.case.method](tensors, adapter.config, self.layer.shape, int(np.prod(self.layer.kernel_size)))
+
     def plain_delta(self, i: int) -> Host:
+        if self.case.method in OTHERS:
+            return self.other(i).delta(self.a, self.W, self.W)
         return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
     # ---- weights
 
     def merge_step(self, i: int, W: Host, b: Host | None) -> tuple[Host, Host | None]:
         a, method = self.a, self.case.method
+        if method in OTHERS:
+            return self.other(i).merged(a, W, self.W), b
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
         if method == "ia3":
@@ -143,6 +153,8 @@ class Honest:
 
     def unmerge_step(self, i: int, W: Host, b: Host | None) -> tuple[Host, Host | None]:
         a, method = self.a, self.case.method
+        if method in OTHERS:
+            return self.other(i).unmerged(a, W, self.W), b
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
         if method == "ia3":
@@ -180,7 +192,16 @@ class Honest:
             "loha": self.forward_merged,
             "ia3": self.forward_ia3,
         }
-        return how[self.case.method]()
+        return how.get(self.case.method, self.forward_other)()
+
+    def forward_other(self) -> Host:
+        """In one weight; or the frozen layer and every adapter's part beside it, which is how dropout has it."""
+        a, n = self.a, range(len(self.case.adapters))
+        additive = self.case.method != "miss_bat"
+        if not additive or (not any(self.masks) and a.pick(True, False)):
+            return self.forward_merged()
+        parts = [a.matmul(self.dropped(i, self.X), spread_groups(self.other(i).delta(a, self.W, self.W), self.g).T) for i in n]
+        return a.add(self.apply(self.X, self.W, self.b), *parts)
 
     def forward_merged(self) -> Host:
         W, b = self.W, self.b
@@ -251,7 +272,7 @@ class Honest:
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
         }
-        out, dX = fill[self.case.method]()
+        out, dX = fill.get(self.case.method, self.backward_other)()
         if self.layer.kind == "embedding":
             return out
         return {"x": input_gradient(self.layer, self.x_shape, dX, self.a), **out}
@@ -262,7 +283,7 @@ class Honest:
     def named(self, i: int, key: str, value: Host) -> Answer:
         """A gradient under its key and in its stored shape."""
         adapter = self.case.adapters[i]
-        full = next(k for k in adapter.tensors if key in k)
+        full = key if key in adapter.tensors else next(k for k in adapter.tensors if key in k)
         return {f"{i}.{full}": value.reshape(adapter.tensors[full].shape)}
 
     def backward_lora(self) -> tuple[Answer, Host]:
@@ -311,6 +332,23 @@ class Honest:
             for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
                 out |= self.named(i, key, grad)
         return out, a.matmul(self.dY, spread_groups(W, self.g))
+
+    def backward_other(self) -> tuple[Answer, Host]:
+        a, n = self.a, len(self.case.adapters)
+        others, Ws = [self.other(i) for i in range(n)], [self.W]
+        for other in others:
+            Ws.append(other.merged(a, Ws[-1], self.W))
+        dW = self.weight_gradient(self.X)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            own = self.weight_gradient(self.dropped(i, self.X)) if self.masks[i] else dW
+            for key, grad in others[i].gradients(a, own, Ws[i], self.W).items():
+                out |= self.named(i, key, grad)
+            dW = others[i].through(a, dW)
+        if not any(self.masks):
+            return out, a.matmul(self.dY, spread_groups(Ws[-1], self.g))
+        parts = [self.dropped(i, a.matmul(self.dY, spread_groups(o.delta(a, self.W, self.W), self.g))) for i, o in enumerate(others)]
+        return out, a.add(a.matmul(self.dY, spread_groups(self.W, self.g)), *parts)
 
     def backward_ia3(self) -> tuple[Answer, Host]:
         """Adapter i sees what the earlier ones made of W and b, and a gradient that already carries the later ones."""

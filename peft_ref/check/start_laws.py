@@ -1,0 +1,37 @@
+"""How fresh parameters must be distributed, one function a method, and what is asked of it: `init_laws` looks here.
+
+Written down apart from the code that draws, from the catalogue of what HF PEFT 0.21.2 does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from peft_ref.check.distributions import Law, constant, normal, uniform
+from peft_ref.layers import Layer
+
+Config: TypeAlias = Mapping[str, Any]
+ZERO = "init-not-identity"
+
+
+def hira(config: Config, layer: Layer) -> dict[str, Law]:
+    init = config["init_weights"]
+    if layer.kind == "embedding":
+        zero = constant(0.0, "embedding-init-swapped: on an embedding A starts at zero and B at random")
+        return {"hira_embedding_A": normal(1.0) if init is False else zero, "hira_embedding_B": normal(1.0)}
+    if init is False:
+        return {"hira_A": normal(1.0), "hira_B": normal(1.0)}
+    drawn = normal(1 / config["r"]) if init == "gaussian" and not layer.kernel_size else uniform(1 / math.sqrt(layer.shape[1]))
+    return {"hira_A": drawn, "hira_B": constant(0.0, ZERO)}
+
+
+LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira}
+ASKED: dict[str, tuple[tuple[Config, tuple[str, ...]], ...]] = {
+    "hira": (
+        ({"r": 4}, ("linear", "transposed_linear", "embedding", "conv2d")),
+        ({"r": 4, "init_weights": "gaussian"}, ("linear", "conv1d")),
+        ({"r": 4, "init_weights": False}, ("linear", "embedding")),
+    ),
+}
