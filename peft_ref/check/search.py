@@ -32,6 +32,7 @@ from peft_ref.check.port import Answered, Port
 from peft_ref.check.protocol import nest
 from peft_ref.check.result import Counterexample
 from peft_ref.check.tolerance import Expected, compare
+from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
 
 SECONDS = 6.0
@@ -179,8 +180,11 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
     adapters = []
     for a in case.adapters:
         config = {**a.config, "r": min(r, a.config["r"])} if "r" in a.config else dict(a.config)
-        method = build_method(case.method, config)
-        tensors = {s.key: np.zeros(s.stored_shape) for s in method.spec(layer)}
+        try:
+            specs = build_method(case.method, config).spec(layer)
+        except (ConfigError, UnsupportedLayerError):
+            return None
+        tensors = {s.key: np.zeros(s.stored_shape) for s in specs}
         dropout = None
         if a.dropout is not None:
             dropout = (np.arange(rows * n_in).reshape(rows, n_in) % 2, a.dropout[1])

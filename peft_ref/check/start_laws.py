@@ -27,8 +27,17 @@ def hira(config: Config, layer: Layer) -> dict[str, Law]:
     return {"hira_A": drawn, "hira_B": constant(0.0, ZERO)}
 
 
-LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira}
+def miss(config: Config, layer: Layer) -> dict[str, Law]:
+    """Only the plain method has another start than zeros; `init_weights` of the two others says which they are."""
+    drawn = uniform(1 / math.sqrt(layer.shape[0]))
+    return {"miss_block": drawn if config["init_weights"] is False else constant(0.0, ZERO)}
+
+
+LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira, "miss": miss, "miss_bat": miss, "miss_mini": miss}
 ASKED: dict[str, tuple[tuple[Config, tuple[str, ...]], ...]] = {
+    "miss": (({"r": 4}, ("linear",)), ({"r": 4, "init_weights": False}, ("linear",))),
+    "miss_bat": (({"r": 4}, ("linear-blocks",)),),
+    "miss_mini": (({"r": 4, "mini_r": 3}, ("linear-blocks",)),),
     "hira": (
         ({"r": 4}, ("linear", "transposed_linear", "embedding", "conv2d")),
         ({"r": 4, "init_weights": "gaussian"}, ("linear", "conv1d")),

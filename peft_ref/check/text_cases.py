@@ -79,6 +79,9 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
     "hira": {"plain": {"r": 4}, "rank-missing": {}},
+    "miss": {"plain": {"r": 4}, "rank-missing": {}, "bat-elsewhere": {"r": 2, "mini_r": 4, "bias": "none"}},
+    "miss_bat": {"plain": {"r": 1, "init_weights": "bat"}},
+    "miss_mini": {"plain": {"r": 4, "mini_r": 1, "init_weights": "mini"}},
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
 # The clauses in question: of fresh adapters, of configurations, of keys.
@@ -88,6 +91,9 @@ CLAUSES = {
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
     "hira": ("HIRA-C17", "HIRA-C20", "HIRA-C22"),
+    "miss": ("MISS-C17", "MISS-C19", "MISS-C20"),
+    "miss_bat": ("MISSBAT-C15", "MISSBAT-C16", "MISSBAT-C17"),
+    "miss_mini": ("MISSMINI-C13", "MISSMINI-C14", "MISSMINI-C15"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
 # Of configurations and of keys; every start of a prompt has its own.

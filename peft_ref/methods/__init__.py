@@ -9,6 +9,9 @@ from peft_ref.methods.hira import HiRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
 from peft_ref.methods.lora import LoRA
+from peft_ref.methods.miss import MiSS
+from peft_ref.methods.miss_bat import MiSSBat
+from peft_ref.methods.miss_mini import MiSSMini
 from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.methods.prefix_tuning import PrefixTuning
@@ -22,6 +25,9 @@ _BUILT: dict[str, type[Method]] = {
     "ia3": IA3,
     "loha": LoHa,
     "lora": LoRA,
+    "miss": MiSS,
+    "miss_bat": MiSSBat,
+    "miss_mini": MiSSMini,
     "multitask_prompt_tuning": MultitaskPromptTuning,
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
@@ -39,6 +45,9 @@ __all__ = [
     "HiRA",
     "LoHa",
     "LoRA",
+    "MiSS",
+    "MiSSBat",
+    "MiSSMini",
     "MultitaskPromptTuning",
     "PTuning",
     "PrefixTuning",

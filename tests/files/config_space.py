@@ -24,6 +24,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "HIRA": {"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
+    "MISS": {"peft_type": "MISS", "r": 4, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -92,6 +93,15 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "hira_dropout": [0.0, 0, 0.1, 0.999, 1, 1.5, -0.1, None, "0.1", True],
         "init_weights": [*SWITCH, "gaussian", "Gaussian", "magic"],
         "fan_in_fan_out": [True, False],
+    },
+    "MISS": TARGETS
+    | LAYERS
+    | {
+        "r": [*NUMBERS, 5, 6],
+        "mini_r": NUMBERS,
+        "miss_dropout": [0.0, 0, 0.1, 0.999, 1, 1.5, -0.1, None, "0.1", True],
+        "init_weights": [*SWITCH, "mini", "bat", "Bat", "magic"],
+        "bias": ["none", "all", "MiSS_only", "some", None],
     },
     "IA3": TARGETS
     | {

@@ -81,6 +81,9 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
     "hira": (Net, lambda: peft.HiraConfig(r=4, target_modules=EVERY)),
     "gpt2 Conv1D hira": (gpt2, lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"])),
+    "miss": (Net, lambda: peft.MissConfig(r=4, target_modules=["q", "up"])),
+    "miss mini": (Net, lambda: peft.MissConfig(r=4, mini_r=5, init_weights="mini", target_modules=["q", "up"])),
+    "miss bat": (Net, lambda: peft.MissConfig(r=2, init_weights="bat", bias="all", target_modules=["q"])),
     "ia3": (
         Net,
         lambda: peft.IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"], modules_to_save=["head"]),
@@ -179,7 +182,13 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(4)
+    kind = rng.integers(6)
+    if kind == 5:
+        return peft.MissConfig(r=int(rng.integers(1, 7)), **{**common, "target_modules": ["q", "up"]})
+    if kind == 4:
+        variant = [True, False, "mini", "bat"][rng.integers(4)]
+        common["target_modules"] = ["q"] if rng.integers(2) else r".*\.q"
+        return peft.MissConfig(r=int(rng.integers(1, 3)), mini_r=int(rng.choice([1, 2, 5])), init_weights=variant, **common)
     if kind == 3:
         return peft.HiraConfig(r=int(rng.integers(1, 9)), hira_dropout=float(rng.random()), rank_pattern=pattern(), **common)
     if kind == 0:

@@ -18,6 +18,8 @@ from peft_ref.stack import Adapter
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
+    "linear-blocks": Linear(in_features=8, out_features=12),
+    "transposed-blocks": Linear(in_features=8, out_features=12, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=6),
     "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
     "conv2d": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), stride=(2, 1), padding=(1, 2)),
@@ -28,6 +30,8 @@ LAYERS: dict[str, Layer] = {
 INPUTS = {
     "linear": (2, 3, 5),
     "transposed_linear": (2, 3, 5),
+    "linear-blocks": (2, 3, 8),
+    "transposed-blocks": (2, 3, 8),
     "embedding": (2, 4),
     "conv1d": (2, 3, 8),
     "conv2d": (2, 3, 7, 6),

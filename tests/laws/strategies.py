@@ -42,6 +42,7 @@ BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lora_alpha": st.sampled_from((2, 3.5)),  # zero or less stands for init_r
         "total_step": st.just(10),
     },
+    "miss_mini": {"mini_r": st.sampled_from((2, 1, 3))},
 }
 
 _HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
@@ -185,8 +186,8 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
 _FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2), "init_r": st.just(2), "live_r": st.just(None)}
 _FEW: dict[str, st.SearchStrategy[Layer]] = {
-    "linear": st.just(Linear(in_features=5, out_features=4)),
-    "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),
+    "linear": st.just(Linear(in_features=6, out_features=4)),
+    "transposed_linear": st.just(Linear(in_features=6, out_features=4, transposed=True)),
     "embedding": st.just(Embedding(num_embeddings=5, embedding_dim=4)),
     **{
         f"conv{d}d": st.sampled_from((2, 1)).map(
@@ -204,8 +205,8 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
     },
 }
 _FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
-    "linear": st.just((2, 3, 5)),
-    "transposed_linear": st.just((2, 3, 5)),
+    "linear": st.just((2, 3, 6)),
+    "transposed_linear": st.just((2, 3, 6)),
     "embedding": st.just((2, 3)),
     **{f"conv{d}d": st.just((2, 2, *(3, 3, 1)[:d])) for d in (1, 2, 3)},
 }

@@ -123,7 +123,7 @@ def test_an_object_array_of_floats_gives_the_same_numbers(name: str, kind: str, 
 
 
 class Boxed:
-    """A float that knows only +, -, *, / and the square root; NumPy's object arrays call these."""
+    """A float that knows only +, -, *, /, sizes and their order, and the square root; NumPy's object arrays call these."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -139,6 +139,15 @@ class Boxed:
 
     def __neg__(self) -> Boxed:
         return Boxed(-self.value)
+
+    def __abs__(self) -> Boxed:
+        return Boxed(abs(self.value))
+
+    def __lt__(self, other: Any) -> bool:
+        return self.value < float(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.value > float(other)
 
     def __add__(self, other: Any) -> Boxed:
         return Boxed(self.value + float(other))

@@ -96,7 +96,17 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
     """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
     k = tuple(layer.kernel_size)
     linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
-    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "k": math.prod(k), "groups": layer.groups}
+    letters = {
+        "r": r,
+        "in": linear_in,
+        "out": out,
+        "num": linear_in,
+        "dim": out,
+        "1": 1,
+        "mini_r": 1,
+        "k": math.prod(k),
+        "groups": layer.groups,
+    }
     sizes: list[int] = []
     for entry in cell.strip("()").split(", "):
         if entry in ("*k", "*1"):

@@ -8,6 +8,9 @@ import peft_ref.check.mistakes.hira as hira
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
 import peft_ref.check.mistakes.lora as lora
+import peft_ref.check.mistakes.miss as miss
+import peft_ref.check.mistakes.miss_bat as miss_bat
+import peft_ref.check.mistakes.miss_mini as miss_mini
 import peft_ref.check.mistakes.multitask_prompt_tuning as multitask_prompt_tuning
 import peft_ref.check.mistakes.p_tuning as p_tuning
 import peft_ref.check.mistakes.prefix_tuning as prefix_tuning
@@ -22,6 +25,9 @@ _BUILT: dict[str, Suite] = {
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,
     "lora": lora.SUITE,
+    "miss": miss.SUITE,
+    "miss_bat": miss_bat.SUITE,
+    "miss_mini": miss_mini.SUITE,
     "multitask_prompt_tuning": multitask_prompt_tuning.SUITE,
     "p_tuning": p_tuning.SUITE,
     "prefix_tuning": prefix_tuning.SUITE,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompting import make_prompt_case
-from peft_ref.check.variants import LAYERS, NUMBERS, make_case
-from peft_ref.contracts import Additive, LowRank
+from peft_ref.check.variants import LAYERS, NUMBERS, RUN, make_case
+from peft_ref.contracts import Additive, LowRank, WeightMethod
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
 from peft_ref.methods import METHODS
 
@@ -28,15 +30,17 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     variant = variants[int(rng.integers(len(variants)))]
     layer_name = variant.layers[int(rng.integers(len(variant.layers)))]
     made_to_measure = variant.weight is not None
-    layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
-    numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
+    layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest, methods)
+    numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
     mergeable &= variant.bias or not any(c.get("lora_bias") for c in variant.configs)
     cases = []
     for operation in LAYER_OPERATIONS:
         if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):
             continue
+        if operation not in variant.operations and operation == "unmerge" and variant.operations != RUN:
+            continue  # what may not be invertible
         if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS.weights[name], LowRank | Additive)):
             continue
         other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
@@ -52,8 +56,19 @@ def _prompts(name: str, label: str, rng: np.random.Generator) -> list[Case]:
     return [make_prompt_case(name, other, operation) for operation in variant.operations]
 
 
-def _resized(layer: Layer, rng: np.random.Generator, largest: int) -> Layer:
+def _resized(layer: Layer, rng: np.random.Generator, largest: int, methods: list[WeightMethod[Any]]) -> Layer:
+    """Other sizes, if the methods take them."""
     n_in, out = (int(v) for v in rng.integers(2, largest, 2))
+    other = _with_sizes(layer, n_in, out)
+    try:
+        for method in methods:
+            method.check_layer(other)
+    except UnsupportedLayerError:
+        return layer
+    return other
+
+
+def _with_sizes(layer: Layer, n_in: int, out: int) -> Layer:
     if isinstance(layer, Linear):
         return replace(layer, in_features=n_in, out_features=out)
     if isinstance(layer, Embedding):

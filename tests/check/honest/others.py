@@ -7,8 +7,10 @@ Everything is a matrix (out, in) in the arithmetic's dtype; W0 is the frozen wei
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from tests.check.honest.arithmetic import Arithmetic, Host
 
@@ -53,4 +55,67 @@ class HiRA(Other):
         return {"A": a.matmul(B.T, M), "B": a.matmul(M, A.T)}
 
 
-OTHERS: dict[str, type[Other]] = {"hira": HiRA}
+class MiSS(Other):
+    """Of both kinds: the block is repeated over columns and, where it is smaller than the weight, over rows."""
+
+    @property
+    def D(self) -> Host:
+        return self.t["miss_block"]
+
+    def _copies(self, a: Arithmetic, dW: Host) -> Host:
+        """Sums over every place of an entry of D."""
+        (r, q), (out, n_in) = self.D.shape, self.shape
+        sums = [[a.sum(dW[i::q, j::r].reshape(-1)) for i in range(q)] for j in range(r)]
+        return np.asarray(sums).astype(a.dtype)
+
+    def delta(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        r, q = self.D.shape
+        return self.D.T[np.arange(self.shape[0]) % q][:, np.arange(self.shape[1]) % r]
+
+    def gradients(self, a: Arithmetic, dW: Host, W: Host, W0: Host) -> Tensors:
+        return {"miss_block": self._copies(a, dW)}
+
+
+class MiSSBat(Other):
+    def _placed(self, what: Callable[[Host, Host], Host], W: Host) -> Host:
+        """Every block of W by `what`, given the block and its D."""
+        D, out = self.t["miss_block"], np.array(W)
+        r = D.shape[-1]
+        for i in range(0, self.shape[0], r):
+            for j in range(0, self.shape[1], r):
+                out[i : i + r, j : j + r] = what(W[i : i + r, j : j + r], D[i // r])
+        return out
+
+    def delta(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        return self._placed(lambda block, D: a.matmul(block, D, start=D), W)
+
+    def merged(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        if a.pick(True, False):
+            return super().merged(a, W, W0)
+        one = a.array(np.eye(self.t["miss_block"].shape[-1]))
+        return self._placed(lambda block, D: a.matmul(block, one + D, start=D), W)
+
+    def unmerged(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        """The blocks of the cases are triangular, so their inverse is exact."""
+
+        def back(block: Host, D: Host) -> Host:
+            inverse = np.linalg.inv(np.eye(len(D)) + D.astype(np.float64)).astype(a.dtype)
+            return a.matmul(block - D, inverse)
+
+        return self._placed(back, W)
+
+    def gradients(self, a: Arithmetic, dW: Host, W: Host, W0: Host) -> Tensors:
+        D, r = self.t["miss_block"], self.t["miss_block"].shape[-1]
+        blocks = []
+        for i in range(0, self.shape[0], r):
+            row, grad = W[i : i + r], dW[i : i + r]
+            parts = [a.matmul(row[:, j : j + r].T, grad[:, j : j + r]) for j in range(0, self.shape[1], r)]
+            blocks.append(a.add(*parts, *(grad[:, j : j + r] for j in range(0, self.shape[1], r))))
+        return {"miss_block": np.stack(blocks).reshape(D.shape)}
+
+    def through(self, a: Arithmetic, dW: Host) -> Host:
+        one = a.array(np.eye(self.t["miss_block"].shape[-1]))
+        return self._placed(lambda block, D: a.matmul(block, (one + D).T), dW)
+
+
+OTHERS: dict[str, type[Other]] = {"hira": HiRA, "miss": MiSS, "miss_bat": MiSSBat, "miss_mini": MiSS}
