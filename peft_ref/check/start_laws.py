@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from peft_ref.check.case import build_method
 from peft_ref.check.distributions import Law, constant, normal, uniform
 from peft_ref.layers import Layer
 
@@ -33,8 +34,26 @@ def miss(config: Config, layer: Layer) -> dict[str, Law]:
     return {"miss_block": drawn if config["init_weights"] is False else constant(0.0, ZERO)}
 
 
-LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira, "miss": miss, "miss_bat": miss, "miss_mini": miss}
+def lokr(config: Config, layer: Layer) -> dict[str, Law]:
+    """Everything uniform within 1 / sqrt(numbers of a row), but for the one that starts at zero."""
+    method = build_method("lokr", config)
+    first, second = ("lokr_w1", "lokr_w1_a"), ("lokr_w2", "lokr_w2_b")
+    zeros: tuple[str, ...] = {True: first, False: (), "lycoris": second}[config["init_weights"]]
+    found = {}
+    for s in method.spec(layer):
+        found[s.key] = constant(0.0, ZERO) if s.key in zeros else uniform(1 / math.sqrt(math.prod(s.stored_shape[1:])))
+    return found
+
+
+LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira, "lokr": lokr, "miss": miss, "miss_bat": miss, "miss_mini": miss}
 ASKED: dict[str, tuple[tuple[Config, tuple[str, ...]], ...]] = {
+    "lokr": (
+        ({"r": 2, "alpha": 3, "decompose_factor": 2}, ("linear-blocks", "conv2d-blocks")),
+        ({"r": 2, "decompose_factor": 2, "init_weights": "lycoris"}, ("linear-blocks",)),
+        ({"r": 2, "decompose_factor": 2, "init_weights": False}, ("linear-blocks",)),
+        ({"r": 2, "decompose_factor": 6, "decompose_both": True}, ("linear-blocks",)),
+        ({"r": 2, "use_effective_conv2d": True}, ("conv1d-blocks",)),
+    ),
     "miss": (({"r": 4}, ("linear",)), ({"r": 4, "init_weights": False}, ("linear",))),
     "miss_bat": (({"r": 4}, ("linear-blocks",)),),
     "miss_mini": (({"r": 4, "mini_r": 3}, ("linear-blocks",)),),

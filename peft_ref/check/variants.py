@@ -37,6 +37,8 @@ LAYERS: dict[str, Layer] = {
     "conv1d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2,), padding=(2,), dilation=(3,)),
     "linear-large": Linear(in_features=13, out_features=11),
     "linear-blocks": Linear(in_features=8, out_features=12),
+    "conv1d-blocks": Conv(in_channels=6, out_channels=10, kernel_size=(3,), stride=(2,), padding=(1,)),
+    "conv2d-blocks": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), padding=(1, 0)),
     "transposed-blocks": Linear(in_features=8, out_features=12, transposed=True),
 }
 INPUTS: dict[str, tuple[int, ...]] = {
@@ -50,6 +52,8 @@ INPUTS: dict[str, tuple[int, ...]] = {
     "conv1d-dilation": (2, 7),
     "linear-large": (3, 2),
     "linear-blocks": (2, 3),
+    "conv1d-blocks": (2, 5),
+    "conv2d-blocks": (2, 2, 4),
     "transposed-blocks": (2, 3),
 }
 

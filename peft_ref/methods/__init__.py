@@ -8,6 +8,7 @@ from peft_ref.methods.dora import DoRA
 from peft_ref.methods.hira import HiRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
+from peft_ref.methods.lokr import LoKr
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.miss import MiSS
 from peft_ref.methods.miss_bat import MiSSBat
@@ -24,6 +25,7 @@ _BUILT: dict[str, type[Method]] = {
     "hira": HiRA,
     "ia3": IA3,
     "loha": LoHa,
+    "lokr": LoKr,
     "lora": LoRA,
     "miss": MiSS,
     "miss_bat": MiSSBat,
@@ -44,6 +46,7 @@ __all__ = [
     "DoRA",
     "HiRA",
     "LoHa",
+    "LoKr",
     "LoRA",
     "MiSS",
     "MiSSBat",

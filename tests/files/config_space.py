@@ -24,6 +24,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "HIRA": {"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
+    "LOKR": {"peft_type": "LOKR", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "MISS": {"peft_type": "MISS", "r": 4, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
@@ -93,6 +94,20 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "hira_dropout": [0.0, 0, 0.1, 0.999, 1, 1.5, -0.1, None, "0.1", True],
         "init_weights": [*SWITCH, "gaussian", "Gaussian", "magic"],
         "fan_in_fan_out": [True, False],
+    },
+    "LOKR": TARGETS
+    | LAYERS
+    | PATTERNS
+    | {
+        "r": NUMBERS,
+        "alpha": [*NUMBERS, 0.5, -2.5],
+        "init_weights": [*SWITCH, "lycoris", "Lycoris", "magic"],
+        "rank_dropout": [0.0, 0.5, 1.5, -1, None, "0.1"],
+        "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
+        "rank_dropout_scale": [True, False, None],
+        "use_effective_conv2d": SWITCH,
+        "decompose_both": SWITCH,
+        "decompose_factor": [-1, 1, 2, 3, 5, 7, 0, -2, 100, None, "2", 2.0, True],
     },
     "MISS": TARGETS
     | LAYERS

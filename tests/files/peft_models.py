@@ -81,6 +81,13 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
     "hira": (Net, lambda: peft.HiraConfig(r=4, target_modules=EVERY)),
     "gpt2 Conv1D hira": (gpt2, lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"])),
+    "lokr": (Net, lambda: peft.LoKrConfig(r=2, alpha=3, decompose_factor=2, target_modules=["q", "up", "conv1", "conv2"])),
+    "lokr full": (Net, lambda: peft.LoKrConfig(r=8, rank_pattern={"q": 4}, target_modules=["q", "up", "conv1", "conv2"])),
+    "lokr both": (Net, lambda: peft.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["q", "head"])),
+    "lokr core": (
+        lambda: nn.ModuleDict({"c": nn.Conv2d(24, 40, (2, 1)), "d": nn.Conv1d(24, 40, 3)}),
+        lambda: peft.LoKrConfig(r=2, alpha=3, use_effective_conv2d=True, target_modules=["c", "d"]),
+    ),
     "miss": (Net, lambda: peft.MissConfig(r=4, target_modules=["q", "up"])),
     "miss mini": (Net, lambda: peft.MissConfig(r=4, mini_r=5, init_weights="mini", target_modules=["q", "up"])),
     "miss bat": (Net, lambda: peft.MissConfig(r=2, init_weights="bat", bias="all", target_modules=["q"])),
@@ -184,7 +191,17 @@ def random_peft_config(rng: np.random.Generator) -> Any:
     }
     kind = rng.integers(6)
     if kind == 5:
-        return peft.MissConfig(r=int(rng.integers(1, 7)), **{**common, "target_modules": ["q", "up"]})
+        return peft.LoKrConfig(
+            r=int(rng.integers(1, 9)),
+            alpha=[3, 0.5][rng.integers(2)],
+            decompose_both=bool(rng.integers(2)),
+            decompose_factor=int(rng.choice([-1, 2, 3, 5])),
+            use_effective_conv2d=bool(rng.integers(2)),
+            init_weights=[True, False, "lycoris"][rng.integers(3)],
+            rank_pattern=pattern(),
+            alpha_pattern=pattern(),
+            **common,
+        )
     if kind == 4:
         variant = [True, False, "mini", "bat"][rng.integers(4)]
         common["target_modules"] = ["q"] if rng.integers(2) else r".*\.q"

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, HiRA, LoHa, LoRA, MiSS, MiSSBat, MiSSMini  # noqa: E402
+from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, MiSS, MiSSBat, MiSSMini  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
@@ -32,6 +32,11 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
     "hira": HiRA(r=4),
+    "lokr": LoKr(r=2, alpha=3, decompose_factor=2),
+    "lokr-full": LoKr(r=8, alpha=12),
+    "lokr-both": LoKr(r=2, alpha=3, decompose_both=True, decompose_factor=6),
+    "lokr-both-low": LoKr(r=1, alpha=3, decompose_both=True),
+    "lokr-effective": LoKr(r=2, alpha=3, use_effective_conv2d=True),
     "miss": MiSS(r=2),
     "miss-mini": MiSSMini(r=2, mini_r=7),
     "miss-bat": MiSSBat(r=1),

@@ -92,11 +92,12 @@ def test_the_port_of_prompts_is_right(tmp_path: Path) -> None:
     assert report.exit_code == 0
 
 
-def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
+def _sizes(cell: str, layer: Layer, r: int, own: dict[str, int]) -> tuple[int, ...]:
     """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
     k = tuple(layer.kernel_size)
     linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
     letters = {
+        **own,
         "r": r,
         "in": linear_in,
         "out": out,
@@ -112,6 +113,9 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
         if entry in ("*k", "*1"):
             sizes.extend(k if entry == "*k" else (1,) * len(k))
             continue
+        if entry == "*k2":
+            sizes.extend((*k, 1)[:2])
+            continue
         size = 1
         for factor in entry.split():
             top, *bottom = factor.split("/")
@@ -120,7 +124,7 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any], own: dict[str, int]) -> dict[str, tuple[int, ...]]:
     column = 4 if layer.kernel_size else 3 if layer.kind == "embedding" else 2
     current = ""
     found: dict[str, tuple[int, ...]] = {}
@@ -129,9 +133,10 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
         text, _, condition = cells[1].partition(", with ")
         if current != method or cells[column] == "-":
             continue
-        if condition and not config[names(condition)[0]]:
+        switches = {**config, **own, "low2": own.get("low2") and not own.get("core")}
+        if condition and not switches[names(condition)[0]]:
             continue
-        found |= {key: _sizes(cells[column], layer, config.get("r", config.get("init_r", 0))) for key in names(text)}
+        found |= {key: _sizes(cells[column], layer, config.get("r", config.get("init_r", 0)), own) for key in names(text)}
     return found
 
 
@@ -139,15 +144,17 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
 @pytest.mark.parametrize("method", METHODS.weights)
 def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
     layer = LAYERS[layer_name]
-    switch = {"lora": "lora_bias", "ia3": "is_feedforward"}.get(method)
+    switch = {"lora": "lora_bias", "ia3": "is_feedforward", "lokr": "use_effective_conv2d"}.get(method)
     for on in (False, True):
-        given = {"r": 4} if "r" in config_of(made(method)) else {}
+        given = {"r": 2 if method == "lokr" else 4} if "r" in config_of(made(method)) else {}
         built = build_method(method, {**REQUIRED.get(method, {}), **given, **({switch: on} if switch else {})})
         try:
             built.check_layer(layer)
         except UnsupportedLayerError:
             continue
-        assert _tensors_on_page(method, layer, config_of(built)) == {s.key: s.stored_shape for s in built.spec(layer)}
+        assert _tensors_on_page(method, layer, config_of(built), dict(built.dims(layer))) == {
+            s.key: s.stored_shape for s in built.spec(layer)
+        }
 
 
 def _configurations(heading: str) -> dict[str, set[str]]:

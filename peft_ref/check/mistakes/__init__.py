@@ -7,6 +7,7 @@ import peft_ref.check.mistakes.dora as dora
 import peft_ref.check.mistakes.hira as hira
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
+import peft_ref.check.mistakes.lokr as lokr
 import peft_ref.check.mistakes.lora as lora
 import peft_ref.check.mistakes.miss as miss
 import peft_ref.check.mistakes.miss_bat as miss_bat
@@ -24,6 +25,7 @@ _BUILT: dict[str, Suite] = {
     "hira": hira.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,
+    "lokr": lokr.SUITE,
     "lora": lora.SUITE,
     "miss": miss.SUITE,
     "miss_bat": miss_bat.SUITE,

@@ -28,7 +28,7 @@ VARIANTS = (
 
 
 def copies(layer: Layer, D: Array) -> int:
-    return -(-layer.shape[1] // D.shape[0])
+    return -(-layer.shape[1] // int(D.shape[0]))
 
 
 def in_runs(V: Array, shape: tuple[int, int]) -> Array:

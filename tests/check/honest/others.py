@@ -64,7 +64,7 @@ class MiSS(Other):
 
     def _copies(self, a: Arithmetic, dW: Host) -> Host:
         """Sums over every place of an entry of D."""
-        (r, q), (out, n_in) = self.D.shape, self.shape
+        r, q = self.D.shape
         sums = [[a.sum(dW[i::q, j::r].reshape(-1)) for i in range(q)] for j in range(r)]
         return np.asarray(sums).astype(a.dtype)
 
@@ -118,4 +118,57 @@ class MiSSBat(Other):
         return self._placed(lambda block, D: a.matmul(block, (one + D).T), dW)
 
 
-OTHERS: dict[str, type[Other]] = {"hira": HiRA, "miss": MiSS, "miss_bat": MiSSBat, "miss_mini": MiSS}
+class LoKr(Other):
+    def _parts(self, a: Arithmetic) -> tuple[Host, Host]:
+        t = {k.removeprefix("lokr_"): v for k, v in self.t.items()}
+        w1 = t["w1"] if "w1" in t else a.matmul(t["w1_a"], t["w1_b"])
+        if "w2" in t:
+            return w1, t["w2"].reshape(len(t["w2"]), -1)
+        if "t2" not in t:
+            return w1, a.matmul(t["w2_a"], t["w2_b"])
+        core = t["t2"].reshape(*t["t2"].shape[:2], -1)
+        slices = [a.matmul(a.matmul(t["w2_a"].T, core[:, :, k]), t["w2_b"]) for k in range(core.shape[2])]
+        return w1, np.stack(slices, axis=-1).reshape(t["w2_a"].shape[1], -1)
+
+    @property
+    def s(self) -> float:
+        return float(self.config["alpha"] / self.config["r"])
+
+    def _blocks(self, w1: Host, w2: Host) -> Host:
+        """Where each product w1[a, c] w2[b, e] stands in the weight: indices into vec(w1) vec(w2)^T."""
+        at = np.arange(w1.size * w2.size).reshape(w1.size, w2.size)
+        if "lokr_w2" in self.t and self.t["lokr_w2"].ndim == 3:  # HF on a 1-d convolution
+            o2, i2, k = self.t["lokr_w2"].shape
+            return at.reshape(*w1.shape, o2, i2, k).transpose(2, 0, 3, 1, 4).reshape(self.shape)
+        return at.reshape(*w1.shape, *w2.shape).transpose(0, 2, 1, 3).reshape(self.shape)
+
+    def delta(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        w1, w2 = self._parts(a)
+        early = a.pick(True, False)
+        products = (a.scaled(w1, self.s) if early else w1).reshape(-1, 1) * w2.reshape(1, -1)
+        placed = products.reshape(-1)[self._blocks(w1, w2)]
+        return placed if early else a.scaled(placed, self.s)
+
+    def gradients(self, a: Arithmetic, dW: Host, W: Host, W0: Host) -> Tensors:
+        w1, w2 = self._parts(a)
+        R = np.zeros(w1.size * w2.size, dtype=dW.dtype)
+        R[self._blocks(w1, w2).reshape(-1)] = a.scaled(dW, self.s).reshape(-1)
+        R = R.reshape(w1.size, w2.size)
+        d1 = a.matmul(R, w2.reshape(-1, 1)).reshape(w1.shape)
+        d2 = a.matmul(w1.reshape(1, -1), R).reshape(w2.shape)
+        t = {k.removeprefix("lokr_"): v for k, v in self.t.items()}
+        out = {"lokr_w1": d1} if "w1" in t else {"lokr_w1_a": a.matmul(d1, t["w1_b"].T), "lokr_w1_b": a.matmul(t["w1_a"].T, d1)}
+        if "w2" in t:
+            return {**out, "lokr_w2": d2}
+        if "t2" not in t:
+            return {**out, "lokr_w2_a": a.matmul(d2, t["w2_b"].T), "lokr_w2_b": a.matmul(t["w2_a"].T, d2)}
+        core = t["t2"].reshape(*t["t2"].shape[:2], -1)
+        d2 = d2.reshape(t["w2_a"].shape[1], t["w2_b"].shape[1], -1)
+        n = range(core.shape[2])
+        d_core = np.stack([a.matmul(a.matmul(t["w2_a"], d2[:, :, k]), t["w2_b"].T) for k in n], axis=-1)
+        d_a = a.add(*(a.matmul(a.matmul(core[:, :, k], t["w2_b"]), d2[:, :, k].T) for k in n))
+        d_b = a.add(*(a.matmul(a.matmul(core[:, :, k].T, t["w2_a"]), d2[:, :, k]) for k in n))
+        return {**out, "lokr_w2_a": d_a, "lokr_w2_b": d_b, "lokr_t2": d_core}
+
+
+OTHERS: dict[str, type[Other]] = {"hira": HiRA, "lokr": LoKr, "miss": MiSS, "miss_bat": MiSSBat, "miss_mini": MiSS}
