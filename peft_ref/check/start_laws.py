@@ -45,7 +45,24 @@ def lokr(config: Config, layer: Layer) -> dict[str, Law]:
     return found
 
 
-LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {"hira": hira, "lokr": lokr, "miss": miss, "miss_bat": miss, "miss_mini": miss}
+def gralora(config: Config, layer: Layer) -> dict[str, Law]:
+    (_, n_in), k, r, h = layer.shape, config["gralora_k"], config["r"], config["hybrid_r"]
+    drawn = config["init_weights"] is False
+    found = {"gralora_A": uniform(1 / math.sqrt(n_in // k)), "gralora_B": uniform(1 / math.sqrt(r)) if drawn else constant(0.0, ZERO)}
+    if h:
+        found["gralora_A_general.weight"] = uniform(1 / math.sqrt(n_in))
+        found["gralora_B_general.weight"] = uniform(1 / math.sqrt(h)) if drawn else constant(0.0, ZERO)
+    return found
+
+
+LAWS: dict[str, Callable[[Config, Layer], dict[str, Law]]] = {
+    "gralora": gralora,
+    "hira": hira,
+    "lokr": lokr,
+    "miss": miss,
+    "miss_bat": miss,
+    "miss_mini": miss,
+}
 ASKED: dict[str, tuple[tuple[Config, tuple[str, ...]], ...]] = {
     "lokr": (
         ({"r": 2, "alpha": 3, "decompose_factor": 2}, ("linear-blocks", "conv2d-blocks")),
@@ -53,6 +70,11 @@ ASKED: dict[str, tuple[tuple[Config, tuple[str, ...]], ...]] = {
         ({"r": 2, "decompose_factor": 2, "init_weights": False}, ("linear-blocks",)),
         ({"r": 2, "decompose_factor": 6, "decompose_both": True}, ("linear-blocks",)),
         ({"r": 2, "use_effective_conv2d": True}, ("conv1d-blocks",)),
+    ),
+    "gralora": (
+        ({"r": 4, "alpha": 6}, ("linear-blocks", "transposed-blocks")),
+        ({"r": 4, "alpha": 6, "init_weights": False, "hybrid_r": 2}, ("linear-blocks",)),
+        ({"r": 4, "alpha": 6, "hybrid_r": 2}, ("linear-blocks",)),
     ),
     "miss": (({"r": 4}, ("linear",)), ({"r": 4, "init_weights": False}, ("linear",))),
     "miss_bat": (({"r": 4}, ("linear-blocks",)),),

@@ -85,6 +85,12 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
         "alpha-pattern": {"r": 4, "alpha": 6, "alpha_pattern": {"q_proj": 20}},
     },
+    "gralora": {
+        "plain": {"r": 4, "alpha": 6},
+        "alpha-missing": {"r": 4},
+        "rank-missing": {"alpha": 6},
+        "hybrid": {"r": 4, "alpha": 6, "hybrid_r": 2, "gralora_k": 4},
+    },
     "miss": {"plain": {"r": 4}, "rank-missing": {}, "bat-elsewhere": {"r": 2, "mini_r": 4, "bias": "none"}},
     "miss_bat": {"plain": {"r": 1, "init_weights": "bat"}},
     "miss_mini": {"plain": {"r": 4, "mini_r": 1, "init_weights": "mini"}},
@@ -98,6 +104,7 @@ CLAUSES = {
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
     "hira": ("HIRA-C17", "HIRA-C20", "HIRA-C22"),
     "lokr": ("LOKR-C20", "LOKR-C23", "LOKR-C24"),
+    "gralora": ("GRALORA-C17", "GRALORA-C19", "GRALORA-C20"),
     "miss": ("MISS-C17", "MISS-C19", "MISS-C20"),
     "miss_bat": ("MISSBAT-C15", "MISSBAT-C16", "MISSBAT-C17"),
     "miss_mini": ("MISSMINI-C13", "MISSMINI-C14", "MISSMINI-C15"),
@@ -152,6 +159,8 @@ def _state_dicts(method: str, clause: str) -> Iterator[Case]:
             "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=7),
             "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=5),
         }
+        if method == "gralora":  # which cuts both sides in two
+            layers = {name: Linear(in_features=2 * n.shape[1], out_features=2 * n.shape[0]) for name, n in layers.items()}
         if method in ("lora", "dora", "hira"):
             layers["model.embed_tokens"] = Embedding(num_embeddings=9, embedding_dim=7)
         modules = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
 from peft_ref.methods.dora import DoRA
+from peft_ref.methods.gralora import GraLoRA
 from peft_ref.methods.hira import HiRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
@@ -22,6 +23,7 @@ from peft_ref.registry import Registry
 _BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
     "dora": DoRA,
+    "gralora": GraLoRA,
     "hira": HiRA,
     "ia3": IA3,
     "loha": LoHa,
@@ -44,6 +46,7 @@ __all__ = [
     "METHODS",
     "AdaLoRA",
     "DoRA",
+    "GraLoRA",
     "HiRA",
     "LoHa",
     "LoKr",

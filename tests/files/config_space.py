@@ -23,6 +23,7 @@ class Difference(NamedTuple):
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
+    "GRALORA": {"peft_type": "GRALORA", "r": 4, "alpha": 6, "target_modules": ["q"]},
     "HIRA": {"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
     "LOKR": {"peft_type": "LOKR", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "MISS": {"peft_type": "MISS", "r": 4, "target_modules": ["q", "up"]},
@@ -85,6 +86,18 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "rank_dropout": [0.0, 0.5, 1.5, -1, None, "0.1"],
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
         "use_effective_conv2d": [False, None],
+    },
+    "GRALORA": {word: values for word, values in TARGETS.items() if word != "exclude_modules"}
+    | LAYERS
+    | {
+        "r": [*NUMBERS, 5, 6],
+        "hybrid_r": NUMBERS,
+        "alpha": [*NUMBERS, 0.5, -2.5],
+        "gralora_k": NUMBERS,
+        "gralora_dropout": [0.0, 0, 0.1, 0.999, 1, 1.5, -0.1, None, "0.1", True],
+        "init_weights": SWITCH,
+        "bias": ["none", "all", "gralora_only", "some", None],
+        "fan_in_fan_out": [True, False],
     },
     "HIRA": TARGETS
     | LAYERS

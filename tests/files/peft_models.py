@@ -81,6 +81,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
     "hira": (Net, lambda: peft.HiraConfig(r=4, target_modules=EVERY)),
     "gpt2 Conv1D hira": (gpt2, lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"])),
+    "gralora": (
+        lambda: nn.ModuleDict({"c": nn.Linear(6, 10), "d": nn.Linear(8, 4)}),
+        lambda: peft.GraloraConfig(r=4, alpha=6, target_modules=["c", "d"]),
+    ),
+    "gpt2 Conv1D gralora": (gpt2, lambda: peft.GraloraConfig(r=4, alpha=6, hybrid_r=2, target_modules=["c_attn", "c_fc"])),
     "lokr": (Net, lambda: peft.LoKrConfig(r=2, alpha=3, decompose_factor=2, target_modules=["q", "up", "conv1", "conv2"])),
     "lokr full": (Net, lambda: peft.LoKrConfig(r=8, rank_pattern={"q": 4}, target_modules=["q", "up", "conv1", "conv2"])),
     "lokr both": (Net, lambda: peft.LoKrConfig(r=1, alpha=2, decompose_both=True, target_modules=["q", "head"])),
@@ -189,7 +194,13 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(6)
+    kind = rng.integers(9)
+    if kind == 8:
+        common["target_modules"] = ["q"] if rng.integers(2) else r".*\.q"
+        common.pop("exclude_modules")
+        return peft.GraloraConfig(r=int(rng.choice([2, 4])), hybrid_r=int(rng.integers(3)), alpha=int(rng.integers(1, 9)), **common)
+    if kind in (6, 7):  # of MiSS there are three
+        kind = 4
     if kind == 5:
         return peft.LoKrConfig(
             r=int(rng.integers(1, 9)),

@@ -40,10 +40,14 @@ class Model(Net):
 UNSEEN = "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same"
 DIFFERENCES = (
     Difference(
-        "we", r"(use_rslora|lora_bias|init_\w*weights|use_effective_conv2d|decompose_both)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"
+        "we",
+        r"(use_rslora|lora_bias|init_\w*weights|use_effective_conv2d|decompose_both)=('|\[).* expected bool",
+        "a text or list as a switch: PEFT takes 'no' for true",
     ),
-    Difference("we", r"init_weights='(yes|Lycoris|magic)' is not known", "a text that is no name of LoKr's or MiSS's: PEFT takes it for true"),
-    Difference("we", r"(lora_alpha|alpha|\w+_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
+    Difference(
+        "we", r"init_weights='(yes|Lycoris|magic)' is not known", "a text that is no name of LoKr's or MiSS's: PEFT takes it for true"
+    ),
+    Difference("we", r"(lora_alpha|alpha|gralora_k|\w+_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
     Difference(
         "we", r"(lora|hira|miss|gralora)_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"
     ),

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, MiSS, MiSSBat, MiSSMini  # noqa: E402
+from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, GraLoRA, HiRA, LoHa, LoKr, LoRA, MiSS, MiSSBat, MiSSMini  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
@@ -37,6 +37,10 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "lokr-both": LoKr(r=2, alpha=3, decompose_both=True, decompose_factor=6),
     "lokr-both-low": LoKr(r=1, alpha=3, decompose_both=True),
     "lokr-effective": LoKr(r=2, alpha=3, use_effective_conv2d=True),
+    "gralora": GraLoRA(r=4, alpha=6),
+    "gralora-four": GraLoRA(r=8, alpha=6, gralora_k=4),
+    "gralora-hybrid": GraLoRA(r=4, alpha=6, hybrid_r=3),
+    "gralora-one": GraLoRA(r=4, alpha=6, gralora_k=1, hybrid_r=2),
     "miss": MiSS(r=2),
     "miss-mini": MiSSMini(r=2, mini_r=7),
     "miss-bat": MiSSBat(r=1),
@@ -63,6 +67,14 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if dropout:
         values[DROPOUTS.get(method.peft_type, "lora_dropout")] = dropout
     return cls(target_modules=["target"], **values, **switch)
+
+
+def takes(name: str, layer_name: str) -> bool:
+    try:
+        SETTINGS[name].check_layer(LAYERS[layer_name])
+    except UnsupportedLayerError:
+        return False
+    return True
 
 
 def supported() -> list[tuple[str, str]]:
@@ -124,10 +136,10 @@ def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapt
 @pytest.mark.parametrize(
     "name", [n for n in SETTINGS if n.startswith(("lora", "dora", "adalora", "hira", "gralora")) or n in ("miss", "miss-mini")]
 )
-@pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d", "linear-blocks", "transposed-blocks"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adapters: int) -> None:
-    if LAYERS[layer_name].kind not in SETTINGS[name].kinds:
+    if not takes(name, layer_name):
         pytest.skip(f"{name} refuses a {layer_name} layer")
     p, x, dy = make(name, layer_name, adapters, dropout=0.25)
     rng = np.random.default_rng(7)
@@ -167,7 +179,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n not in ("lora-rslora", "lora-bias", "dora-rslora", "adalora-alpha-zero")])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
-    check_forward_and_gradients(*make(name, "linear", bias=False))
+    check_forward_and_gradients(*make(name, "linear" if takes(name, "linear") else "linear-blocks", bias=False))
 
 
 def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() -> None:

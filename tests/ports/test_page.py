@@ -105,6 +105,8 @@ def _sizes(cell: str, layer: Layer, r: int, own: dict[str, int]) -> tuple[int, .
         "dim": out,
         "1": 1,
         "mini_r": 1,
+        "gralora_k": 2,
+        "hybrid_r": 3,
         "k": math.prod(k),
         "groups": layer.groups,
     }
@@ -144,10 +146,12 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any], own: dic
 @pytest.mark.parametrize("method", METHODS.weights)
 def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
     layer = LAYERS[layer_name]
-    switch = {"lora": "lora_bias", "ia3": "is_feedforward", "lokr": "use_effective_conv2d"}.get(method)
+    switch = {"lora": "lora_bias", "ia3": "is_feedforward", "lokr": "use_effective_conv2d", "gralora": "hybrid_r"}.get(method)
     for on in (False, True):
         given = {"r": 2 if method == "lokr" else 4} if "r" in config_of(made(method)) else {}
-        built = build_method(method, {**REQUIRED.get(method, {}), **given, **({switch: on} if switch else {})})
+        built = build_method(
+            method, {**REQUIRED.get(method, {}), **given, **({switch: 3 * on if switch == "hybrid_r" else on} if switch else {})}
+        )
         try:
             built.check_layer(layer)
         except UnsupportedLayerError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft_ref.check.mistakes.adalora as adalora
 import peft_ref.check.mistakes.dora as dora
+import peft_ref.check.mistakes.gralora as gralora
 import peft_ref.check.mistakes.hira as hira
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
@@ -22,6 +23,7 @@ from peft_ref.check.suites import Suites
 _BUILT: dict[str, Suite] = {
     "adalora": adalora.SUITE,
     "dora": dora.SUITE,
+    "gralora": gralora.SUITE,
     "hira": hira.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,

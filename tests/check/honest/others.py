@@ -171,4 +171,38 @@ class LoKr(Other):
         return {**out, "lokr_w2_a": d_a, "lokr_w2_b": d_b, "lokr_t2": d_core}
 
 
-OTHERS: dict[str, type[Other]] = {"hira": HiRA, "lokr": LoKr, "miss": MiSS, "miss_bat": MiSSBat, "miss_mini": MiSS}
+class GraLoRA(Other):
+    @property
+    def s(self) -> float:
+        return float(self.config["alpha"] / (self.config["r"] + self.config["hybrid_r"]))
+
+    def _parts(self) -> list[tuple[int, int, slice, slice, slice, slice]]:
+        """Per block: its row and column of blocks, its rows and columns of the weight, the ranks in B_j and in A_n."""
+        k, r = self.config["gralora_k"], self.config["r"]
+        t, rows, columns = r // k, self.shape[0] // k, self.shape[1] // k
+        at = [(j, n) for j in range(k) for n in range(k)]
+        own = lambda i, size: slice(i * size, i * size + size)  # noqa: E731
+        return [(j, n, own(j, rows), own(n, columns), own(n, t), own(j, t)) for j, n in at]
+
+    def delta(self, a: Arithmetic, W: Host, W0: Host) -> Host:
+        A, B, out = self.t["gralora_A"], self.t["gralora_B"], np.zeros(self.shape, dtype=a.dtype)
+        for j, n, rows, columns, in_B, in_A in self._parts():
+            out[rows, columns] = a.matmul(B[j][in_B].T, A[n][:, in_A].T)
+        if self.config["hybrid_r"]:
+            out = a.add(out, a.matmul(self.t["gralora_B_general.weight"], self.t["gralora_A_general.weight"]))
+        return a.scaled(out, self.s)
+
+    def gradients(self, a: Arithmetic, dW: Host, W: Host, W0: Host) -> Tensors:
+        A, B, G = self.t["gralora_A"], self.t["gralora_B"], a.scaled(dW, self.s)
+        dA, dB = np.zeros(A.shape, dtype=a.dtype), np.zeros(B.shape, dtype=a.dtype)
+        for j, n, rows, columns, in_B, in_A in self._parts():
+            dB[j][in_B] = a.matmul(A[n][:, in_A].T, G[rows, columns].T)
+            dA[n][:, in_A] = a.matmul(G[rows, columns].T, B[j][in_B].T)
+        out = {"gralora_A": dA, "gralora_B": dB}
+        if self.config["hybrid_r"]:
+            out["gralora_A_general.weight"] = a.matmul(self.t["gralora_B_general.weight"].T, G)
+            out["gralora_B_general.weight"] = a.matmul(G, self.t["gralora_A_general.weight"].T)
+        return out
+
+
+OTHERS: dict[str, type[Other]] = {"gralora": GraLoRA, "hira": HiRA, "lokr": LoKr, "miss": MiSS, "miss_bat": MiSSBat, "miss_mini": MiSS}
