@@ -33,14 +33,14 @@ LINEAR, CONVS, CONV1D, CONV2D = (frozenset(k) for k in (("linear",), ("conv1d", 
 
 
 class Params(NamedTuple):
-    w1: Annotated[Array | None, "o1 i1", Key("lokr_w1", kinds=KINDS, when="full1")]
-    w1_a: Annotated[Array | None, "o1 r", Key("lokr_w1_a", kinds=KINDS, when="low1")]
-    w1_b: Annotated[Array | None, "r i1", Key("lokr_w1_b", kinds=KINDS, when="low1")]
-    w2: Annotated[Array | None, "o2 i2k", Key("lokr_w2", kinds=LINEAR, when="full2"), Key("lokr_w2", "o2 i2 *k", kinds=CONVS, when="full2")]
-    w2_a: Annotated[Array | None, "a0 a1", Key("lokr_w2_a", kinds=KINDS, when="low2")]
-    w2_b: Annotated[Array | None, "r b1", Key("lokr_w2_b", kinds=KINDS, when="low2")]
+    w1: Annotated[Array, "o1 i1", Key("lokr_w1", kinds=KINDS, when="full1")]
+    w1_a: Annotated[Array, "o1 r", Key("lokr_w1_a", kinds=KINDS, when="low1")]
+    w1_b: Annotated[Array, "r i1", Key("lokr_w1_b", kinds=KINDS, when="low1")]
+    w2: Annotated[Array, "o2 i2k", Key("lokr_w2", kinds=LINEAR, when="full2"), Key("lokr_w2", "o2 i2 *k", kinds=CONVS, when="full2")]
+    w2_a: Annotated[Array, "a0 a1", Key("lokr_w2_a", kinds=KINDS, when="low2")]
+    w2_b: Annotated[Array, "r b1", Key("lokr_w2_b", kinds=KINDS, when="low2")]
     t2: Annotated[
-        Array | None,
+        Array,
         "r r k",
         Key("lokr_t2", "r r *k 1", kinds=CONV1D, when="core"),
         Key("lokr_t2", "r r *k", kinds=CONV2D, when="core"),

@@ -71,7 +71,7 @@ def float_arrays(case: Case) -> dict[str, np.ndarray[Any, Any]]:
 def test_alpha_is_not_r_and_no_two_readings_of_the_scale_agree() -> None:
     for case, adapter in ADAPTERS:
         config = adapter.config
-        if "r" not in config:
+        if "r" not in config or not config.keys() & {"alpha", "lora_alpha"}:
             continue
         alpha, r = config.get("lora_alpha", config.get("alpha")), config["r"]
         assert alpha != r, case.id
@@ -82,14 +82,16 @@ def test_alpha_is_not_r_and_no_two_readings_of_the_scale_agree() -> None:
 def test_several_adapters_have_different_scales_and_ranks() -> None:
     for case in ARRAYS:
         if len(case.adapters) > 1 and "r" in case.adapters[0].config:
-            scales = {m.scale for m in (build_method(case.method, a.config) for a in case.adapters)}  # type: ignore[attr-defined]
+            methods = [build_method(case.method, a.config) for a in case.adapters]
+            scales = {getattr(m, "scale", i) for i, m in enumerate(methods)}  # some have none
             assert len(scales) == len({a.config["r"] for a in case.adapters}) == len(case.adapters), case.id
 
 
 def test_no_factor_is_zero_anywhere_nor_the_identity() -> None:
     for case in ARRAYS:
         for name, v in float_arrays(case).items():
-            if name != "weight" or ".unit-norm." not in case.id:  # that weight is made to measure
+            measured = (name == "weight" and ".unit-norm." in case.id) or (case.method == "miss_bat" and name.endswith("miss_block"))
+            if not measured:  # that weight, and the blocks whose inverse is exact
                 assert np.all(v != 0), (case.id, name)
             assert v.ndim < 2 or v.shape[0] != v.shape[1] or not np.array_equal(v, np.eye(len(v))), (case.id, name)
         for mask, p in (a.dropout for a in case.adapters if a.dropout):
@@ -287,7 +289,8 @@ def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
 
     # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; prompt tuning only adds a few gradients up.
     for name in set(METHODS) - {"adalora", "dora", "prompt_tuning"}:
-        narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
+        few = ("miss", "miss_mini", "multitask_prompt_tuning")  # two or three numbers are multiplied, no more
+        narrow = "bfloat16" if name in few else "float32"
         kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name
 

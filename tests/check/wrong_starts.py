@@ -198,6 +198,38 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("_A", lambda c, v, rng: v * math.sqrt(v[0, 0].size)),
         "init-wrong-bound",
     ),
+    "MiSS's block random": (
+        "miss.linear.init-default",
+        replaced("miss", lambda c, v, rng: rng.uniform(-1, 1, v.shape)),
+        "init-not-identity",
+    ),
+    "MiSS's False ignored": ("miss.linear.init-false", replaced("miss", lambda c, v, rng: v * 0), "init-A-zero"),
+    "MiSS within 1 / sqrt(r)": ("miss.linear.init-false", replaced("miss", lambda c, v, rng: v * math.sqrt(7 / 4)), "init-wrong-bound"),
+    "LoKr's W1 random": (
+        "lokr.linear-blocks.init-default",
+        replaced("w1", lambda c, v, rng: rng.uniform(-1, 1, v.shape)),
+        "init-not-identity",
+    ),
+    "LoKr's W2b by its rows": (
+        "lokr.conv2d-blocks.init-default",
+        replaced("w2", lambda c, v, rng: v * math.sqrt(v[0].size / v.shape[0]) * 2),
+        "init-wrong-bound",
+    ),
+    "LoKr's lycoris ignored": (
+        "lokr.linear-blocks.init-lycoris",
+        replaced("w2_b", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / 2),
+        "init-not-identity",
+    ),
+    "GraLoRA's A within 1 / sqrt(in)": (
+        "gralora.linear-blocks.init-default",
+        replaced("gralora_A", lambda c, v, rng: v / math.sqrt(2)),
+        "init-wrong-law",
+    ),
+    "GraLoRA's B random": (
+        "gralora.transposed-blocks.init-default",
+        replaced("gralora_B", lambda c, v, rng: rng.uniform(-1, 1, v.shape)),
+        "init-not-identity",
+    ),
     "prompt zero": ("prompt_tuning.init-random", replaced("embedding", lambda c, v, rng: v * 0), "init-zero"),
     "prompt as a transformer draws it": (
         "prompt_tuning.init-random",

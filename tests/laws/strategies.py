@@ -42,6 +42,8 @@ BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lora_alpha": st.sampled_from((2, 3.5)),  # zero or less stands for init_r
         "total_step": st.just(10),
     },
+    "gralora": {"r": st.sampled_from((2, 4)), "gralora_k": st.sampled_from((2, 1)), "hybrid_r": st.sampled_from((0, 2, 1))},
+    "lokr": {"decompose_factor": st.sampled_from((-1, 2, 3))},
     "miss_mini": {"mini_r": st.sampled_from((2, 1, 3))},
 }
 

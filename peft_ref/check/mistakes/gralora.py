@@ -17,6 +17,7 @@ from peft_ref.methods.gralora import GraLoRA, Params
 
 PLAIN = {"r": 4, "alpha": 6}
 HYBRID = {"r": 4, "hybrid_r": 4, "alpha": 12}
+SECOND = {"r": 2, "hybrid_r": 2, "alpha": 3}
 BLOCKS = ("linear-blocks", "transposed-blocks")
 
 VARIANTS = (
@@ -28,7 +29,7 @@ VARIANTS = (
     Variant(name="matrix", clause="GRALORA-C5", configs=(PLAIN,), layers=BLOCKS, operations=RUN, rows=(3,)),
     Variant(name="no-bias", clause="GRALORA-C3", configs=(PLAIN,), layers=("linear-blocks",), bias=False),
     Variant(name="dropout", clause="GRALORA-C11", configs=({**HYBRID, "gralora_dropout": 0.75},), layers=BLOCKS, dropout=0.75),
-    Variant(name="two-adapters", clause="GRALORA-C10", configs=(PLAIN, HYBRID), layers=BLOCKS),
+    Variant(name="two-adapters", clause="GRALORA-C10", configs=(PLAIN, SECOND), layers=BLOCKS),
 )
 
 Pair = Callable[[Array, Array, int, int, int, int], Array]  # A, B, block row j, block column n, k and r / k: the block (out/k, in/k)
@@ -64,7 +65,7 @@ def _turned(part: str) -> Callable[[Case], Answer | None]:
     def undo(key: str, g: NDArray, config: Mapping[str, Any]) -> NDArray:
         return g.transpose(0, 2, 1).reshape(g.shape) if key == part else g
 
-    return as_if_tensors(change, undo)  # type: ignore[return-value]
+    return as_if_tensors(change, undo)
 
 
 def _scaled(scale: Callable[[float, int, int], float]) -> Callable[[Case], Answer | None]:

@@ -15,15 +15,15 @@ from peft_ref.layers import Layer
 from peft_ref.methods.lokr import LoKr, Params
 
 PLAIN = {"r": 2, "alpha": 3, "decompose_factor": 2}
-FULL = {"r": 8, "alpha": 12}
+FULL = {"r": 16, "alpha": 40}
 BLOCKS = ("linear-blocks", "conv1d-blocks", "conv2d-blocks")
 
 VARIANTS = (
-    Variant(name="plain", clause="LOKR-C1", configs=(PLAIN,), layers=(*BLOCKS, "conv2d-groups", "conv1d-dilation")),
+    Variant(name="plain", clause="LOKR-C1", configs=(PLAIN,), layers=(*BLOCKS, "conv2d-groups")),
     Variant(name="full", clause="LOKR-C4", configs=(FULL,), layers=(*BLOCKS, "conv2d-groups")),
     Variant(name="both", clause="LOKR-C5", configs=({**PLAIN, "decompose_both": True, "decompose_factor": 6},), layers=("linear-blocks",)),
     Variant(name="effective", clause="LOKR-C8", configs=({"r": 2, "alpha": 3, "use_effective_conv2d": True},), layers=BLOCKS[1:]),
-    Variant(name="default-factor", clause="LOKR-C6", configs=({"r": 1, "alpha": 1.5},), layers=("linear-blocks",)),
+    Variant(name="default-factor", clause="LOKR-C6", configs=({"r": 2, "alpha": 3},), layers=("linear-blocks",)),
     Variant(name="small", clause="LOKR-C1", configs=({**PLAIN, "alpha": 4},), layers=("linear-blocks",), numbers="small"),
     Variant(name="rounded", clause="LOKR-C10", configs=({"r": 3, "alpha": 5},), layers=("linear-blocks",), numbers="rounded"),
     Variant(name="one-vector", clause="LOKR-C3", configs=(PLAIN,), layers=("linear-blocks",), operations=RUN, rows=()),

@@ -38,6 +38,7 @@ VARIANTS = (
     Variant(name="full", clause="MISSBAT-C1", configs=(PLAIN,), layers=BLOCKS, operations=NOT_BACK),
     Variant(name="small", clause="MISSBAT-C1", configs=(PLAIN,), layers=BLOCKS, operations=NOT_BACK, numbers="small"),
     Variant(name="rounded", clause="MISSBAT-C1", configs=(PLAIN,), layers=BLOCKS, operations=NOT_BACK, numbers="rounded"),
+    Variant(name="rounded-two", clause="MISSBAT-C8", configs=(PLAIN, {"r": 2}), layers=BLOCKS, operations=NOT_BACK, numbers="rounded"),
     Variant(name="vector", clause="MISSBAT-C4", configs=(PLAIN,), layers=BLOCKS, operations=RUN, rows=(), draws=D),
     Variant(name="no-bias", clause="MISSBAT-C3", configs=(PLAIN,), layers=BLOCKS, bias=False, draws=D),
     Variant(name="two-adapters", clause="MISSBAT-C8", configs=(PLAIN, {"r": 2}), layers=BLOCKS, draws=D),
@@ -95,7 +96,7 @@ def _summed_adapters(case: Case) -> Answer | None:
 def _added_part_without_gradient(case: Case) -> Answer | None:
     """dD = sum W^T G, without the G of the D that is added."""
     p = pose(case)
-    if len(p.adapters) > 1:
+    if len(p.adapters) != 1:
         return None
     r, G = p.adapters[0].params.D.shape[-1], p.layer.weight_vjp(p.x, p.dy)
     own = answer(case)["0.miss_block"]
