@@ -34,6 +34,8 @@ def laws(case: Case) -> dict[str, Law]:
     assert layer is not None
     if case.method == "ia3":
         return {"ia3_l": constant(1.0, "ia3-init-not-one")}
+    if case.method == "beft":
+        return {"beft_bias": constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)}
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
@@ -163,6 +165,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         ({"init_r": 4, "target_r": 2, "total_step": 10}, ("linear", "transposed_linear", "conv2d")),
         ({"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}, ("linear",)),
     ),
+    "beft": (({}, ("linear",)), ({"init_weights": False}, ("linear",))),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),
@@ -175,7 +178,9 @@ def init_cases(name: str, clause: str) -> tuple[Case, ...]:
     for config, layers in ASKED[name]:
         for layer_name in layers:
             layer, method = LAYERS[layer_name], build_method(name, config)
-            init = str(config.get("init_lora_weights", "default")).lower() + ("-bias" if config.get("lora_bias") else "")
+            init = str(config.get("init_lora_weights", config.get("init_weights", "default"))).lower() + (
+                "-bias" if config.get("lora_bias") else ""
+            )
             init += "-feedforward" if config.get("is_feedforward") else ""
             computed = config.get("init_lora_weights") in ("pissa", "olora")
             where = f"{name}.{layer_name}.init-{init}"

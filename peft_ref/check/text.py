@@ -51,9 +51,15 @@ def right_config(question: Mapping[str, Any]) -> dict[str, Any]:
     return {"modules": {name: meaning(config, name) for name in question["modules"]}}
 
 
+# What a module has that is neither a rank with its scale nor IA3's side.
+OWN_MEANING: Mapping[str, tuple[str, ...]] = {"BEFT": (), "C3A": ("block_size",), "FOURIERFT": ("n_frequency", "scaling"), "SHIRA": ("r",)}
+
+
 def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
     """What a configuration says about one module: its rank and scale, or for IA3 on which side it scales."""
     method = config.method_for(name)
+    if (own := OWN_MEANING.get(method.peft_type)) is not None:
+        return {field: getattr(method, field) for field in own}
     scale, r = getattr(method, "scale", None), getattr(method, "r", None)
     if scale is None:
         return {"is_feedforward": getattr(method, "is_feedforward", False)}

@@ -77,14 +77,16 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "alpha-missing": {"r": 4},
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
+    "beft": {"plain": {}},
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "beft": "BEFT", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
 CLAUSES = {
     "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
+    "beft": ("BEFT-C13", "BEFT-C14", "BEFT-C15"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),

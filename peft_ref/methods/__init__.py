@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
+from peft_ref.methods.beft import BEFT
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
@@ -16,6 +17,7 @@ from peft_ref.registry import Registry
 
 _BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
+    "beft": BEFT,
     "dora": DoRA,
     "ia3": IA3,
     "loha": LoHa,
@@ -30,6 +32,7 @@ METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
 register_method, method_class = METHODS.register, METHODS.method_class
 
 __all__ = [
+    "BEFT",
     "IA3",
     "METHODS",
     "AdaLoRA",

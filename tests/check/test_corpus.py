@@ -243,7 +243,8 @@ def test_every_method_is_asked_every_operation_on_every_kind_of_layer() -> None:
     asked = {(c.method, c.layer.kind, c.operation) for c in ARRAYS if c.layer is not None}
     wanted = set()
     for name, cls in METHODS.weights.items():
-        operations = {*LAYER_OPERATIONS} - (set() if issubclass(cls, LowRank | Additive) else {"delta"})
+        has_delta = issubclass(cls, LowRank | Additive) and name != "beft"  # whose W' - W is zero
+        operations = {*LAYER_OPERATIONS} - (set() if has_delta else {"delta"})
         wanted |= {(name, kind, operation) for kind in cls.kinds for operation in operations}
     assert asked == wanted
 
@@ -285,8 +286,8 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; prompt tuning only adds a few gradients up.
-    for name in set(METHODS) - {"adalora", "dora", "prompt_tuning"}:
+    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; BEFT and prompt tuning only add a few numbers up.
+    for name in set(METHODS) - {"adalora", "beft", "dora", "prompt_tuning"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
         kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name

@@ -180,6 +180,8 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("_A", lambda c, v, rng: rng.normal(0, 0.02, v.shape)),
         "init-wrong-law",
     ),
+    "BEFT's vector random": ("beft.linear.init-default", replaced("beft", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
+    "BEFT's False ignored": ("beft.linear.init-false", replaced("beft", lambda c, v, rng: v * 0), "init-zero"),
     "LoHa's w2_b random": ("loha.linear.init-default", replaced("w2_b", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
     "LoHa's w1_a as LyCORIS draws it": (
         "loha.linear.init-default",

@@ -23,6 +23,7 @@ class Difference(NamedTuple):
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
+    "BEFT": {"peft_type": "BEFT", "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -40,6 +41,7 @@ TARGETS: dict[str, list[Any]] = {
     "base_model_name_or_path": [None, "a/b", ""],
     "peft_version": ["0.99.0", None],
 }
+OWN_TARGETS = {word: values for word, values in TARGETS.items() if word != "exclude_modules"}  # of methods that do not know the word
 LAYERS: dict[str, list[Any]] = {
     "layers_to_transform": [None, 0, 1, [0], [0, 1], [], [7], 7, -1, "0", ["0"], [None], True, [0.0]],
     "layers_pattern": [None, "layers", ["layers"], [], "", "h", "(layers", 3, ["layers", "h"]],
@@ -83,6 +85,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
         "use_effective_conv2d": [False, None],
     },
+    "BEFT": OWN_TARGETS | {"init_weights": SWITCH},
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -93,7 +96,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

@@ -97,6 +97,8 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 
 
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
+    if kind == "BEFT":
+        return type(method).__name__ == kind
     if kind == "IA3":
         return bool(module.is_feedforward == method.is_feedforward)
     same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)

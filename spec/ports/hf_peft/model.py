@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import (
     AdaLoraConfig,
+    BeftConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -28,7 +29,13 @@ from transformers.pytorch_utils import Conv1D
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {"ADALORA": AdaLoraConfig, "LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
+CONFIGS: Mapping[str, type[PeftConfig]] = {
+    "ADALORA": AdaLoraConfig,
+    "BEFT": BeftConfig,
+    "IA3": IA3Config,
+    "LOHA": LoHaConfig,
+    "LORA": LoraConfig,
+}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PREFIX = "base_model.model.layer."
 

@@ -45,6 +45,8 @@ def backward(case: Json, dtype: torch.dtype) -> Json:
 
 def delta(case: Json, dtype: torch.dtype) -> Json:
     layer = adapted(case, dtype).layer
+    if not hasattr(layer, "get_delta_weight"):
+        raise NotInPeft("this method has no delta in PEFT")
     return {"weight": nested(layer.get_delta_weight(layer.active_adapters[0]))}
 
 

@@ -56,7 +56,9 @@ def config(case: Json) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     for name in case["modules"]:
         layer: Any = model.get_base_model().get_submodule(name)
-        if case["adapter_config"]["peft_type"] == "IA3":
+        if case["adapter_config"]["peft_type"] == "BEFT":
+            answer[name] = {}  # it has neither a rank nor a scale
+        elif case["adapter_config"]["peft_type"] == "IA3":
             answer[name] = {"is_feedforward": layer.is_feedforward}
         elif adalora:  # its `scaling` is not yet divided
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}

@@ -32,12 +32,13 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
     mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
-    mergeable &= variant.bias or not any(c.get("lora_bias") for c in variant.configs)
+    mergeable &= variant.bias or not (name == "beft" or any(c.get("lora_bias") for c in variant.configs))
     cases = []
     for operation in LAYER_OPERATIONS:
         if operation in ("merge", "unmerge", "delta") and (variant.dropout or not mergeable):
             continue
-        if operation == "delta" and (len(methods) > 1 or not issubclass(METHODS.weights[name], LowRank | Additive)):
+        asked = any(operation in v.operations for v in variants) and issubclass(METHODS.weights[name], LowRank | Additive)
+        if operation == "delta" and (len(methods) > 1 or not asked):
             continue
         other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
         cases.append(make_case(name, other, layer_name, layer, methods, operation))

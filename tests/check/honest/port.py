@@ -129,6 +129,9 @@ class Honest:
 
     def merge_step(self, i: int, W: Host, b: Host | None) -> tuple[Host, Host | None]:
         a, method = self.a, self.case.method
+        if method == "beft":
+            c = a.array(self.case.adapters[i].tensors["beft_bias"]).reshape(-1)
+            return W, c if b is None else a.add(b, c)
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
         if method == "ia3":
@@ -143,6 +146,9 @@ class Honest:
 
     def unmerge_step(self, i: int, W: Host, b: Host | None) -> tuple[Host, Host | None]:
         a, method = self.a, self.case.method
+        if method == "beft":
+            assert b is not None
+            return W, a.add(b, -a.array(self.case.adapters[i].tensors["beft_bias"]).reshape(-1))
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
         if method == "ia3":
@@ -175,6 +181,7 @@ class Honest:
     def forward(self) -> Host:
         how = {
             "adalora": self.forward_lora,
+            "beft": self.forward_beft,
             "lora": self.forward_lora,
             "dora": self.forward_dora,
             "loha": self.forward_merged,
@@ -189,6 +196,17 @@ class Honest:
         for i in range(len(self.case.adapters)):
             W, b = self.merge_step(i, W, b)
         return self.apply(self.X, W, b)
+
+    def forward_beft(self) -> Host:
+        a = self.a
+        if a.pick(True, False):
+            return self.forward_merged()
+        vectors = [a.array(adapter.tensors["beft_bias"]).reshape(-1) for adapter in self.case.adapters]
+        return (
+            a.add(self.apply(self.X, self.W, self.b), a.add(*vectors))
+            if a.pick(True, False)
+            else a.add(self.apply(self.X, self.W, self.b), *vectors)
+        )
 
     def forward_lora(self) -> Host:
         a = self.a
@@ -246,6 +264,7 @@ class Honest:
     def backward(self) -> Answer:
         fill = {
             "adalora": self.backward_lora,
+            "beft": self.backward_beft,
             "lora": self.backward_lora,
             "dora": self.backward_dora,
             "loha": self.backward_loha,
@@ -301,6 +320,12 @@ class Honest:
             return out, a.matmul(self.dY, W[-1])
         through = self.dropped(0, a.matmul(self.dY, a.add(W[-1], -self.W)))
         return out, a.add(a.matmul(self.dY, self.W), through)
+
+    def backward_beft(self) -> tuple[Answer, Host]:
+        out: Answer = {}
+        for i in range(len(self.case.adapters)):
+            out |= self.named(i, "beft_bias", self.a.sum(self.dY))
+        return out, self.a.matmul(self.dY, self.W)
 
     def backward_loha(self) -> tuple[Answer, Host]:
         a = self.a
