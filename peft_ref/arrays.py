@@ -55,6 +55,14 @@ def to(array: np.ndarray[Any, Any], like: Array) -> Array:
     return xp.asarray(array, dtype=like.dtype, device=device(like))
 
 
+def integers(array: np.ndarray[Any, Any], like: Array, dtype: str = "int64") -> Array:
+    """NumPy integers (places in an array) as an array of `like`'s library and device."""
+    xp = namespace(like)
+    if xp is np:
+        return array.astype(dtype)
+    return xp.asarray(array.astype(dtype), device=device(like))
+
+
 def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of `shape` in `like`'s library, dtype and device."""
     xp = namespace(like)

@@ -120,6 +120,10 @@ class WeightMethod(Method, Generic[P]):
             )
         self.check_geometry(layer)
 
+    def told_layer(self, tensors: Mapping[str, Array]) -> Layer | None:
+        """The layer that `tensors` were made for, where no shape holds its sizes as they are; else None, and `files.infer` reads them off."""
+        return None
+
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
 

@@ -36,6 +36,15 @@ def laws(case: Case) -> dict[str, Law]:
         return {"ia3_l": constant(1.0, "ia3-init-not-one")}
     if case.method == "beft":
         return {"beft_bias": constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)}
+    if case.method == "c3a":
+        n_in, out = layer.channels, layer.shape[0]
+        xavier = uniform(math.sqrt(6 / (n_in + out)))
+        of_kernel: dict[Any, Law] = {
+            True: constant(0.0, "init-not-identity"),
+            "gaussian": normal(1.0),
+            "kaiming_uniform": uniform(math.sqrt(1 / n_in)),
+        }
+        return {"c3a_kernel": of_kernel.get(config["init_weights"], xavier)}
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
@@ -154,6 +163,7 @@ LORA_INITS: tuple[Mapping[str, Any], ...] = (
     {"init_lora_weights": "pissa"},
     {"init_lora_weights": "olora"},
 )
+C3A_STARTS: tuple[Mapping[str, Any], ...] = ({}, *({"init_weights": start} for start in (True, False, "gaussian", "kaiming_uniform")))
 ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     "lora": (
         *(({"r": 4, "lora_alpha": 6, **c}, ("linear",)) for c in LORA_INITS),
@@ -166,6 +176,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
         ({"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}, ("linear",)),
     ),
     "beft": (({}, ("linear",)), ({"init_weights": False}, ("linear",))),
+    "c3a": tuple(({"block_size": 3, **start}, ("linear-blocks",)) for start in C3A_STARTS),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),

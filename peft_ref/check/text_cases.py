@@ -78,15 +78,21 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
     "beft": {"plain": {}},
+    "c3a": {
+        "plain": {"block_size": 2},
+        "block-missing": {},
+        "block-pattern": {"block_size": 2, "block_size_pattern": {"v_proj": 1, "xq_proj": 4, r"layers\.10\.mlp\.up_proj": 8}},
+    },
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "beft": "BEFT", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "beft": "BEFT", "c3a": "C3A", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
 CLAUSES = {
     "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
     "beft": ("BEFT-C13", "BEFT-C14", "BEFT-C15"),
+    "c3a": ("C3A-C15", "C3A-C17", "C3A-C19"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
@@ -141,6 +147,8 @@ def _state_dicts(method: str, clause: str) -> Iterator[Case]:
             "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=7),
             "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=5),
         }
+        if method == "c3a":
+            layers = {name: Linear(in_features=6 - 2 * i, out_features=4 + 2 * i) for i, name in enumerate(layers)}
         if method in ("lora", "dora"):
             layers["model.embed_tokens"] = Embedding(num_embeddings=9, embedding_dim=7)
         modules = []

@@ -74,6 +74,9 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
                 f"a missing {alpha} is taken for {text}; its default is 8",
                 asked(**{alpha: value}),
             )
+    for size in ("block_size", "n_frequency"):
+        if config.get(f"{size}_pattern"):
+            mistakes["size-pattern-ignored"] = (f"{size}_pattern is not read", asked(**{f"{size}_pattern": {}}))
     if config.get("use_rslora"):
         mistakes["rslora-ignored"] = ("use_rslora is not read", asked(use_rslora=False))
     if config.get("feedforward_modules"):
@@ -90,7 +93,10 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
         lambda key, name: re.sub(
-            r"(lora_[ABE]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)", rf"\1.{name}", key, count=1
+            r"(lora_[ABE]|hada_w\d_[ab]|ia3_l|beft_bias|c3a_kernel|shira_weight|shira_indices|fourierft_spectrum|lora_embedding_[AB]|lora_magnitude_vector)",
+            rf"\1.{name}",
+            key,
+            count=1,
         ),
     ),
     "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),

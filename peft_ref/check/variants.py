@@ -36,6 +36,8 @@ LAYERS: dict[str, Layer] = {
     "conv2d-groups": Conv(in_channels=6, out_channels=10, kernel_size=(3, 2), stride=(1, 2), groups=2),
     "conv1d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2,), padding=(2,), dilation=(3,)),
     "linear-large": Linear(in_features=13, out_features=11),
+    "linear-blocks": Linear(in_features=6, out_features=9),
+    "linear-square": Linear(in_features=8, out_features=8),
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
@@ -47,6 +49,8 @@ INPUTS: dict[str, tuple[int, ...]] = {
     "conv2d-groups": (2, 4, 5),
     "conv1d-dilation": (2, 7),
     "linear-large": (3, 2),
+    "linear-blocks": (2, 3),
+    "linear-square": (3,),
 }
 
 

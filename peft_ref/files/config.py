@@ -2,7 +2,8 @@
 
     method          the mathematics: peft_type and the switches choose the class, its fields are the hyper-parameters
     targets         where it goes: target_modules and what narrows them down
-    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules. AdaLoRA's rank_pattern is not by pattern
+    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules, and block_size_pattern or
+                    n_frequency_pattern of the methods that have such a size. AdaLoRA's rank_pattern is not by pattern
                     and no rank: {"<module>.lora_E": [which triplets its training kept]}, and alpha_pattern it does not read
     housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
 
@@ -23,7 +24,7 @@ from typing import Any, get_type_hints
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
-from peft_ref.graph.patterns import pattern_key
+from peft_ref.graph.patterns import key_below, pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
@@ -32,6 +33,7 @@ from peft_ref.prompts import Prompt
 DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+SIZES = ("block_size", "n_frequency")  # hyper-parameters that `<name>_pattern` changes
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
 
@@ -42,6 +44,7 @@ class Patterns:
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     feedforward_modules: str | tuple[str, ...] | None = None
+    size_pattern: Mapping[str, int] = field(default_factory=dict)  # in the file <the size's name>_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class AdapterConfig:
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
             if (key := pattern_key(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
+        if p.size_pattern and (key := key_below(tuple(p.size_pattern), module_name)) is not None:
+            changes[_one_of(SIZES, names, self.method)] = p.size_pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
         return dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]  # a dataclass
@@ -111,7 +116,11 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
     """The flat configuration, keys in the order of the file it came from, else sorted as PEFT sorts them."""
     now = _flat(config)
     if config.text is None:
-        absent = {key for key in (*field_names(Targets), *field_names(Patterns)) if now.get(key) in (None, {})} - {"target_modules"}
+        absent = {
+            key
+            for key in (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES))
+            if now.get(key) in (None, {})
+        } - {"target_modules"}
         return {key: now[key] for key in sorted(now.keys() - absent)}
     read = json.loads(config.text)
     before = _flat(_split(read, "adapter_config.json"))
@@ -135,7 +144,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
         raise ConfigError(f"{where}: {error}") from error
     given = {name: data[name] for name in field_names(Targets) if name in data}
     targets = _targets(given, data["peft_type"], where)
-    taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
+    taken = {"peft_type", *flags, *own, *given, *field_names(Patterns), _size_key(cls)}
     return AdapterConfig(
         method=method,
         targets=targets,
@@ -157,6 +166,9 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
+    sizes = places.pop("size_pattern", None)
+    if (size_key := _size_key(cls)) is not None:
+        places[size_key] = sizes
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
 
 
@@ -172,14 +184,40 @@ def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
             continue
         for expression, value in pattern.items():
             check_pattern(expression, f"{where}: {key}")
-            change = {_one_of(fields, names, method): value}
-            check_types(type(method), change, f"{where}: {key} of {expression!r}")
-            try:
-                dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
+            _changed(method, {_one_of(fields, names, method): value}, f"{where}: {key} of {expression!r}")
     modules = _feedforward(data.get("feedforward_modules"), where)
-    return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
+    sizes = _sizes(data, method, where)
+    return Patterns(
+        rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules, size_pattern=sizes
+    )
+
+
+def _size_key(cls: type[Method]) -> str | None:
+    """The word of the pattern that changes this method's size module by module."""
+    return next((f"{size}_pattern" for size in SIZES if size in field_names(cls)), None)
+
+
+def _sizes(data: Mapping[str, Any], method: Method, where: str) -> Mapping[str, int]:
+    if (key := _size_key(type(method))) is None:
+        return {}
+    pattern = data.get(key, {})
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(
+            f"{where}: {key} is a {type(pattern).__name__}, {pattern!r:.60} (HF PEFT refuses it too).\n  Give a map, {{}} for none."
+        )
+    for expression, value in pattern.items():
+        check_pattern(expression, f"{where}: {key}")
+        _changed(method, {key.removesuffix("_pattern"): value}, f"{where}: {key} of {expression!r}")
+    return dict(pattern)
+
+
+def _changed(method: Method, change: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` where the method does not take the change."""
+    check_types(type(method), change, where)
+    try:
+        dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method) -> str:

@@ -1,7 +1,7 @@
 """The layer an adapter was made for, as far as its tensors tell.
 
 A method says which shapes its parameters have on a layer. Asked about a layer whose sizes are large primes, it shows where those sizes
-stand in the shapes, and there the tensors' own sizes are read off.  A size the tensors do not hold is 1 (what an IA3 layer takes in, say),
+stand in the shapes, and there the tensors' own sizes are read off, or it tells the layer itself.  A size the tensors do not hold is 1 (what an IA3 layer takes in, say),
 a stride, padding or dilation is the default, and a transposed linear layer looks like a linear one: none of it matters to the parameters.
 """
 
@@ -26,6 +26,8 @@ PROBES: tuple[Layer, ...] = (
 
 def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: str) -> Layer:
     """The layer on which `method` has parameters like `tensors`, or the nearest to it, whose `unpack` then says what is wrong."""
+    if (told := method.told_layer(tensors)) is not None:
+        return told
     best: tuple[int, Layer] | None = None
     for probe in PROBES:
         if probe.kind not in method.kinds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft_ref.contracts import Method
 from peft_ref.methods.adalora import AdaLoRA
 from peft_ref.methods.beft import BEFT
+from peft_ref.methods.c3a import C3A
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
@@ -18,6 +19,7 @@ from peft_ref.registry import Registry
 _BUILT: dict[str, type[Method]] = {
     "adalora": AdaLoRA,
     "beft": BEFT,
+    "c3a": C3A,
     "dora": DoRA,
     "ia3": IA3,
     "loha": LoHa,
@@ -33,6 +35,7 @@ register_method, method_class = METHODS.register, METHODS.method_class
 
 __all__ = [
     "BEFT",
+    "C3A",
     "IA3",
     "METHODS",
     "AdaLoRA",

@@ -104,7 +104,7 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     sizes = _sizes(layer)
     ranks = [a.config["r"] for a in case.adapters if "r" in a.config]
     assert 1 not in (*sizes, *ranks)
-    for one in (sizes, (*layer.shape, *ranks)):
+    for one in () if ".linear-square." in case.id else (sizes, (*layer.shape, *ranks)):  # square on purpose: where PEFT's C3A chains
         assert len(set(one)) == len(one), (case.id, one)
     assert case.x is not None
     assert 1 not in (n for axis, n in enumerate(case.x.shape) if axis < 2), "a batch of one hides a wrong sum over it"
@@ -286,8 +286,9 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; BEFT and prompt tuning only add a few numbers up.
-    for name in set(METHODS) - {"adalora", "beft", "dora", "prompt_tuning"}:
+    # DoRA divides by a norm, AdaLoRA by a rank plus 1e-5; BEFT and prompt tuning only add a few numbers up; C3A may be computed by a
+    # Fourier transform.
+    for name in set(METHODS) - {"adalora", "beft", "c3a", "dora", "prompt_tuning"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else "float32"  # three numbers are multiplied, no more
         kinds = Counter(expected_answer(c, narrow).exact for c in ARRAYS if c.method == name)
         assert kinds[True] > kinds[False] > 0, name

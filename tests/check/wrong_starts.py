@@ -182,6 +182,16 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
     ),
     "BEFT's vector random": ("beft.linear.init-default", replaced("beft", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
     "BEFT's False ignored": ("beft.linear.init-false", replaced("beft", lambda c, v, rng: v * 0), "init-zero"),
+    "C3A's start bounded by in alone": (
+        "c3a.linear-blocks.init-default",
+        replaced("c3a", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(fan_in(c))),
+        "init-wrong-law",
+    ),
+    "C3A's True read as the default": (
+        "c3a.linear-blocks.init-true",
+        replaced("c3a", lambda c, v, rng: rng.uniform(-0.6, 0.6, v.shape)),
+        "init-not-identity",
+    ),
     "LoHa's w2_b random": ("loha.linear.init-default", replaced("w2_b", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
     "LoHa's w1_a as LyCORIS draws it": (
         "loha.linear.init-default",

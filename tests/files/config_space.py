@@ -24,6 +24,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "BEFT": {"peft_type": "BEFT", "target_modules": ["q", "up"]},
+    "C3A": {"peft_type": "C3A", "block_size": 1, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -50,6 +51,19 @@ PATTERNS: dict[str, list[Any]] = {
     "rank_pattern": [*({"q": r} for r in RANKS), {r"layers\.1\.q": 6}, {"(q": 2}, {"none": 0}, {}, [], ["q"], None, "q"],
     "alpha_pattern": [{}, {"q": 2}, {"q": 0.5}, {"q": 0}, {"q": -1}, {"q": "2"}, {"q": None}, {"(q": 2}, {"none": "2"}, [], ["q"], None, 3],
 }
+SIZES: list[Any] = [
+    *({"q": size} for size in (2, 1, 3, 0, -1, "2", None)),
+    {r"layers\.1\.q": 2},
+    {"layers.0.q": 2},
+    {"q|up": 2},
+    {"(q": 2},
+    {"none": 0},
+    {},
+    [],
+    ["q"],
+    None,
+    3,
+]
 NUMBERS: list[Any] = [1, 2, 3, 8, 0, -1, "8", None, 4.0, 2.5, True, [4], 1000]
 SWITCH: list[Any] = [True, False, None, "yes", "", 1, 0, []]
 SPACE: dict[str, dict[str, list[Any]]] = {
@@ -86,6 +100,13 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "use_effective_conv2d": [False, None],
     },
     "BEFT": OWN_TARGETS | {"init_weights": SWITCH},
+    "C3A": OWN_TARGETS
+    | LAYERS
+    | {
+        "block_size": NUMBERS,
+        "block_size_pattern": SIZES,
+        "init_weights": [True, False, "gaussian", "xavier_uniform", "kaiming_uniform", "Gaussian", None, "", 1, 0, []],
+    },
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -96,7 +117,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT", "C3A"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

@@ -42,14 +42,19 @@ DIFFERENCES = (
     Difference(
         "we", r"(use_rslora|lora_bias|init_\w*weights)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"
     ),
-    Difference("we", r"(lora_alpha|alpha|lora_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
+    Difference(
+        "we",
+        r"(lora_alpha|alpha|lora_dropout|block_size|n_frequency)=True is of type bool",
+        "a truth value as a number: PEFT computes with 1",
+    ),
     Difference("we", r"lora_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
     Difference("we", r"(target|feedforward)_modules=\{.*\} is (not understood|no list)", "a map as a list of names: PEFT reads its keys"),
     Difference("we", r"exclude_modules=\(1,\) is not understood", "a number among names: PEFT writes it out as text"),
     Difference("we", r"modules_to_save='head' is not understood", "a text as a list: PEFT takes every letter for a name"),
     Difference("we", r"'mica' is not built yet", "not built, and refused so that it is not read as something else"),
     Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
-    Difference("we", r"(rank|alpha)_pattern (of '|is a)", UNSEEN),
+    Difference("we", r"(rank|alpha|block_size|n_frequency)_pattern (of '|is a)", UNSEEN),
+    Difference("we", r"init_weights=0 is of type int", "a number as a start: PEFT finds 0 equal to False"),
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
     Difference("we", r"(alpha|lora_dropout)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
@@ -99,6 +104,8 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "BEFT":
         return type(method).__name__ == kind
+    if kind == "C3A":
+        return bool(module.block_size["default"] == method.block_size)
     if kind == "IA3":
         return bool(module.is_feedforward == method.is_feedforward)
     same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)

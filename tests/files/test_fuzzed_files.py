@@ -26,6 +26,7 @@ from tests.files.peft_models import (  # noqa: E402
     layer_of,
     our_output,
     random_input,
+    random_dense_config,
     random_peft_config,
     tuned,
     with_random_parameters,
@@ -122,6 +123,8 @@ def random_weights_config(rng: np.random.Generator) -> Any:
             target_modules=["q", "up", "conv2"][: rng.integers(1, 4)],
             bias=str(rng.choice(["none", "all"])),
         )
+    if rng.integers(3) == 0:
+        return random_dense_config(rng)
     config = random_peft_config(rng)
     config.base_model_name_or_path = None
     for name in ("rank_pattern", "alpha_pattern"):  # PEFT saves them sorted: in another order the file would mean another adapter

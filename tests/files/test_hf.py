@@ -77,7 +77,9 @@ def test_our_parameters_are_peft_s(tmp_path: Path, case: str) -> None:
         np.testing.assert_array_equal(ours[key], tensor.numpy())
 
 
-OURS = [case for case in CASES if case not in ("gpt2 ia3 by default", "llama tied")]  # the first needs PEFT to fill its targets
+OURS = [
+    case for case in CASES if case not in ("gpt2 ia3 by default", "llama tied", "c3a")
+]  # the first needs PEFT to fill its targets; C3A is float32
 
 
 @pytest.mark.parametrize("case", OURS)

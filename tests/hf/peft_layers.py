@@ -17,6 +17,8 @@ from peft_ref.stack import Adapter
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
+    "linear-blocks": Linear(in_features=6, out_features=9),
+    "linear-square": Linear(in_features=8, out_features=8),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=6),
     "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -27,6 +29,8 @@ LAYERS: dict[str, Layer] = {
 }
 INPUTS = {
     "linear": (2, 3, 5),
+    "linear-blocks": (2, 3, 6),
+    "linear-square": (5, 8),
     "transposed_linear": (2, 3, 5),
     "embedding": (2, 4),
     "conv1d": (2, 3, 8),

@@ -30,10 +30,12 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "r": st.sampled_from((2, 1, 3, 4)),
     "alpha": st.sampled_from((2, 1, 3.5, 0.25)),
     "lora_alpha": st.sampled_from((2, 1, 3.5, 0.25)),
+    "block_size": st.sampled_from((1, 2, 3)),
 }
 # Starts that promise to change nothing; every other field whose name begins with "init" is left at its default.
 FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
+    "init_weights": st.just(True),
 }
 BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "adalora": {
@@ -183,9 +185,9 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
 
 
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
-_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2), "init_r": st.just(2), "live_r": st.just(None)}
+_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2), "init_r": st.just(2), "block_size": st.just(2), "live_r": st.just(None)}
 _FEW: dict[str, st.SearchStrategy[Layer]] = {
-    "linear": st.just(Linear(in_features=5, out_features=4)),
+    "linear": st.just(Linear(in_features=6, out_features=4)),
     "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),
     "embedding": st.just(Embedding(num_embeddings=5, embedding_dim=4)),
     **{
@@ -204,7 +206,7 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
     },
 }
 _FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
-    "linear": st.just((2, 3, 5)),
+    "linear": st.just((2, 3, 6)),
     "transposed_linear": st.just((2, 3, 5)),
     "embedding": st.just((2, 3)),
     **{f"conv{d}d": st.just((2, 2, *(3, 3, 1)[:d])) for d in (1, 2, 3)},

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from torch import nn  # noqa: E402
 
@@ -63,3 +63,67 @@ def test_beft_q3_words_that_narrow_the_targets_are_dropped() -> None:
     assert all(any(word in str(w.message) for w in caught) for word in words)
     made, _ = adapted(nn.Linear(3, 4), config)
     assert made.targeted_module_names == ["l"]
+
+
+def c3a(block: int, **more: Any) -> Any:
+    return peft.C3AConfig(target_modules=["l"], block_size=block, **more)
+
+
+def plain(n_in: int, out: int) -> Any:
+    """A layer of zeros: what comes out is the adapters'."""
+    linear = nn.Linear(n_in, out, bias=False)
+    linear.weight.data[:] = 0
+    return linear
+
+
+def test_c3a_q1_the_gradient_of_x_is_not_the_transpose_from_blocks_of_three_on() -> None:
+    made, layer = adapted(plain(3, 3), c3a(3))
+    layer.c3a_kernel["a0"].data = torch.tensor([[[3.0, 6, 9]]])
+    x = torch.zeros(3, 3, requires_grad=True)
+    made(x).backward(torch.eye(3))
+    block = torch.tensor([[1.0, 2, 3], [3, 1, 2], [2, 3, 1]])
+    torch.testing.assert_close(made(torch.eye(3)).T, block, atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.grad, torch.tensor([[1.0, 2, 3], [2, 3, 1], [3, 1, 2]]), atol=1e-6, rtol=0)
+    made, _ = adapted(plain(4, 4), c3a(2))
+    x = torch.zeros(4, 4, requires_grad=True)
+    made(x).backward(torch.eye(4))
+    torch.testing.assert_close(x.grad, made(torch.eye(4)).T, atol=1e-6, rtol=0)
+
+
+def test_c3a_q2_the_second_adapter_reads_what_the_first_one_added() -> None:
+    made, layer = adapted(plain(4, 4), c3a(4), c3a(2))
+    one, two = (layer.get_delta_weight(name) for name in ("a0", "a1"))
+    torch.testing.assert_close(made(torch.eye(4)).T, one + two @ one, atol=1e-6, rtol=0)
+    made.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, one + two, atol=1e-6, rtol=0)
+    made, _ = adapted(plain(6, 9), c3a(3), c3a(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        made(torch.eye(6))
+
+
+def test_c3a_q3_a_float64_layer_gets_float32_numbers() -> None:
+    made, layer = adapted(nn.Linear(6, 9), c3a(3))
+    x = torch.randn(50, 6)
+    right = (
+        x @ (layer.base_layer.weight + torch.vstack([torch.hstack([circulant(k) for k in row]) for row in layer.c3a_kernel["a0"]]) / 6).T
+    )
+    apart = (made(x) - right - layer.base_layer.bias).abs().max()
+    assert 1e-9 < apart < 1e-6
+
+
+def circulant(kernel: Any) -> Any:
+    return torch.stack([torch.roll(kernel, t) for t in range(len(kernel))])
+
+
+def test_c3a_q4_the_default_targets_of_gpt2_are_refused() -> None:
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 13, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    with pytest.raises(TypeError, match="Conv1D"):
+        peft.get_peft_model(model, peft.C3AConfig(block_size=4))
+
+
+def test_c3a_q5_there_is_no_group_around_a_key_of_the_pattern() -> None:
+    base = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4), "up": nn.Linear(4, 4)}), "up": nn.Linear(4, 4)})
+    config = peft.C3AConfig(target_modules=["q", "up"], block_size=4, block_size_pattern={"q|up": 2})
+    made = peft.get_peft_model(base, config).base_model.model
+    assert [m.block_size["default"] for m in (made["a"]["q"], made["a"]["up"], made["up"])] == [2, 4, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft_ref.check.mistakes.adalora as adalora
 import peft_ref.check.mistakes.beft as beft
+import peft_ref.check.mistakes.c3a as c3a
 import peft_ref.check.mistakes.dora as dora
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
@@ -18,6 +19,7 @@ from peft_ref.check.suites import Suites
 _BUILT: dict[str, Suite] = {
     "adalora": adalora.SUITE,
     "beft": beft.SUITE,
+    "c3a": c3a.SUITE,
     "dora": dora.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,

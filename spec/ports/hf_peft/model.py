@@ -15,6 +15,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    C3AConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -32,6 +33,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 CONFIGS: Mapping[str, type[PeftConfig]] = {
     "ADALORA": AdaLoraConfig,
     "BEFT": BeftConfig,
+    "C3A": C3AConfig,
     "IA3": IA3Config,
     "LOHA": LoHaConfig,
     "LORA": LoraConfig,
@@ -71,7 +73,7 @@ class Adapted(NamedTuple):
 
 def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     """The layer with the case's adapters, all of them active."""
-    check(case)
+    check(case, dtype)
     base = build(case["layer"], dtype)
     adapters = case.get("adapters", ())
     if not adapters:
@@ -94,7 +96,7 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     """One freshly drawn adapter, and the frozen weight where drawing changed it."""
-    check(case)
+    check(case, dtype)
     init = case["adapters"][0]["config"].get("init_lora_weights")
     if init in ("pissa", "olora") and dtype == torch.float64:
         raise NotInPeft(f"PEFT refuses init_lora_weights={init!r} on float64 and works it out in float32: ask with --dtype float32")
@@ -105,8 +107,13 @@ def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     return {**draw, "weight": nested(weight)} if changed else draw
 
 
-def check(case: Json) -> None:
+def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
+    if case["method"] == "c3a" and dtype == torch.float64 and case["operation"] != "init":
+        raise NotInPeft("PEFT computes C3A in float32, whatever the layer's dtype")
+    square = case["layer"].get("in_features") == case["layer"].get("out_features")
+    if case["method"] == "c3a" and len(case["adapters"]) > 1 and not square and case["operation"] in ("forward", "backward"):
+        raise NotInPeft("PEFT feeds every C3A adapter to the next one and crashes where in and out differ")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")

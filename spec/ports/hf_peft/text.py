@@ -49,7 +49,8 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(2, 2)) for name in case["modules"]], case["adapter_config"], "default")
+    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA") else 2  # what their defaults fit on
+    model = adapted([(name, nn.Linear(side, side)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -58,6 +59,8 @@ def config(case: Json) -> dict[str, Any]:
         layer: Any = model.get_base_model().get_submodule(name)
         if case["adapter_config"]["peft_type"] == "BEFT":
             answer[name] = {}  # it has neither a rank nor a scale
+        elif case["adapter_config"]["peft_type"] == "C3A":
+            answer[name] = {"block_size": layer.block_size["default"]}
         elif case["adapter_config"]["peft_type"] == "IA3":
             answer[name] = {"is_feedforward": layer.is_feedforward}
         elif adalora:  # its `scaling` is not yet divided

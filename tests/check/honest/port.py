@@ -18,6 +18,7 @@ from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from tests.check.honest import prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
+from tests.check.honest.dense import DENSE, TRAINED, Dense, dense
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
 
@@ -111,6 +112,9 @@ class Honest:
         factors = {k.removeprefix("hada_"): self.a.array(v) for k, v in adapter.tensors.items()}
         return Hadamard(**factors, s=adapter.config["alpha"] / adapter.config["r"])
 
+    def dense(self, i: int) -> Hadamard | Dense:
+        return self.hadamard(i) if self.case.method == "loha" else dense(self.case, i, self.a)
+
     def l_columns(self, i: int) -> Host | None:
         """IA3's l as a factor of every column of W (out, in/groups * k), or None if it scales rows."""
         adapter = self.case.adapters[i]
@@ -123,7 +127,7 @@ class Honest:
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
     def plain_delta(self, i: int) -> Host:
-        return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
+        return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.dense(i).delta(self.a)
 
     # ---- weights
 
@@ -132,8 +136,8 @@ class Honest:
         if method == "beft":
             c = a.array(self.case.adapters[i].tensors["beft_bias"]).reshape(-1)
             return W, c if b is None else a.add(b, c)
-        if method == "loha":
-            return a.add(W, self.hadamard(i).delta(a)), b
+        if method in DENSE:
+            return a.add(W, self.dense(i).delta(a)), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return W * columns, b
@@ -149,8 +153,8 @@ class Honest:
         if method == "beft":
             assert b is not None
             return W, a.add(b, -a.array(self.case.adapters[i].tensors["beft_bias"]).reshape(-1))
-        if method == "loha":
-            return a.add(W, -self.hadamard(i).delta(a)), b
+        if method in DENSE:
+            return a.add(W, -self.dense(i).delta(a)), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return a.over(W, columns), b
@@ -184,7 +188,7 @@ class Honest:
             "beft": self.forward_beft,
             "lora": self.forward_lora,
             "dora": self.forward_dora,
-            "loha": self.forward_merged,
+            **dict.fromkeys(DENSE, self.forward_merged),
             "ia3": self.forward_ia3,
         }
         return how[self.case.method]()
@@ -267,7 +271,7 @@ class Honest:
             "beft": self.backward_beft,
             "lora": self.backward_lora,
             "dora": self.backward_dora,
-            "loha": self.backward_loha,
+            **dict.fromkeys(DENSE, self.backward_dense),
             "ia3": self.backward_ia3,
         }
         out, dX = fill[self.case.method]()
@@ -327,13 +331,13 @@ class Honest:
             out |= self.named(i, "beft_bias", self.a.sum(self.dY))
         return out, self.a.matmul(self.dY, self.W)
 
-    def backward_loha(self) -> tuple[Answer, Host]:
+    def backward_dense(self) -> tuple[Answer, Host]:
         a = self.a
         dW, W = self.weight_gradient(self.X), self.W
         out: Answer = {}
         for i in range(len(self.case.adapters)):
             W, _ = self.merge_step(i, W, None)
-            for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
+            for key, grad in zip(TRAINED[self.case.method], self.dense(i).gradients(a, dW), strict=True):
                 out |= self.named(i, key, grad)
         return out, a.matmul(self.dY, spread_groups(W, self.g))
 

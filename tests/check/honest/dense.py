@@ -1,0 +1,55 @@
+"""Methods whose delta is a matrix in full, as an honest port may write them: entry by entry, or by Fourier transforms."""
+
+from __future__ import annotations
+
+from typing import Protocol, final
+
+import numpy as np
+
+from peft_ref.check.case import Case
+from tests.check.honest.arithmetic import Arithmetic, Host
+
+TRAINED = {"c3a": ("c3a_kernel",), "loha": ("w1_a", "w1_b", "w2_a", "w2_b")}
+DENSE = tuple(TRAINED)
+TRANSFORMED = (np.float32, np.float64)  # NumPy transforms in these
+
+
+class Dense(Protocol):
+    def delta(self, a: Arithmetic) -> Host: ...
+
+    def gradients(self, a: Arithmetic, dW: Host) -> tuple[Host, ...]: ...
+
+
+def dense(case: Case, i: int, a: Arithmetic) -> Dense:
+    assert case.layer is not None
+    return Circulant(a.array(case.adapters[i].tensors["c3a_kernel"]), case.layer.shape)
+
+
+@final
+class Circulant:
+    """Blocks whose row t is the kernel turned t places to the right, over in."""
+
+    def __init__(self, K: Host, shape: tuple[int, int]) -> None:
+        self.K, self.shape = K, shape
+
+    def delta(self, a: Arithmetic) -> Host:
+        m, n, b = self.K.shape
+        if self.K.dtype in TRANSFORMED and a.pick(True, False):
+            blocks = self._transformed(np.broadcast_to(np.eye(b, dtype=self.K.dtype), (m, n, b, b)), self.K[:, :, None, :])
+        else:
+            blocks = np.stack([np.roll(self.K, t, axis=-1) for t in range(b)], axis=2)
+        return a.over(blocks.transpose(0, 2, 1, 3).reshape(self.shape), a.number(self.shape[1]))
+
+    def gradients(self, a: Arithmetic, dW: Host) -> tuple[Host, ...]:
+        m, n, b = self.K.shape
+        blocks = dW.reshape(m, b, n, b).transpose(0, 2, 1, 3)
+        if self.K.dtype in TRANSFORMED and a.pick(True, False):
+            correlated = self._transformed(np.broadcast_to(np.eye(b, dtype=self.K.dtype), (m, n, b, b)), blocks, conjugate=True)
+            return (a.over(a.sum(correlated, axis=2), a.number(self.shape[1])),)
+        turned = np.stack([np.roll(blocks[:, :, t], -t, axis=-1) for t in range(b)], axis=0)
+        return (a.over(a.sum(turned), a.number(self.shape[1])),)
+
+    def _transformed(self, rows: Host, kernels: Host, conjugate: bool = False) -> Host:
+        """Every kernel turned by the place of its row's one, to the right or, conjugated, to the left: a product of transforms."""
+        spectrum = np.fft.fft(rows)
+        return np.fft.ifft((spectrum.conj() if conjugate else spectrum) * np.fft.fft(kernels)).real.astype(self.K.dtype)
