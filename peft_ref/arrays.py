@@ -122,6 +122,16 @@ def take_columns(W: Array, indices: Array) -> Array:
     return xp.reshape(xp.permute_dims(flat, (1, 0)), (*indices.shape, W.shape[0]))
 
 
+def scattered(values: Array, places: Array, n: int) -> Array:
+    """`n` numbers: values[k] at places[k], no two of them the same, and zero elsewhere. Every place looks up what belongs there."""
+    xp = namespace(values)
+    order = xp.argsort(places)
+    taken, every = xp.take(places, order), integers(np.arange(n), places, "int64")
+    at = xp.searchsorted(taken, every)
+    at = xp.where(at < taken.shape[0], at, taken.shape[0] - 1)
+    return xp.where(xp.take(taken, at) == every, xp.take(values, xp.take(order, at)), zeros_like((n,), values))
+
+
 def one_hot(indices: Array, n: int, like: Array) -> Array:
     """Rows of the identity: (len(indices), n) in `like`'s dtype, for a scatter-add as a matrix product."""
     xp = namespace(like)

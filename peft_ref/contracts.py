@@ -48,6 +48,7 @@ class Key:
     stored: str | None = None
     kinds: frozenset[str] = KINDS - CONV_KINDS
     when: str | None = None
+    trained: bool = True  # places in a weight are saved with the rest, are integers, and have no gradient
 
 
 def conv_key(key: str, stored: str, when: str | None = None) -> Key:
@@ -59,6 +60,7 @@ class ParamSpec(NamedTuple):
     key: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
+    trained: bool = True
 
 
 class Start(NamedTuple, Generic[P]):
@@ -121,7 +123,7 @@ class WeightMethod(Method, Generic[P]):
         self.check_geometry(layer)
 
     def told_layer(self, tensors: Mapping[str, Array]) -> Layer | None:
-        """The layer that `tensors` were made for, where no shape holds its sizes as they are; else None, and `files.infer` reads them off."""
+        """The layer that `tensors` were made for, where no shape holds its sizes as such; else None: `files.infer` reads them off."""
         return None
 
     def check_geometry(self, layer: Layer) -> None:
@@ -143,13 +145,23 @@ class WeightMethod(Method, Generic[P]):
                 continue
             size = _shape(shape, letters, ())
             stored = size if key.stored is None else _shape(key.stored, letters, layer.kernel_size)
-            specs.append(ParamSpec(name, key.key, size, stored))
+            specs.append(ParamSpec(name, key.key, size, stored, key.trained))
         return tuple(specs)
 
     @final
     def pack(self, layer: Layer, params: P) -> dict[str, Array]:
-        """Parameters (or their gradients) under their checkpoint keys, in their stored shapes."""
-        return {s.key: namespace(getattr(params, s.field)).reshape(getattr(params, s.field), s.stored_shape) for s in self.spec(layer)}
+        """Parameters (or their gradients, which what is not trained has none of) under their checkpoint keys, in their stored shapes."""
+        given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
+        return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or s.trained}
+
+    @final
+    def untrained(self, layer: Layer) -> dict[str, np.ndarray[Any, Any]]:
+        """What of a fresh adapter is not trained, under its checkpoint key."""
+        keys = [s.key for s in self.spec(layer) if not s.trained]
+        if not keys:
+            return {}
+        fresh = self.pack(layer, self.init(layer, np.zeros(layer.shape), np.random.default_rng(0)).params)
+        return {key: fresh[key] for key in keys}
 
     @final
     def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "") -> P:

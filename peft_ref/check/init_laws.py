@@ -22,6 +22,7 @@ from peft_ref.check.tolerance import PRECISION
 from peft_ref.check.variants import LAYERS, dyadic, generator
 from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
+from peft_ref.methods.torch_random import UNSEEDED, randperm
 
 Draw: TypeAlias = dict[str, NDArray]
 
@@ -45,6 +46,9 @@ def laws(case: Case) -> dict[str, Law]:
             "kaiming_uniform": uniform(math.sqrt(1 / n_in)),
         }
         return {"c3a_kernel": of_kernel.get(config["init_weights"], xavier)}
+    if case.method == "shira":
+        w = constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)
+        return {"shira_weight": w, "shira_indices": first_of_permutation(layer, config)}
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
@@ -62,6 +66,20 @@ def laws(case: Case) -> dict[str, Law]:
     B = of_r if init is False else constant(0.0, "init-B-random")
     A = normal(1 / config["r"]) if init == "gaussian" else into
     return {} if init in ("pissa", "olora", "orthogonal") else {"lora_A.weight": A, "lora_B.weight": B, **bias}
+
+
+def first_of_permutation(layer: Layer, config: Mapping[str, Any]) -> Law:
+    """The first r (in + out) of torch's random permutation of all places, sorted: the one thing that is drawn and known to the bit."""
+    out, n_in = layer.shape
+    seed = UNSEEDED if config["random_seed"] is None else config["random_seed"]
+    want = np.stack(np.divmod(np.sort(randperm(out * n_in, seed, config["r"] * (n_in + out))), n_in))
+
+    def problem(draws: NDArray, dtype: str) -> str:
+        if np.all(draws == want):
+            return ""
+        return "init-other-places: they must be the first of torch's randperm of the weight's entries for this seed, sorted row by row"
+
+    return Law("torch's permutation", problem)
 
 
 def grade_init(case: Case, answer: Mapping[str, Any], dtype: str) -> str:
@@ -177,6 +195,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     ),
     "beft": (({}, ("linear",)), ({"init_weights": False}, ("linear",))),
     "c3a": tuple(({"block_size": 3, **start}, ("linear-blocks",)) for start in C3A_STARTS),
+    "shira": (({"r": 2}, ("linear",)), ({"r": 4, "random_seed": 7, "init_weights": False}, ("linear-large",))),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),

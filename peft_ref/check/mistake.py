@@ -153,11 +153,15 @@ def autograd(case: Case, forward: Callable[[Problem], Array]) -> Answer:
     p = pose(case, tape.tape_array)
     assert case.dy is not None
     tape.backward(forward(p), case.dy)
-    grads = [a.method.to_params(**{f: v if v is None else tape.gradients(v) for f, v in a.params._asdict().items()}) for a in p.adapters]
+    grads = [a.method.to_params(**{f: tape.gradients(v) for f, v in a.params._asdict().items() if _on_tape(v)}) for a in p.adapters]
     out: Answer = {}
     if p.x is not None and p.x.dtype == object:
         out["x"] = tape.gradients(p.x)
     return {**out, **name_gradients(p.layer, p.adapters, tuple(grads))}
+
+
+def _on_tape(value: Array | None) -> bool:
+    return value is not None and value.dtype == object
 
 
 def dropped(x: Array, adapter: Adapter) -> Array:
@@ -254,7 +258,8 @@ def first_adapter_alone(case: Case) -> Answer | None:
     out = answer(replace(case, adapters=case.adapters[:1]))
     if case.operation != "backward":
         return out
-    idle = {f"{i}.{key}": np.zeros(v.shape) for i, a in enumerate(case.adapters) if i for key, v in a.tensors.items()}
+    floats = ((i, k, v) for i, a in enumerate(case.adapters) for k, v in a.tensors.items() if i and v.dtype.kind == "f")
+    idle = {f"{i}.{key}": np.zeros(v.shape) for i, key, v in floats}
     return {**out, **idle}
 
 

@@ -185,7 +185,7 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
             method.check_layer(layer)
         except UnsupportedLayerError:
             return None
-        tensors = {s.key: np.zeros(s.stored_shape) for s in method.spec(layer)}
+        tensors = {s.key: np.zeros(s.stored_shape) for s in method.spec(layer) if s.trained} | method.untrained(layer)
         dropout = None
         if a.dropout is not None:
             dropout = (np.arange(rows * n_in).reshape(rows, n_in) % 2, a.dropout[1])
@@ -221,7 +221,7 @@ def _arrays(case: Case) -> list[NDArray]:
     tensors = [v for a in case.adapters for v in a.tensors.values()]
     given = [case.x, case.dy, case.merged_weight, case.weight, case.bias, case.merged_bias]
     map_arrays(given.append, case.question)
-    return [*tensors, *(v for v in given if v is not None and v.dtype.kind == "f")]
+    return [v for v in (*tensors, *given) if v is not None and v.dtype.kind == "f"]
 
 
 def filled(case: Case, values: Sequence[float]) -> Case:

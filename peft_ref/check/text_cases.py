@@ -10,7 +10,7 @@ from peft_ref.check.init_laws import init_cases
 from peft_ref.check.prompt_saved import state_dict_cases
 from peft_ref.check.prompt_sizes import config_cases
 from peft_ref.check.prompt_starts import prompt_init_cases
-from peft_ref.check.variants import dyadic, generator
+from peft_ref.check.variants import dyadic, generator, other_places
 from peft_ref.files.config import from_dict
 from peft_ref.layers import Embedding, Layer, Linear
 
@@ -83,9 +83,10 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "block-missing": {},
         "block-pattern": {"block_size": 2, "block_size_pattern": {"v_proj": 1, "xq_proj": 4, r"layers\.10\.mlp\.up_proj": 8}},
     },
+    "shira": {"plain": {"r": 1}, "rank-missing": {}},
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "beft": "BEFT", "c3a": "C3A", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"dora": "LORA", **{name: name.upper() for name in CONFIGS if name != "dora"}}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
@@ -93,6 +94,7 @@ CLAUSES = {
     "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
     "beft": ("BEFT-C13", "BEFT-C14", "BEFT-C15"),
     "c3a": ("C3A-C15", "C3A-C17", "C3A-C19"),
+    "shira": ("SHIRA-C15", "SHIRA-C17", "SHIRA-C19"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
@@ -153,7 +155,9 @@ def _state_dicts(method: str, clause: str) -> Iterator[Case]:
             layers["model.embed_tokens"] = Embedding(num_embeddings=9, embedding_dim=7)
         modules = []
         for name, layer in layers.items():
-            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in parsed.method_for(name).spec(layer)}
+            own = parsed.method_for(name)
+            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in own.spec(layer) if s.trained}
+            tensors |= {key: encode(value) for key, value in other_places(own, rng).untrained(layer).items()}
             modules.append({"name": name, "layer": layer_to_json(layer), "tensors": tensors})
         question = {"adapter_config": config, "adapter_name": adapter_name, "modules": modules}
         yield Case(id=where, method=method, operation="state_dict", clause=clause, question=question)

@@ -110,7 +110,8 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)
     adapters = []
     for method in methods:
-        tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer)}
+        fixed = other_places(method, rng).untrained(layer)
+        tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer) if s.trained} | fixed
         dropout = (mask_of(rng, x.shape), variant.dropout) if variant.dropout else None
         adapters.append(CaseAdapter(config=config_of(method), tensors=tensors, dropout=dropout))
     if variant.weight is not None:
@@ -134,6 +135,13 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
         case = replace(case, merged_weight=draw(rng, layer.weight_shape))
         case = replace(case, merged_bias=draw(rng, (layer.shape[0],)) if has_bias else None)
     return case
+
+
+def other_places(method: WeightMethod[Any], rng: np.random.Generator) -> WeightMethod[Any]:
+    """The method with another seed than its configuration's: a port has to read the places that were saved, not draw them again."""
+    if not hasattr(method, "random_seed"):
+        return method
+    return replace(method, random_seed=int(rng.integers(2**31)))  # type: ignore[type-var]  # every method is a dataclass
 
 
 def _input(rng: np.random.Generator, draw: Draw, layer: Layer, shape: tuple[int, ...]) -> NDArray:

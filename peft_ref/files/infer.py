@@ -1,7 +1,8 @@
 """The layer an adapter was made for, as far as its tensors tell.
 
 A method says which shapes its parameters have on a layer. Asked about a layer whose sizes are large primes, it shows where those sizes
-stand in the shapes, and there the tensors' own sizes are read off, or it tells the layer itself.  A size the tensors do not hold is 1 (what an IA3 layer takes in, say),
+stand in the shapes, and there the tensors' own sizes are read off. Where no shape holds them as they are it tells the layer
+itself.  A size the tensors do not hold is 1 (what an IA3 layer takes in, say),
 a stride, padding or dilation is the default, and a transposed linear layer looks like a linear one: none of it matters to the parameters.
 """
 

@@ -14,6 +14,7 @@ from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.methods.prefix_tuning import PrefixTuning
 from peft_ref.methods.prompt_tuning import PromptTuning
+from peft_ref.methods.shira import SHiRA
 from peft_ref.registry import Registry
 
 _BUILT: dict[str, type[Method]] = {
@@ -28,6 +29,7 @@ _BUILT: dict[str, type[Method]] = {
     "p_tuning": PTuning,
     "prefix_tuning": PrefixTuning,
     "prompt_tuning": PromptTuning,
+    "shira": SHiRA,
 }
 
 METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
@@ -46,4 +48,5 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "SHiRA",
 ]

@@ -130,7 +130,7 @@ def test_autograd_of_the_forward_is_its_difference_quotient(case: Any) -> None:
     got = autograd(case, run)
     p = pose(case)
     for field, value in zip(p.adapters[0].params._fields, p.adapters[0].params, strict=True):
-        if value is None:
+        if value is None or value.dtype.kind in "iu":
             continue
 
         def at(v: Host, field: str = field) -> Any:

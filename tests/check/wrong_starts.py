@@ -192,6 +192,17 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         replaced("c3a", lambda c, v, rng: rng.uniform(-0.6, 0.6, v.shape)),
         "init-not-identity",
     ),
+    "SHiRA's places of another seed": (
+        "shira.linear.init-default",
+        replaced("indices", lambda c, v, rng: np.stack(np.divmod(np.sort(rng.permutation(35)[: v.shape[1]]), 5))),
+        "init-other-places",
+    ),
+    "SHiRA's places not sorted": ("shira.linear-large.init-false", replaced("indices", lambda c, v, rng: v[:, ::-1]), "init-other-places"),
+    "SHiRA's numbers random": (
+        "shira.linear.init-default",
+        replaced("shira_weight", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-not-identity",
+    ),
     "LoHa's w2_b random": ("loha.linear.init-default", replaced("w2_b", lambda c, v, rng: rng.normal(size=v.shape)), "init-not-identity"),
     "LoHa's w1_a as LyCORIS draws it": (
         "loha.linear.init-default",

@@ -25,6 +25,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "BEFT": {"peft_type": "BEFT", "target_modules": ["q", "up"]},
     "C3A": {"peft_type": "C3A", "block_size": 1, "target_modules": ["q", "up"]},
+    "SHIRA": {"peft_type": "SHIRA", "r": 1, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -107,6 +108,13 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "block_size_pattern": SIZES,
         "init_weights": [True, False, "gaussian", "xavier_uniform", "kaiming_uniform", "Gaussian", None, "", 1, 0, []],
     },
+    "SHIRA": OWN_TARGETS
+    | {
+        "r": NUMBERS,
+        "random_seed": [None, 0, 7, -1, 2**40, "7", 1.5, []],
+        "init_weights": SWITCH,
+        "fan_in_fan_out": [True, False],
+    },
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -117,7 +125,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT", "C3A"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT", "C3A", "SHIRA"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

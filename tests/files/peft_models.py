@@ -80,6 +80,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
     "beft": (Net, lambda: peft.BeftConfig(target_modules=["q", "up"], modules_to_save=["head"])),
+    "shira": (Net, lambda: peft.ShiraConfig(r=2, random_seed=5, target_modules=["q", "up"])),
     "c3a": (Net, lambda: peft.C3AConfig(block_size=1, block_size_pattern={"q": 2}, target_modules=["q", "up"], bias="all")),
     "ia3": (
         Net,
@@ -159,7 +160,8 @@ def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any
 
 def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
     def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
-        return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
+        drawn = {s.key: rng.normal(size=s.stored_shape) for s in method.spec(layer) if s.trained}
+        return AdapterModule(method, layer, method.unpack(layer, {**drawn, **method.untrained(layer)}))
 
     return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}
 
@@ -167,9 +169,11 @@ def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.rando
 def random_dense_config(rng: np.random.Generator) -> Any:
     """A configuration of a method on linear layers alone, for `Net`."""
     common = {"target_modules": ["q", "up"][: rng.integers(1, 3)], "modules_to_save": [None, ["head"]][rng.integers(2)]}
-    kind = rng.integers(2)
+    kind = rng.integers(3)
     if kind == 0:
         return peft.BeftConfig(**common)
+    if kind == 1:
+        return peft.ShiraConfig(r=int(rng.integers(1, 3)), random_seed=[None, 3][rng.integers(2)], **common)
     return peft.C3AConfig(block_size=1, block_size_pattern=[{}, {"q": 2}][rng.integers(2)], bias=["none", "all"][rng.integers(2)], **common)
 
 

@@ -55,6 +55,7 @@ DIFFERENCES = (
     Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
     Difference("we", r"(rank|alpha|block_size|n_frequency)_pattern (of '|is a)", UNSEEN),
     Difference("we", r"init_weights=0 is of type int", "a number as a start: PEFT finds 0 equal to False"),
+    Difference("we", r"(block_size|init_weights|n_frequency|random_seed)=.*(is of type|positive|is no start)", UNSEEN),
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
     Difference("we", r"(alpha|lora_dropout)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
@@ -104,6 +105,9 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "BEFT":
         return type(method).__name__ == kind
+    if kind == "SHIRA":
+        same = module.shira_indices["default"].numpy() == method.untrained(layer_of(module))["shira_indices"]
+        return bool(module.r["default"] == method.r and same.all())
     if kind == "C3A":
         return bool(module.block_size["default"] == method.block_size)
     if kind == "IA3":

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import BEFT, C3A, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import BEFT, C3A, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA, SHiRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -31,6 +31,7 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
     "beft": BEFT(init_weights=False),
+    "shira": SHiRA(r=2, random_seed=3),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
 }
@@ -44,7 +45,13 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "BEFT": peft.BeftConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    cls = {
+        "ADALORA": peft.AdaLoraConfig,
+        "BEFT": peft.BeftConfig,
+        "LORA": peft.LoraConfig,
+        "LOHA": peft.LoHaConfig,
+        "SHIRA": peft.ShiraConfig,
+    }[method.peft_type]
     values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:
@@ -148,7 +155,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "beft", "loha", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "beft", "loha", "shira", "ia3", "ia3-feedforward"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
     check_forward_and_gradients(*make(name, "linear", bias=False))
 
@@ -189,7 +196,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "adalora", "dora", "beft", "loha", "ia3", "ia3-feedforward"):
+    for name in ("lora", "adalora", "dora", "beft", "loha", "shira", "ia3", "ia3-feedforward"):
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

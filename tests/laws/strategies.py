@@ -31,6 +31,7 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "alpha": st.sampled_from((2, 1, 3.5, 0.25)),
     "lora_alpha": st.sampled_from((2, 1, 3.5, 0.25)),
     "block_size": st.sampled_from((1, 2, 3)),
+    "random_seed": st.sampled_from((None, 3)),
 }
 # Starts that promise to change nothing; every other field whose name begins with "init" is left at its default.
 FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
@@ -38,6 +39,7 @@ FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_weights": st.just(True),
 }
 BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "shira": {"r": st.sampled_from((1, 2))},  # of three there are more places than a small weight has
     "adalora": {
         "init_r": st.sampled_from((3, 2, 4)),
         "live_r": st.sampled_from((None, 1, 2, 0)),  # a rank of zero is left where everything was pruned

@@ -96,7 +96,19 @@ def _sizes(cell: str, layer: Layer, r: int, b: int = 1) -> tuple[int, ...]:
     """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
     k = tuple(layer.kernel_size)
     linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
-    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "k": math.prod(k), "groups": layer.groups, "b": b}
+    letters = {
+        "r": r,
+        "in": linear_in,
+        "out": out,
+        "num": linear_in,
+        "dim": out,
+        "1": 1,
+        "k": math.prod(k),
+        "groups": layer.groups,
+        "b": b,
+        "n": r * sum(layer.shape),
+        "2": 2,
+    }
     sizes: list[int] = []
     for entry in cell.strip("()").split(", "):
         if entry in ("*k", "*1"):

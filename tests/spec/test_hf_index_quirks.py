@@ -127,3 +127,44 @@ def test_c3a_q5_there_is_no_group_around_a_key_of_the_pattern() -> None:
     config = peft.C3AConfig(target_modules=["q", "up"], block_size=4, block_size_pattern={"q|up": 2})
     made = peft.get_peft_model(base, config).base_model.model
     assert [m.block_size["default"] for m in (made["a"]["q"], made["a"]["up"], made["up"])] == [2, 4, 2]
+
+
+def shira(r: int, **more: Any) -> Any:
+    return peft.ShiraConfig(target_modules=["l"], r=r, **more)
+
+
+def test_shira_q1_layers_of_one_shape_have_the_same_places() -> None:
+    base = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 6), nn.Linear(6, 7))
+    made = peft.get_peft_model(base, peft.ShiraConfig(target_modules=["0", "1", "2"], r=1)).base_model.model
+    places = [made[i].shira_indices["default"] for i in range(3)]
+    assert torch.equal(places[0], places[2])
+    assert not torch.equal(places[0], places[1])
+    _, layer = adapted(nn.Linear(6, 7), shira(1), shira(1))
+    assert torch.equal(layer.shira_indices["a0"], layer.shira_indices["a1"])
+
+
+def test_shira_q2_at_a_place_that_comes_twice_both_numbers_are_added() -> None:
+    made, layer = adapted(plain(3, 2), shira(1))
+    layer.shira_indices["a0"][:] = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 2]])
+    layer.shira_weight["a0"].data[:] = torch.arange(1.0, 6)
+    made(torch.ones(1, 3)).backward(torch.tensor([[1.0, 0]]))
+    assert made(torch.eye(3))[0].tolist() == [3.0, 3.0]
+    assert layer.shira_weight["a0"].grad.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_shira_q3_hooks_of_the_frozen_layer_are_not_called() -> None:
+    made, layer = adapted(nn.Linear(6, 7), shira(1))
+    called: list[int] = []
+    layer.base_layer.register_forward_hook(lambda *_: called.append(1))
+    made(torch.ones(1, 6))
+    assert not called
+    with made.disable_adapter():
+        made(torch.ones(1, 6))
+    assert called == [1]
+
+
+def test_shira_q4_the_default_targets_of_gpt2_are_refused() -> None:
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 13, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    with pytest.raises(TypeError, match="Conv1D"):
+        peft.get_peft_model(model, peft.ShiraConfig(r=1))

@@ -17,14 +17,8 @@ from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
-CONFIGS = {
-    "ADALORA": "AdaLoraConfig",
-    "BEFT": "BeftConfig",
-    "C3A": "C3AConfig",
-    "LORA": "LoraConfig",
-    "LOHA": "LoHaConfig",
-    "IA3": "IA3Config",
-}
+CONFIGS = {"ADALORA": "AdaLoraConfig", "BEFT": "BeftConfig", "C3A": "C3AConfig", "FOURIERFT": "FourierFTConfig", "IA3": "IA3Config"}
+CONFIGS |= {"LOHA": "LoHaConfig", "LORA": "LoraConfig", "SHIRA": "ShiraConfig"}
 
 
 class Worked(NamedTuple):

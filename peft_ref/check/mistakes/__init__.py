@@ -13,6 +13,7 @@ import peft_ref.check.mistakes.multitask_prompt_tuning as multitask_prompt_tunin
 import peft_ref.check.mistakes.p_tuning as p_tuning
 import peft_ref.check.mistakes.prefix_tuning as prefix_tuning
 import peft_ref.check.mistakes.prompt_tuning as prompt_tuning
+import peft_ref.check.mistakes.shira as shira
 from peft_ref.check.mistake import Suite
 from peft_ref.check.suites import Suites
 
@@ -28,6 +29,7 @@ _BUILT: dict[str, Suite] = {
     "p_tuning": p_tuning.SUITE,
     "prefix_tuning": prefix_tuning.SUITE,
     "prompt_tuning": prompt_tuning.SUITE,
+    "shira": shira.SUITE,
 }
 
 SUITES = Suites(_BUILT)  # an ordinary mapping to whoever reads it

@@ -20,6 +20,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftConfig,
+    ShiraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -37,6 +38,7 @@ CONFIGS: Mapping[str, type[PeftConfig]] = {
     "IA3": IA3Config,
     "LOHA": LoHaConfig,
     "LORA": LoraConfig,
+    "SHIRA": ShiraConfig,
 }
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 PREFIX = "base_model.model.layer."
@@ -173,7 +175,8 @@ def names(case: Json) -> list[str]:
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return [{key: nested(value) for key, value in own_tensors(model, name, found).items()} for name in names(case)]
+    trained = [own_tensors(model, name, found).items() for name in names(case)]
+    return [{key: nested(value) for key, value in own if value.is_floating_point()} for own in trained]
 
 
 def own_tensors(model: Any, adapter: str, state_dict: Any = None) -> dict[str, torch.Tensor]:

@@ -47,7 +47,8 @@ def delta(case: Json, dtype: torch.dtype) -> Json:
     layer = adapted(case, dtype).layer
     if not hasattr(layer, "get_delta_weight"):
         raise NotInPeft("this method has no delta in PEFT")
-    return {"weight": nested(layer.get_delta_weight(layer.active_adapters[0]))}
+    found = layer.get_delta_weight(layer.active_adapters[0])
+    return {"weight": nested(found.to_dense() if found.is_sparse else found)}
 
 
 def merge(case: Json, dtype: torch.dtype) -> Json:

@@ -11,6 +11,7 @@ from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompting import make_prompt_case
 from peft_ref.check.variants import LAYERS, NUMBERS, make_case
 from peft_ref.contracts import Additive, LowRank
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
 from peft_ref.methods import METHODS
 
@@ -31,6 +32,11 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
+    try:
+        for method in methods:
+            method.check_layer(layer)
+    except UnsupportedLayerError:  # blocks that do not divide it, more places than it has
+        layer = LAYERS[layer_name]
     mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
     mergeable &= variant.bias or not (name == "beft" or any(c.get("lora_bias") for c in variant.configs))
     cases = []

@@ -9,7 +9,7 @@ import numpy as np
 from peft_ref.check.case import Case
 from tests.check.honest.arithmetic import Arithmetic, Host
 
-TRAINED = {"c3a": ("c3a_kernel",), "loha": ("w1_a", "w1_b", "w2_a", "w2_b")}
+TRAINED = {"c3a": ("c3a_kernel",), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "shira": ("shira_weight",)}
 DENSE = tuple(TRAINED)
 TRANSFORMED = (np.float32, np.float64)  # NumPy transforms in these
 
@@ -22,7 +22,26 @@ class Dense(Protocol):
 
 def dense(case: Case, i: int, a: Arithmetic) -> Dense:
     assert case.layer is not None
-    return Circulant(a.array(case.adapters[i].tensors["c3a_kernel"]), case.layer.shape)
+    tensors = case.adapters[i].tensors
+    if case.method == "shira":
+        return Sparse(a.array(tensors["shira_weight"]), tensors["shira_indices"], case.layer.shape)
+    return Circulant(a.array(tensors["c3a_kernel"]), case.layer.shape)
+
+
+@final
+class Sparse:
+    """Numbers at places."""
+
+    def __init__(self, w: Host, indices: Host, shape: tuple[int, int]) -> None:
+        self.w, self.at, self.shape = w, (indices[0], indices[1]), shape
+
+    def delta(self, a: Arithmetic) -> Host:
+        out = np.zeros(self.shape, dtype=self.w.dtype)
+        out[self.at] = self.w
+        return out
+
+    def gradients(self, a: Arithmetic, dW: Host) -> tuple[Host, ...]:
+        return (dW[self.at],)
 
 
 @final
