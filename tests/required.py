@@ -7,7 +7,7 @@ from typing import Any
 from peft_ref.contracts import WeightMethod
 from peft_ref.methods import METHODS
 
-REQUIRED: dict[str, dict[str, Any]] = {"adalora": {"total_step": 10}, "c3a": {"block_size": 1}}
+REQUIRED: dict[str, dict[str, Any]] = {"adalora": {"total_step": 10}, "c3a": {"block_size": 1}, "fourierft": {"n_frequency": 6}}
 
 
 def made(name: str, **options: Any) -> WeightMethod[Any]:

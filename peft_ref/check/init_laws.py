@@ -46,6 +46,8 @@ def laws(case: Case) -> dict[str, Law]:
             "kaiming_uniform": uniform(math.sqrt(1 / n_in)),
         }
         return {"c3a_kernel": of_kernel.get(config["init_weights"], xavier)}
+    if case.method == "fourierft":
+        return {"fourierft_spectrum": constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)}
     if case.method == "shira":
         w = constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)
         return {"shira_weight": w, "shira_indices": first_of_permutation(layer, config)}
@@ -181,6 +183,7 @@ LORA_INITS: tuple[Mapping[str, Any], ...] = (
     {"init_lora_weights": "pissa"},
     {"init_lora_weights": "olora"},
 )
+LINEAR = ("linear", "transposed_linear")
 C3A_STARTS: tuple[Mapping[str, Any], ...] = ({}, *({"init_weights": start} for start in (True, False, "gaussian", "kaiming_uniform")))
 ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     "lora": (
@@ -195,6 +198,7 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     ),
     "beft": (({}, ("linear",)), ({"init_weights": False}, ("linear",))),
     "c3a": tuple(({"block_size": 3, **start}, ("linear-blocks",)) for start in C3A_STARTS),
+    "fourierft": (({"n_frequency": 20}, LINEAR), ({"n_frequency": 20, "init_weights": True}, ("linear",))),
     "shira": (({"r": 2}, ("linear",)), ({"r": 4, "random_seed": 7, "init_weights": False}, ("linear-large",))),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),

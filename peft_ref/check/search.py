@@ -213,6 +213,8 @@ def _smaller(config: Mapping[str, Any], n_in: int, out: int, r: int) -> dict[str
         fitting["r"] = min(r, config["r"])
     if "block_size" in config:
         fitting["block_size"] = math.gcd(n_in, out, config["block_size"])
+    if "n_frequency" in config:
+        fitting["n_frequency"] = min(n_in * out, config["n_frequency"])
     return {**config, **fitting}
 
 

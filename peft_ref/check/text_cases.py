@@ -83,6 +83,11 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "block-missing": {},
         "block-pattern": {"block_size": 2, "block_size_pattern": {"v_proj": 1, "xq_proj": 4, r"layers\.10\.mlp\.up_proj": 8}},
     },
+    "fourierft": {
+        "plain": {"n_frequency": 6, "scaling": 20.0},
+        "missing": {},
+        "frequency-pattern": {"n_frequency": 6, "n_frequency_pattern": {"v_proj": 3, "xq_proj": 4, r"layers\.10\.mlp\.up_proj": 8}},
+    },
     "shira": {"plain": {"r": 1}, "rank-missing": {}},
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
@@ -94,6 +99,7 @@ CLAUSES = {
     "adalora": ("ADALORA-C30", "ADALORA-C32", "ADALORA-C35"),
     "beft": ("BEFT-C13", "BEFT-C14", "BEFT-C15"),
     "c3a": ("C3A-C15", "C3A-C17", "C3A-C19"),
+    "fourierft": ("FOURIERFT-C15", "FOURIERFT-C16", "FOURIERFT-C18"),
     "shira": ("SHIRA-C15", "SHIRA-C17", "SHIRA-C19"),
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),

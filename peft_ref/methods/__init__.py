@@ -7,6 +7,7 @@ from peft_ref.methods.adalora import AdaLoRA
 from peft_ref.methods.beft import BEFT
 from peft_ref.methods.c3a import C3A
 from peft_ref.methods.dora import DoRA
+from peft_ref.methods.fourierft import FourierFT
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.loha import LoHa
 from peft_ref.methods.lora import LoRA
@@ -22,6 +23,7 @@ _BUILT: dict[str, type[Method]] = {
     "beft": BEFT,
     "c3a": C3A,
     "dora": DoRA,
+    "fourierft": FourierFT,
     "ia3": IA3,
     "loha": LoHa,
     "lora": LoRA,
@@ -42,6 +44,7 @@ __all__ = [
     "METHODS",
     "AdaLoRA",
     "DoRA",
+    "FourierFT",
     "LoHa",
     "LoRA",
     "MultitaskPromptTuning",

@@ -21,7 +21,7 @@ from tests.check.honest.port import HonestPort
 
 CASES = tuple(c for c in corpus() if c.operation in ARRAY_OPERATIONS)
 NARROW = ("float32", "float16", "bfloat16")
-# How many of the corpus's cases a format may leave open: bfloat16 has eight bits, DoRA divides by a norm of sums of products, C3A may transform.
+# How many of the corpus's cases a format may leave open: bfloat16 has eight bits, DoRA divides by a norm, C3A may transform.
 OPEN = {"float64": 0, "float32": 0, "float16": 0, "bfloat16": 40}
 
 

@@ -198,6 +198,12 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
         "init-other-places",
     ),
     "SHiRA's places not sorted": ("shira.linear-large.init-false", replaced("indices", lambda c, v, rng: v[:, ::-1]), "init-other-places"),
+    "FourierFT's spectrum zero": ("fourierft.linear.init-default", replaced("spectrum", lambda c, v, rng: v * 0), "init-zero"),
+    "FourierFT's True ignored": (
+        "fourierft.linear.init-true",
+        replaced("spectrum", lambda c, v, rng: rng.normal(size=v.shape)),
+        "init-not-identity",
+    ),
     "SHiRA's numbers random": (
         "shira.linear.init-default",
         replaced("shira_weight", lambda c, v, rng: rng.normal(size=v.shape)),

@@ -25,6 +25,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     "BEFT": {"peft_type": "BEFT", "target_modules": ["q", "up"]},
     "C3A": {"peft_type": "C3A", "block_size": 1, "target_modules": ["q", "up"]},
+    "FOURIERFT": {"peft_type": "FOURIERFT", "n_frequency": 6, "target_modules": ["q", "up"]},
     "SHIRA": {"peft_type": "SHIRA", "r": 1, "target_modules": ["q", "up"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
@@ -108,6 +109,16 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "block_size_pattern": SIZES,
         "init_weights": [True, False, "gaussian", "xavier_uniform", "kaiming_uniform", "Gaussian", None, "", 1, 0, []],
     },
+    "FOURIERFT": TARGETS
+    | LAYERS
+    | {
+        "n_frequency": NUMBERS,
+        "n_frequency_pattern": SIZES,
+        "scaling": [150, 1.5, 0, -2],
+        "random_loc_seed": [777, 0, -1, 2**40, "7", 1.5, None],
+        "init_weights": SWITCH,
+        "fan_in_fan_out": [True, False],
+    },
     "SHIRA": OWN_TARGETS
     | {
         "r": NUMBERS,
@@ -125,7 +136,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT", "C3A", "SHIRA"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "BEFT", "C3A", "SHIRA", "FOURIERFT"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

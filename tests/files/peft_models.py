@@ -80,6 +80,11 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
     "beft": (Net, lambda: peft.BeftConfig(target_modules=["q", "up"], modules_to_save=["head"])),
+    "fourierft": (
+        Net,
+        lambda: peft.FourierFTConfig(n_frequency=9, n_frequency_pattern={"up": 5}, target_modules=["q", "up"]),
+    ),
+    "gpt2 Conv1D fourierft": (gpt2, lambda: peft.FourierFTConfig(n_frequency=9, target_modules=["c_attn"], fan_in_fan_out=True)),
     "shira": (Net, lambda: peft.ShiraConfig(r=2, random_seed=5, target_modules=["q", "up"])),
     "c3a": (Net, lambda: peft.C3AConfig(block_size=1, block_size_pattern={"q": 2}, target_modules=["q", "up"], bias="all")),
     "ia3": (

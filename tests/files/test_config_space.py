@@ -55,7 +55,7 @@ DIFFERENCES = (
     Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
     Difference("we", r"(rank|alpha|block_size|n_frequency)_pattern (of '|is a)", UNSEEN),
     Difference("we", r"init_weights=0 is of type int", "a number as a start: PEFT finds 0 equal to False"),
-    Difference("we", r"(block_size|init_weights|n_frequency|random_seed)=.*(is of type|positive|is no start)", UNSEEN),
+    Difference("we", r"(block_size|init_weights|n_frequency|random_seed|random_loc_seed)=.*(is of type|positive|is no start)", UNSEEN),
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
     Difference("we", r"(alpha|lora_dropout)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
@@ -105,6 +105,9 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "BEFT":
         return type(method).__name__ == kind
+    if kind == "FOURIERFT":
+        same = module.indices["default"].numpy() == np.stack(method.frequencies(layer_of(module)))
+        return bool(same.all() and module.fourierft_scaling["default"] == method.scaling)
     if kind == "SHIRA":
         same = module.shira_indices["default"].numpy() == method.untrained(layer_of(module))["shira_indices"]
         return bool(module.r["default"] == method.r and same.all())
@@ -131,7 +134,7 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -
                 assert as_peft_made_it(data["peft_type"], peft_says[name], method), (data, name, method)  # type: ignore[index]
         outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
     for kind in STARTS:
-        assert outcomes[kind, "refused", True] > 60, "the space must hold what both refuse"
+        assert outcomes[kind, "refused", True] > 40, "the space must hold what both refuse"
         assert outcomes[kind, "accepted", False] > 60, "and what both accept"
     assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * len(configs)
     assert used == set(DIFFERENCES), f"no longer seen: {set(DIFFERENCES) - used}"

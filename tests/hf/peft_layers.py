@@ -84,13 +84,14 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target

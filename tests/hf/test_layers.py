@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,22 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import BEFT, C3A, IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA, SHiRA  # noqa: E402
+from peft_ref.methods import BEFT, C3A, IA3, METHODS, AdaLoRA, DoRA, FourierFT, LoHa, LoRA, SHiRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-12  # relative to the largest number of the array
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FourierFT computes in the default dtype, and rounds its spectrum and the gradient of that to float32 on the way."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
 
 SETTINGS: dict[str, WeightMethod[Any]] = {
     "lora": LoRA(r=4, lora_alpha=6, init_lora_weights=False),
@@ -31,6 +42,7 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
     "beft": BEFT(init_weights=False),
+    "fourierft": FourierFT(n_frequency=6, scaling=20.0),
     "shira": SHiRA(r=2, random_seed=3),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
@@ -50,6 +62,7 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
         "BEFT": peft.BeftConfig,
         "LORA": peft.LoraConfig,
         "LOHA": peft.LoHaConfig,
+        "FOURIERFT": peft.FourierFTConfig,
         "SHIRA": peft.ShiraConfig,
     }[method.peft_type]
     values.pop("live_r", None)
@@ -155,7 +168,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "beft", "loha", "shira", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "beft", "loha", "shira", "fourierft", "ia3", "ia3-feedforward"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
     check_forward_and_gradients(*make(name, "linear", bias=False))
 
@@ -196,7 +209,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "adalora", "dora", "beft", "loha", "shira", "ia3", "ia3-feedforward"):
+    for name in ("lora", "adalora", "dora", "beft", "loha", "shira", "fourierft", "ia3", "ia3-feedforward"):
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

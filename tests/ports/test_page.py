@@ -107,6 +107,7 @@ def _sizes(cell: str, layer: Layer, r: int, b: int = 1) -> tuple[int, ...]:
         "groups": layer.groups,
         "b": b,
         "n": r * sum(layer.shape),
+        "n_frequency": 6,
         "2": 2,
     }
     sizes: list[int] = []

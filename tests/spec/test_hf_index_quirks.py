@@ -168,3 +168,36 @@ def test_shira_q4_the_default_targets_of_gpt2_are_refused() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     with pytest.raises(TypeError, match="Conv1D"):
         peft.get_peft_model(model, peft.ShiraConfig(r=1))
+
+
+def fourierft(**more: Any) -> Any:
+    return peft.FourierFTConfig(target_modules=["l"], **{"n_frequency": 6, "scaling": 20.0, **more})
+
+
+def test_fourierft_q1_spectrum_and_gradient_are_rounded_to_float32() -> None:
+    made, layer = adapted(nn.Linear(5, 7), fourierft())
+    spectrum = layer.fourierft_spectrum["a0"]
+    spectrum.data = spectrum.data + 1e-12  # below what float32 can hold
+    before = layer.get_delta_weight("a0")
+    spectrum.data = spectrum.data.float().double()
+    assert torch.equal(layer.get_delta_weight("a0"), before)
+    made(torch.randn(3, 5)).sum().backward()
+    assert spectrum.grad.dtype == torch.float64
+    assert torch.equal(spectrum.grad.float().double(), spectrum.grad)
+
+
+def test_fourierft_q2_a_fresh_adapter_changes_the_layer() -> None:
+    _, layer = adapted(nn.Linear(5, 7), fourierft(scaling=150.0))
+    assert layer.get_delta_weight("a0").abs().max() > 1
+    _, layer = adapted(nn.Linear(5, 7), fourierft(init_weights=True))
+    assert layer.get_delta_weight("a0").abs().max() == 0
+
+
+def test_fourierft_q3_another_seed_makes_another_adapter_of_the_same_tensors() -> None:
+    made, one = adapted(nn.Linear(5, 7), fourierft())
+    tensors = peft.get_peft_model_state_dict(made, adapter_name="a0")
+    assert [k.rpartition(".")[2] for k in tensors] == ["fourierft_spectrum"]
+    other_model, other = adapted(nn.Linear(5, 7), fourierft(random_loc_seed=778))
+    result = peft.set_peft_model_state_dict(other_model, tensors, adapter_name="a0")
+    assert result.unexpected_keys == []
+    assert (one.get_delta_weight("a0") - other.get_delta_weight("a0")).abs().max() > 0.1

@@ -6,6 +6,7 @@ import peft_ref.check.mistakes.adalora as adalora
 import peft_ref.check.mistakes.beft as beft
 import peft_ref.check.mistakes.c3a as c3a
 import peft_ref.check.mistakes.dora as dora
+import peft_ref.check.mistakes.fourierft as fourierft
 import peft_ref.check.mistakes.ia3 as ia3
 import peft_ref.check.mistakes.loha as loha
 import peft_ref.check.mistakes.lora as lora
@@ -22,6 +23,7 @@ _BUILT: dict[str, Suite] = {
     "beft": beft.SUITE,
     "c3a": c3a.SUITE,
     "dora": dora.SUITE,
+    "fourierft": fourierft.SUITE,
     "ia3": ia3.SUITE,
     "loha": loha.SUITE,
     "lora": lora.SUITE,

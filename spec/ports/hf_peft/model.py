@@ -16,6 +16,7 @@ from peft import (
     AdaLoraConfig,
     BeftConfig,
     C3AConfig,
+    FourierFTConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
@@ -35,6 +36,7 @@ CONFIGS: Mapping[str, type[PeftConfig]] = {
     "ADALORA": AdaLoraConfig,
     "BEFT": BeftConfig,
     "C3A": C3AConfig,
+    "FOURIERFT": FourierFTConfig,
     "IA3": IA3Config,
     "LOHA": LoHaConfig,
     "LORA": LoraConfig,
@@ -113,6 +115,8 @@ def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] == "c3a" and dtype == torch.float64 and case["operation"] != "init":
         raise NotInPeft("PEFT computes C3A in float32, whatever the layer's dtype")
+    if case["method"] == "fourierft" and dtype == torch.float64 and case["operation"] == "backward":
+        raise NotInPeft("PEFT rounds the gradient of FourierFT's spectrum to float32, whatever the layer's dtype")
     square = case["layer"].get("in_features") == case["layer"].get("out_features")
     if case["method"] == "c3a" and len(case["adapters"]) > 1 and not square and case["operation"] in ("forward", "backward"):
         raise NotInPeft("PEFT feeds every C3A adapter to the next one and crashes where in and out differ")
@@ -143,7 +147,7 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
-    if config["peft_type"] in ("ADALORA", "LORA", "IA3"):
+    if config["peft_type"] in ("ADALORA", "FOURIERFT", "LORA", "IA3"):
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
     return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
 

@@ -59,6 +59,8 @@ def config(case: Json) -> dict[str, Any]:
         layer: Any = model.get_base_model().get_submodule(name)
         if case["adapter_config"]["peft_type"] == "BEFT":
             answer[name] = {}  # it has neither a rank nor a scale
+        elif case["adapter_config"]["peft_type"] == "FOURIERFT":
+            answer[name] = {"n_frequency": layer.fourierft_n_frequency["default"], "scaling": layer.fourierft_scaling["default"]}
         elif case["adapter_config"]["peft_type"] == "SHIRA":
             answer[name] = {"r": layer.r["default"]}
         elif case["adapter_config"]["peft_type"] == "C3A":

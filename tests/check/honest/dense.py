@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, final
+from collections.abc import Mapping
+from typing import Any, Protocol, final
 
 import numpy as np
 
 from peft_ref.check.case import Case
+from peft_ref.methods.torch_random import randperm
 from tests.check.honest.arithmetic import Arithmetic, Host
 
-TRAINED = {"c3a": ("c3a_kernel",), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "shira": ("shira_weight",)}
+TRAINED = {"c3a": ("c3a_kernel",), "loha": ("w1_a", "w1_b", "w2_a", "w2_b"), "shira": ("shira_weight",), "fourierft": ("spectrum",)}
 DENSE = tuple(TRAINED)
 TRANSFORMED = (np.float32, np.float64)  # NumPy transforms in these
 
@@ -23,9 +25,38 @@ class Dense(Protocol):
 def dense(case: Case, i: int, a: Arithmetic) -> Dense:
     assert case.layer is not None
     tensors = case.adapters[i].tensors
+    if case.method == "fourierft":
+        return Fourier(a.array(tensors["fourierft_spectrum"]), case.adapters[i].config, case.layer.shape)
     if case.method == "shira":
         return Sparse(a.array(tensors["shira_weight"]), tensors["shira_indices"], case.layer.shape)
     return Circulant(a.array(tensors["c3a_kernel"]), case.layer.shape)
+
+
+@final
+class Fourier:
+    """The real part of an inverse transform, or a sum of cosines."""
+
+    def __init__(self, c: Host, config: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        self.c, self.shape, self.s = c, shape, config["scaling"]
+        self.u, self.v = np.divmod(randperm(shape[0] * shape[1], config["random_loc_seed"], len(c)), shape[1])
+
+    def delta(self, a: Arithmetic) -> Host:
+        if self.c.dtype in TRANSFORMED and a.pick(True, False):
+            spectrum = np.zeros(self.shape, dtype=self.c.dtype)
+            spectrum[self.u, self.v] = self.c
+            return a.scaled(np.fft.ifft2(spectrum).real.astype(self.c.dtype), self.s)
+        return a.scaled(a.sum(self.c[:, None, None] * self.waves(a)), self.s / (self.shape[0] * self.shape[1]))
+
+    def gradients(self, a: Arithmetic, dW: Host) -> tuple[Host, ...]:
+        if self.c.dtype in TRANSFORMED and a.pick(True, False):
+            return (a.scaled(np.fft.ifft2(dW).real.astype(self.c.dtype)[self.u, self.v], self.s),)
+        terms = (self.waves(a) * dW).reshape(len(self.c), -1)
+        return (a.scaled(a.sum(terms, axis=1), self.s / (self.shape[0] * self.shape[1])),)
+
+    def waves(self, a: Arithmetic) -> Host:
+        i, j = np.indices(self.shape)
+        phase = self.u[:, None, None] * i / self.shape[0] + self.v[:, None, None] * j / self.shape[1]
+        return a.array(np.cos(2 * np.pi * phase))
 
 
 @final
