@@ -134,7 +134,7 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -
                 assert as_peft_made_it(data["peft_type"], peft_says[name], method), (data, name, method)  # type: ignore[index]
         outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
     for kind in STARTS:
-        assert outcomes[kind, "refused", True] > 40, "the space must hold what both refuse"
+        assert outcomes[kind, "refused", True] > 30, "the space must hold what both refuse"
         assert outcomes[kind, "accepted", False] > 60, "and what both accept"
     assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * len(configs)
     assert used == set(DIFFERENCES), f"no longer seen: {set(DIFFERENCES) - used}"

@@ -191,12 +191,6 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
 _FEW_SIZES = {"r": 2, "init_r": 2, "block_size": 2, "n_frequency": 3, "live_r": None}
 _FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {name: st.just(size) for name, size in _FEW_SIZES.items()}
-    "r": st.just(2),
-    "init_r": st.just(2),
-    "block_size": st.just(2),
-    "n_frequency": st.just(3),
-    "live_r": st.just(None),
-}
 _FEW: dict[str, st.SearchStrategy[Layer]] = {
     "linear": st.just(Linear(in_features=6, out_features=4)),
     "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),

@@ -176,17 +176,21 @@ def fourierft(**more: Any) -> Any:
 
 def test_fourierft_q1_spectrum_and_gradient_are_rounded_to_float32() -> None:
     made, layer = adapted(nn.Linear(5, 7), fourierft())
+    with pytest.raises(RuntimeError, match="dtypes match"):  # torch's default dtype is float64 here
+        made(torch.randn(3, 5))
+    torch.set_default_dtype(torch.float32)
     spectrum = layer.fourierft_spectrum["a0"]
     spectrum.data = spectrum.data + 1e-12  # below what float32 can hold
     before = layer.get_delta_weight("a0")
     spectrum.data = spectrum.data.float().double()
     assert torch.equal(layer.get_delta_weight("a0"), before)
-    made(torch.randn(3, 5)).sum().backward()
+    made(torch.randn(3, 5, dtype=torch.float64)).sum().backward()
     assert spectrum.grad.dtype == torch.float64
     assert torch.equal(spectrum.grad.float().double(), spectrum.grad)
 
 
 def test_fourierft_q2_a_fresh_adapter_changes_the_layer() -> None:
+    torch.set_default_dtype(torch.float32)
     _, layer = adapted(nn.Linear(5, 7), fourierft(scaling=150.0))
     assert layer.get_delta_weight("a0").abs().max() > 1
     _, layer = adapted(nn.Linear(5, 7), fourierft(init_weights=True))
@@ -194,6 +198,7 @@ def test_fourierft_q2_a_fresh_adapter_changes_the_layer() -> None:
 
 
 def test_fourierft_q3_another_seed_makes_another_adapter_of_the_same_tensors() -> None:
+    torch.set_default_dtype(torch.float32)
     made, one = adapted(nn.Linear(5, 7), fourierft())
     tensors = peft.get_peft_model_state_dict(made, adapter_name="a0")
     assert [k.rpartition(".")[2] for k in tensors] == ["fourierft_spectrum"]
