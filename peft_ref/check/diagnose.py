@@ -22,7 +22,7 @@ from peft_ref.check.case import Answer, Case
 from peft_ref.check.exact import Undecided
 from peft_ref.check.mistake import AsIf, Mistake
 from peft_ref.check.mistakes import SUITES
-from peft_ref.check.oracle import answer, exact_answer, in_size, mixed, null_answer
+from peft_ref.check.oracle import answer, exact_answer, in_size, null_answer
 from peft_ref.check.result import Diagnosis, Verdict
 from peft_ref.check.suites import NOTHING
 from peft_ref.check.tolerance import PRECISION, Expected, anything, compare, expect, near
@@ -101,7 +101,7 @@ def rounded(answer: Answer, dtype: str) -> Answer:
 def expectation(case: Case, dtype: str) -> Expected:
     """The right answer to an array case with its tolerance in `dtype`."""
     suite = SUITES.get(case.method, NOTHING)
-    apart = null_answer(in_size(case)) if suite.base_apart else mixed(case) if suite.transformed else None
+    apart = null_answer(in_size(case)) if suite.base_apart else suite.transformed(case) if suite.transformed else None
     try:
         right = exact_answer(case, PRECISION[dtype])
     except Undecided:

@@ -51,7 +51,7 @@ class Suite:
     mistakes: tuple[Mistake, ...]
     prompts: tuple[PromptVariant, ...] = ()  # what is asked of a method of prompts, which has no layers
     cases: tuple[Case, ...] = ()  # questions that are about no layer
-    transformed: bool = False  # an honest order is a Fourier transform, which mixes every number with every other
+    transformed: Callable[[Case], Answer] | None = None  # sizes that an honest order, a Fourier transform, goes through
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 

@@ -23,7 +23,7 @@ LARGEST = (2**32 - 1) // 20 - 1
 def raw(seed: int, count: int) -> np.ndarray[Any, Any]:
     """The first `count` draws of 32 bits."""
     bits = np.random.MT19937()
-    bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]  # public in RandomState only, which seeds the same way
+    bits._legacy_seeding(seed & 0xFFFFFFFF)  # as RandomState(seed), which has no raw bits
     return np.asarray(bits.random_raw(count), dtype=np.int64)
 
 

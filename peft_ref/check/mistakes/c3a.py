@@ -26,7 +26,7 @@ from peft_ref.check.mistake import (
     unmerge_that_merges,
     unmerge_the_frozen,
 )
-from peft_ref.check.oracle import Problem, answer, name_gradients, null_answer, pose
+from peft_ref.check.oracle import Problem, answer, mixed, name_gradients, null_answer, pose
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.contracts import Delta
 from peft_ref.layers import Layer
@@ -80,6 +80,7 @@ def other_delta(delta: Callable[[Layer, Array], Array]) -> Callable[[Case], Answ
         return W + delta(layer, a.params.K), b
 
     def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        assert p.merged_W is not None
         return p.merged_W - sum(delta(p.layer, a.params.K) for a in p.adapters), p.merged_b
 
     formula = Formula(weight=one_by_one(step), unmerge=unmerge)
@@ -146,7 +147,7 @@ def backward_as_peft(case: Case) -> Answer | None:
 
 SUITE = Suite(
     variants=VARIANTS,
-    transformed=True,
+    transformed=mixed,
     mistakes=(
         Mistake(
             name="c3a-ignored",

@@ -78,6 +78,7 @@ def other_delta(delta: Wrong, on: On = lambda case: True) -> Callable[[Case], An
         return W + of(layer, a), b
 
     def unmerge(p: Problem) -> tuple[Array, Array | None]:
+        assert p.merged_W is not None
         return p.merged_W - sum(of(p.layer, a) for a in p.adapters), p.merged_b
 
     formula = Formula(weight=one_by_one(step), unmerge=unmerge)
@@ -131,8 +132,26 @@ def unscaled_gradient(case: Case) -> Answer:
     return {name: g if name == "x" else g * (n / case.adapters[int(name[0])].config["scaling"]) for name, g in answer(case).items()}
 
 
+def without_cancelling(case: Case) -> Answer:
+    """The adapters' part of the answer with every wave at its height: a transform, or a cosine of many turns, is off by so much of it."""
+    p = pose(case)
+    layer, x, dy = p.layer, *(None if v is None else np.abs(v) for v in (p.x, p.dy))
+    sizes = [(scale(layer, a.method), a.params.c) for a in p.adapters if isinstance(a.method, FourierFT)]
+    D = np.full(layer.shape, sum(s * np.sum(np.abs(c)) for s, c in sizes))
+    if case.operation == "forward":
+        return {"y": layer.apply(x, D, None)}
+    if case.operation == "backward":
+        total = np.sum(layer.weight_vjp(x, dy))
+        return {
+            "x": layer.apply_vjp(x, D, None, dy).x,
+            **{f"{i}.fourierft_spectrum": s * total * np.ones(len(c)) for i, (s, c) in enumerate(sizes)},
+        }
+    return stored(layer, D, None if case.bias is None or case.operation == "delta" else np.zeros(layer.shape[0]))
+
+
 SUITE = Suite(
     variants=VARIANTS,
+    transformed=without_cancelling,
     mistakes=(
         Mistake(
             name="fourierft-ignored",

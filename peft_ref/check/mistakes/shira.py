@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.check.case import Answer, Case, NDArray, build_method
+from peft_ref.check.case import Answer, Case, build_method
 from peft_ref.check.mistake import (
     AsIf,
     Formula,
@@ -43,28 +43,28 @@ VARIANTS = (
 )
 
 
-def placed(layer: Layer, values: Array, rows: NDArray, columns: NDArray, into: Array | None = None) -> Array:
+def placed(layer: Layer, values: Array, at: Array, into: Array | None = None) -> Array:
     """The values at their places in zeros, or in place of what is there."""
     out = np.zeros(layer.shape, dtype=values.dtype) if into is None else into.copy()
-    out[rows, columns] = values
+    out[at[0], at[1]] = values
     return out
 
 
 def right(layer: Layer, a: Adapter) -> Array:
-    return placed(layer, a.params.w, *a.params.indices)
+    return placed(layer, a.params.w, a.params.indices)
 
 
 def by_columns(layer: Layer, a: Adapter) -> Array:
     """The place of row and column is counted down the columns, and read along the rows."""
     rows, columns = a.params.indices
-    return placed(layer, a.params.w, *np.divmod(columns * layer.shape[0] + rows, layer.shape[1]))
+    return placed(layer, a.params.w, np.divmod(columns * layer.shape[0] + rows, layer.shape[1]))
 
 
 def as_drawn(layer: Layer, a: Adapter) -> Array:
     """The values in the order in which the places of the configuration's seed would be drawn, not in theirs."""
     seed = a.method.random_seed if isinstance(a.method, SHiRA) and a.method.random_seed is not None else 0
     order = np.argsort(np.argsort(randperm(layer.shape[0] * layer.shape[1], seed, a.params.w.shape[0])))
-    return placed(layer, a.params.w[order], *a.params.indices)
+    return placed(layer, a.params.w[order], a.params.indices)
 
 
 def changed(change: Change, unmerged: Change | None = None) -> Callable[[Case], Answer | None]:
@@ -106,7 +106,7 @@ def drawn_again(case: Case) -> Case | None:
 def last_wins(p: Problem) -> tuple[Array, Array | None]:
     D = np.zeros(p.layer.shape)
     for a in p.adapters:
-        D = placed(p.layer, a.params.w, *a.params.indices, into=D.astype(object) if a.params.w.dtype == object else D)
+        D = placed(p.layer, a.params.w, a.params.indices, into=D.astype(object) if a.params.w.dtype == object else D)
     return p.W + D, p.b
 
 
@@ -135,7 +135,7 @@ SUITE = Suite(
             name="shira-replaces",
             clause="SHIRA-C1",
             sentence="the weight's entries are replaced by shira_weight instead of having it added",
-            replay=changed(lambda layer, a, W: placed(layer, a.params.w, *a.params.indices, into=W)),
+            replay=changed(lambda layer, a, W: placed(layer, a.params.w, a.params.indices, into=W)),
         ),
         Mistake(
             name="shira-scale-one-over-r",

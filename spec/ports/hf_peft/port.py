@@ -48,7 +48,10 @@ def delta(case: Json, dtype: torch.dtype) -> Json:
     if not hasattr(layer, "get_delta_weight"):
         raise NotInPeft("this method has no delta in PEFT")
     found = layer.get_delta_weight(layer.active_adapters[0])
-    return {"weight": nested(found.to_dense() if found.is_sparse else found)}
+    found = found.to_dense() if found.is_sparse else found
+    if case["method"] == "fourierft" and case["layer"]["kind"] == "transposed_linear":
+        found = found.T  # PEFT turns it when it uses it
+    return {"weight": nested(found)}
 
 
 def merge(case: Json, dtype: torch.dtype) -> Json:
