@@ -157,7 +157,8 @@ def looked_at_by_none() -> list[dict[str, Any]]:
     values: dict[str, Any] = {"r": 0, "lora_alpha": "8", "lora_dropout": None, "init_lora_weights": "magic", "rank_pattern": ["q"]}
     odd = {**nowhere, "r": 3, "init_lora_weights": "orthogonal"}
     full = {**STARTS["LORA"], "target_modules": ["layers.0.q"], "layers_to_transform": ["0"]}
-    return [*({**nowhere, word: value} for word, value in values.items()), odd, full]
+    blocks = {**STARTS["C3A"], "target_modules": "dummy-target-modules", "block_size": [4]}
+    return [*({**nowhere, word: value} for word, value in values.items()), odd, full, blocks]
 
 
 def explained(differences: tuple[Difference, ...], data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:
