@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.check import tape
 from peft_ref.check.case import Answer, Case
 from peft_ref.check.mistake import Replay, as_if_tensors, only
 from peft_ref.check.oracle import answer, float64
-from peft_ref.check.prompting import PromptProblem, pose_prompt, used
+from peft_ref.check.prompt_family import as_used, autograd
+from peft_ref.check.prompting import PromptProblem, pose_prompt
 from peft_ref.prompts import Prompt
 
 CACHE = "past_key_values"
@@ -32,7 +32,7 @@ def other_gradient(prompt: Callable[[PromptProblem], Array], shows: Callable[[Pr
     def backward(case: Case) -> Answer | None:
         if not shows(pose_prompt(case, float64)):
             return None
-        return autograd(case, lambda p: next(iter(used(p.method, prompt(p)).values())))
+        return autograd(case, as_used(prompt))
 
     return only(prompt_backward=backward)
 
@@ -52,11 +52,3 @@ def other_cache(cut: Callable[[Prompt, Array], Array], shows: Callable[[Prompt],
         return autograd(case, lambda p: cut(p.method, p.method.prompt(p.tensors, p.ctx)))
 
     return replay
-
-
-def autograd(case: Case, output: Callable[[PromptProblem], Array]) -> Answer:
-    """What an autograd engine returns for a wrong prompt, in the shape in which a model takes it."""
-    p = pose_prompt(case, tape.tape_array)
-    assert case.dy is not None
-    tape.backward(output(p), case.dy)
-    return {f"0.{name}": tape.gradients(value) for name, value in p.tensors.items()}

@@ -70,13 +70,27 @@ def other_prompt(
             return used(p.method, prompt(p))
         if case.operation == "saved":
             return {**answer(case), SAVED: prompt(p)[0, ...]}
-        p = pose_prompt(case, tape.tape_array)
-        assert case.dy is not None
-        (array,) = used(p.method, prompt(p)).values()
-        tape.backward(array, case.dy)
-        return {f"0.{name}": tape.gradients(value) for name, value in p.tensors.items()}
+        return autograd(case, as_used(prompt))
 
     return replay
+
+
+def as_used(prompt: Callable[[PromptProblem], Array]) -> Callable[[PromptProblem], Array]:
+    """A wrong prompt in the shape in which a model takes it."""
+
+    def one(p: PromptProblem) -> Array:
+        (array,) = used(p.method, prompt(p)).values()
+        return array
+
+    return one
+
+
+def autograd(case: Case, prompt: Callable[[PromptProblem], Array]) -> Answer:
+    """What an autograd engine returns for a wrong prompt, given as a model takes it."""
+    p = pose_prompt(case, tape.tape_array)
+    assert case.dy is not None
+    tape.backward(prompt(p), case.dy)
+    return {f"0.{name}": tape.gradients(value) for name, value in p.tensors.items()}
 
 
 def other_splice(change: Callable[[PromptProblem, Answer], Answer | None]) -> Replay:
