@@ -63,6 +63,14 @@ def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     return xp.zeros(shape, dtype=like.dtype, device=device(like))
 
 
+def eye_like(n: int, like: Array) -> Array:
+    """The identity (n, n) in `like`'s library, dtype and device."""
+    xp = namespace(like)
+    if xp is np:
+        return np.eye(n, dtype=like.dtype)
+    return xp.eye(n, dtype=like.dtype, device=device(like))
+
+
 def as_rows(x: Array) -> Array:
     """`x` (..., n) as a matrix (rows, n)."""
     return namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
@@ -77,6 +85,11 @@ def regroup(x: Array, shape: tuple[int, ...]) -> Array:
 def column(v: Array) -> Array:
     """`v` (n,) as a column (n, 1): a factor for every row of a matrix."""
     return namespace(v).expand_dims(v, axis=1)
+
+
+def outer(a: Array, b: Array) -> Array:
+    """The matrix a_i b_j."""
+    return column(a) * namespace(b).expand_dims(b, axis=0)
 
 
 def row_norm(V: Array) -> Array:

@@ -124,6 +124,10 @@ class WeightMethod(Method, Generic[P]):
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
 
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        """The layer that stored tensors of these shapes tell; None where their sizes are plainly those of the layer."""
+        return None
+
     @final
     def spec(self, layer: Layer) -> tuple[ParamSpec, ...]:
         """Every parameter this adapter has on `layer`: field, checkpoint key, shape as a matrix, shape as stored.

@@ -47,10 +47,11 @@ def uniform(bound: float, if_zero: str = A_ZERO) -> Law:
     return Law(f"uniform within {bound:.4g}", problem)
 
 
-def normal(deviation: float) -> Law:
+def normal(deviation: float, mean: float = 0.0) -> Law:
     def problem(draws: NDArray, dtype: str) -> str:
         if not np.any(draws):
             return "init-zero: it is zero in every draw"
+        draws = draws - mean
         law, u = NormalDist(0.0, deviation), 2.0 ** -PRECISION[dtype]
         # A uniform of the same deviation is near in every statistic but this one: it ends.
         reach = law.inv_cdf((1 + UNLIKELY ** (1 / draws.size)) / 2) * (1 - 2 * u)
@@ -58,7 +59,7 @@ def normal(deviation: float) -> Law:
             return (
                 f"init-wrong-law: of {draws.size} draws none is beyond {reach:.4g}, which a normal with deviation {deviation:.4g} reaches"
             )
-        return _ks(draws, np.vectorize(law.cdf), f"normal with deviation {deviation:.4g}", u * deviation)
+        return _ks(draws, np.vectorize(law.cdf), f"normal with deviation {deviation:.4g}", u * (deviation + abs(mean)))
 
     return Law(f"normal, deviation {deviation:.4g}", problem)
 

@@ -34,7 +34,8 @@ LARGEST_POWER = 100_000  # of e; what is beyond overflows, or is nothing
 FURTHEST = 700.0  # the power of e is a float64 up to there
 # A float constant of at most this many significant bits (1.5, 0.25) is itself in every format; any other was rounded once.
 CONSTANT_BITS = 8
-# No standard says how well a library computes a tangent; good ones are off by 1 to 6 units in the last place, which is twice as many u.
+# No standard says how well a library computes a tangent, a sine or a cosine;
+# good ones are off by 1 to 6 units in the last place, which is twice as many u.
 TANH_DEPTH = 15
 # The same of a power of e, whose libraries are better.
 EXP_DEPTH = 9
@@ -170,9 +171,9 @@ class Exact:
         shift = (2 * PRECISION - self.n.bit_length()) // 2 * 2
         shift += (self.e - shift) % 2
         scaled = self.n << shift if shift >= 0 else self.n >> -shift
-        root = math.isqrt(scaled)
-        e = (self.e - shift) // 2
+        root, e = math.isqrt(scaled), (self.e - shift) // 2
         came_out = shift >= 0 and root * root == scaled
+        root, e = _short(root, e) if came_out else (root, e)
         quantum = _lowest(root, e) if came_out and self.quantum is not None else None
         size, off = _size(root, e), self._relative
         share = off * 2.0**-self.p
@@ -204,6 +205,22 @@ class Exact:
         share = math.expm1(off * u) / u if off * u < FURTHEST else math.inf
         size = _size(n, e)
         return _result(n, e, size, EXP_DEPTH, size * share if size else 0.0, None, self.p)
+
+    def cos(self) -> Exact:
+        """The cosine; NumPy calls it for `np.cos` of an object array."""
+        return self._turned(1)
+
+    def sin(self) -> Exact:
+        """The sine; NumPy calls it for `np.sin` of an object array."""
+        return self._turned(0)
+
+    def _turned(self, first: int) -> Exact:
+        off, u = self.k * self.gauge + self.err, 2.0**-self.p
+        if self.n == 0 and not off:
+            return Exact.of(float(first), self.p)
+        n, e = _series(self.fraction, first)
+        size = _size(n, e)
+        return _result(n, e, size, TANH_DEPTH, min(off, (1.0 + size) / u), None, self.p)  # nowhere steeper than one, and within [-1, 1]
 
     def __ge__(self, other: Scalar) -> bool:
         return not self < other
@@ -268,6 +285,12 @@ def _lowest(n: int, e: int) -> int:
     return e + (n & -n).bit_length() - 1 if n else 0
 
 
+def _short(n: int, e: int) -> tuple[int, int]:
+    """The same number with an odd mantissa: one that came out would otherwise drag 200 bits along, and a root of it be cut."""
+    zeros = (n & -n).bit_length() - 1 if n else 0
+    return n >> zeros, e + zeros
+
+
 def _tanh(x: Fraction) -> tuple[int, int]:
     """tanh(x) to 200 bits as mantissa and exponent: 1 - 2 / (exp(2x) + 1), by the standard library's decimal numbers."""
     with localcontext() as context:
@@ -296,6 +319,23 @@ def _two_hundred_bits(value: Fraction) -> tuple[int, int]:
     return round(value * Fraction(2) ** shift), -shift
 
 
+def _series(x: Fraction, first: int) -> tuple[int, int]:
+    """cos(x) (`first` 1) or sin(x) (0) to 200 bits as mantissa and exponent, by their power series in decimal numbers."""
+    with localcontext() as context:
+        context.prec = DECIMAL_DIGITS + int(abs(x)) + 10  # terms grow up to exp |x| before they fall
+        angle = Decimal(x.numerator) / Decimal(x.denominator)
+        term = Decimal(1) if first else angle
+        total, k = term, 1 if first else 2
+        while term and term.adjusted() > total.adjusted() - context.prec:
+            term = -term * angle * angle / (k * (k + 1))
+            total, k = total + term, k + 2
+        value = Fraction(total)
+    if value == 0:
+        return 0, 0
+    scaled = round(value * Fraction(2) ** (PRECISION - _exponent(value)))
+    return scaled, _exponent(value) - PRECISION
+
+
 def _exponent(value: Fraction) -> int:
     """The exponent of a number's leading bit, or one more."""
     return value.numerator.bit_length() - value.denominator.bit_length()
@@ -305,4 +345,4 @@ def _divide(n: int, e: int, m: int, f: int) -> tuple[int, int, bool]:
     """(n 2^e) / (m 2^f) as mantissa, exponent, and whether it came out without a remainder."""
     shift = max(PRECISION + m.bit_length() - n.bit_length(), 0)
     quotient, rest = divmod(n << shift, m)
-    return quotient, e - f - shift, rest == 0
+    return (*_short(quotient, e - f - shift), True) if rest == 0 else (quotient, e - f - shift, False)

@@ -35,11 +35,21 @@ def laws(case: Case) -> dict[str, Law]:
         return attention_laws(case)
     config, layer = case.adapters[0].config, case.layer
     assert layer is not None
+    if case.method == "hra":
+        drawn = config["r"] // 2 if config["init_weights"] and config["r"] % 2 == 0 else config["r"]
+        return {"hra_u": uniform(1 / math.sqrt(drawn))}
     if case.method == "ia3":
         return {"ia3_l": constant(1.0, "ia3-init-not-one")}
     if case.method == "loha":
         into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
         return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
+    if case.method == "oft":
+        key = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
+        return {key: constant(0.0, "init-not-identity") if config["init_weights"] else normal(0.1)}
+    if case.method == "road":
+        if config["init_weights"]:
+            return {"road_theta": constant(0.0, "init-not-identity"), "road_alpha": constant(1.0, "init-not-identity")}
+        return {"road_theta": normal(0.5), "road_alpha": normal(0.5, mean=1.0)}
     init = config["init_lora_weights"]
     if case.method == "adalora":
         if init is False:
@@ -92,6 +102,9 @@ def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
 def _identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     """The identities of one draw: those of starts computed from the weight, and DoRA's magnitude."""
     config = case.adapters[0].config
+    if case.method == "hra" and config["init_weights"] and config["r"] % 2 == 0:
+        paired = np.array_equal(draw["hra_u"][:, ::2], draw["hra_u"][:, 1::2])
+        return "" if paired else "init-not-in-pairs: with r even every second column of hra_u must repeat the one before it"
     computed = config.get("init_lora_weights") in ("orthogonal", "pissa", "olora") and layer.kind != "embedding"
     if not computed and case.method != "dora":
         return ""
@@ -170,8 +183,25 @@ ASKED: dict[str, tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]] = {
     ),
     "dora": (({"r": 4, "lora_alpha": 6}, ("linear", "embedding", "conv1d")),),
     "loha": (({"r": 4, "alpha": 6}, ("linear", "conv2d")),),
+    "hra": (
+        ({"r": 4}, ("linear", "conv2d-square")),
+        ({"r": 3}, ("linear",)),
+        ({"r": 4, "init_weights": False}, ("linear",)),
+        ({"r": 4, "apply_GS": True}, ("linear",)),
+    ),
+    "oft": (
+        ({"oft_block_size": 4}, ("linear-blocks", "embedding-blocks", "conv2d-pointwise")),
+        ({"oft_block_size": 4, "init_weights": False}, ("linear-blocks",)),
+    ),
+    "road": (
+        *(({"variant": f"road_{n}", "group_size": 4}, ("linear-even",)) for n in (1, 2, 4)),
+        ({"group_size": 4, "init_weights": False}, ("linear-even",)),
+    ),
     "ia3": (({"is_feedforward": False}, ("linear", "conv2d")), ({"is_feedforward": True}, ("linear",))),
 }
+
+
+NAMED_BY_CONFIG = ("hra", "oft", "road")  # whose starts differ by all of their configuration
 
 
 def init_cases(name: str, clause: str) -> tuple[Case, ...]:
@@ -182,6 +212,7 @@ def init_cases(name: str, clause: str) -> tuple[Case, ...]:
             layer, method = LAYERS[layer_name], build_method(name, config)
             init = str(config.get("init_lora_weights", "default")).lower() + ("-bias" if config.get("lora_bias") else "")
             init += "-feedforward" if config.get("is_feedforward") else ""
+            init += "".join(f"-{key}-{value}".lower() for key, value in config.items() if name in NAMED_BY_CONFIG)
             computed = config.get("init_lora_weights") in ("pissa", "olora")
             where = f"{name}.{layer_name}.init-{init}"
             case = Case(

@@ -75,6 +75,12 @@ class Node:
         out = math.exp(self.value)
         return Node(out, ((self, out),))
 
+    def cos(self) -> Node:
+        return Node(math.cos(self.value), ((self, -math.sin(self.value)),))
+
+    def sin(self) -> Node:
+        return Node(math.sin(self.value), ((self, math.cos(self.value)),))
+
     def __gt__(self, other: Any) -> bool:
         return self.value > float(other)
 

@@ -26,6 +26,13 @@ from peft_ref.files.adapter import AdapterModule, state_dict
 from peft_ref.files.config import AdapterConfig, from_dict
 from peft_ref.methods import METHODS
 
+# What a module has of a method without rank and scale.
+MEANING: Mapping[str, tuple[str, ...]] = {
+    "HRA": ("r", "apply_GS"),
+    "OFT": ("r", "oft_block_size", "coft", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    "ROAD": ("variant", "group_size"),
+}
+
 
 def right_text(case: Case) -> dict[str, Any]:
     """The right answer to a text case."""
@@ -58,8 +65,10 @@ def right_config(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
-    """What a configuration says about one module: its rank and scale, or for IA3 on which side it scales."""
+    """What a configuration says about one module: its rank and scale, or what its method has instead."""
     method = config.method_for(name)
+    if fields := MEANING.get(type(method).peft_type):
+        return {field: getattr(method, field) for field in fields}
     scale, r = getattr(method, "scale", None), getattr(method, "r", None)
     if scale is None:
         return {"is_feedforward": getattr(method, "is_feedforward", False)}
@@ -118,6 +127,8 @@ def _same_meaning(want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
             return False
         for key, value in fields.items():
             number = have.get(key)
+            if isinstance(value, str) and number == value:
+                continue
             if not isinstance(number, int | float) or abs(number - value) > 1e-6 * abs(value):
                 return False
     return True

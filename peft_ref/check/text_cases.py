@@ -78,9 +78,26 @@ CONFIGS: dict[str, dict[str, Mapping[str, Any]]] = {
         "alpha-missing": {"r": 4},
         "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
     },
+    "hra": {
+        "plain": {"r": 4},
+        "rank-missing": {},
+        "odd-orthogonal": {"r": 5, "apply_GS": True},
+    },
+    "oft": {
+        "plain": {"oft_block_size": 4},
+        "block-size-missing": {"num_cayley_neumann_terms": 3},
+        "by-number": {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True},
+        "held": {"oft_block_size": 8, "coft": True},
+    },
+    "road": {
+        "small-groups": {"group_size": 2},
+        "variant-missing": {"group_size": 4},
+        "group-size-missing": {"variant": "road_2"},
+        "both": {"variant": "road_4", "group_size": 2},
+    },
     "ia3": {"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
 }
-PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "ia3": "IA3"}
+PEFT_TYPE = {"adalora": "ADALORA", "lora": "LORA", "dora": "LORA", "loha": "LOHA", "hra": "HRA", "road": "ROAD", "oft": "OFT", "ia3": "IA3"}
 
 
 # The clauses in question: of fresh adapters, of configurations, of keys.
@@ -89,6 +106,9 @@ CLAUSES = {
     "lora": ("LORA-C25", "LORA-C33", "LORA-C35"),
     "dora": ("DORA-C21", "DORA-C22", "DORA-C23"),
     "loha": ("LOHA-C17", "LOHA-C19", "LOHA-C21"),
+    "hra": ("HRA-C19", "HRA-C21", "HRA-C22"),
+    "oft": ("OFT-C22", "OFT-C23", "OFT-C25"),
+    "road": ("ROAD-C17", "ROAD-C19", "ROAD-C20"),
     "ia3": ("IA3-C18", "IA3-C5", "IA3-C20"),
 }
 # Of configurations and of keys; every start of a prompt has its own.
@@ -141,8 +161,8 @@ def _state_dicts(method: str, clause: str) -> Iterator[Case]:
         where = f"{method}.state-dict.{adapter_name}"
         rng = generator(where)
         layers: dict[str, Layer] = {
-            "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=7),
-            "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=5),
+            "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=7 if method != "road" else 8),
+            "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=5 if method != "road" else 6),
         }
         if method in ("lora", "dora"):
             layers["model.embed_tokens"] = Embedding(num_embeddings=9, embedding_dim=7)

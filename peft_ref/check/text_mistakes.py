@@ -90,7 +90,7 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
         lambda key, name: re.sub(
-            r"(adaption_prompt|adaption_gate|lora_[ABE]|hada_w\d_[ab]|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)",
+            r"(adaption_prompt|adaption_gate|lora_[ABE]|hada_w\d_[ab]|hra_u|oft_(?:embedding_)?R|road_(?:theta|alpha)|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)",
             rf"\1.{name}",
             key,
             count=1,

@@ -28,10 +28,15 @@ RUN = ("forward", "backward")
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
+    "linear-even": Linear(in_features=5, out_features=12),
+    "linear-blocks": Linear(in_features=8, out_features=5),
+    "embedding-blocks": Embedding(num_embeddings=9, embedding_dim=8),
+    "conv2d-pointwise": Conv(in_channels=8, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=7),
     "conv1d": Conv(in_channels=5, out_channels=7, kernel_size=(3,), stride=(2,), padding=(1,)),
     "conv2d": Conv(in_channels=3, out_channels=5, kernel_size=(2, 4), stride=(2, 1), padding=(1, 2)),
+    "conv2d-square": Conv(in_channels=3, out_channels=5, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 1, 3), padding=(0, 1, 1)),
     "conv2d-groups": Conv(in_channels=6, out_channels=10, kernel_size=(3, 2), stride=(1, 2), groups=2),
     "conv1d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2,), padding=(2,), dilation=(3,)),
@@ -39,10 +44,15 @@ LAYERS: dict[str, Layer] = {
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
+    "linear-even": (2, 3),
+    "linear-blocks": (2, 3),
+    "embedding-blocks": (2, 3),
+    "conv2d-pointwise": (2, 5, 4),
     "transposed_linear": (2, 3),
     "embedding": (2, 3),
     "conv1d": (2, 8),
     "conv2d": (2, 6, 5),
+    "conv2d-square": (2, 5, 4),
     "conv3d": (2, 3, 2, 4),
     "conv2d-groups": (2, 4, 5),
     "conv1d-dilation": (2, 7),

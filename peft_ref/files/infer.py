@@ -26,6 +26,8 @@ PROBES: tuple[Layer, ...] = (
 
 def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: str) -> Layer:
     """The layer on which `method` has parameters like `tensors`, or the nearest to it, whose `unpack` then says what is wrong."""
+    if measured := method.measured({key: tuple(tensor.shape) for key, tensor in tensors.items()}):
+        return measured
     best: tuple[int, Layer] | None = None
     for probe in PROBES:
         if probe.kind not in method.kinds:

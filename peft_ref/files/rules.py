@@ -51,6 +51,7 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
 }
 
 PATTERNED = ("LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+BIASED = ("HRA", "LORA", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {
@@ -105,9 +106,10 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
         eva = data.get("eva_config") or {}
         if not _number(eva.get("rho", 2)) >= 1 or not 0 <= _number(eva.get("tau", 0.5)) <= 1:
             refuse(f"eva_config={dict(eva)}", "rho is 1 or more, tau from 0 to 1.")
+    if kind in BIASED:
         bias = data.get("bias", "none")
         if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):
-            refuse(f"bias={bias!r}", "There are 'none', 'all' and 'lora_only'.")
+            refuse(f"bias={bias!r}", "There are 'none', 'all' and what ends in '_only'.")
     if kind == "ADALORA":
         if data.get("use_dora"):
             refuse("use_dora with AdaLoRA", "Leave it out.")

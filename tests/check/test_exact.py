@@ -150,7 +150,7 @@ def _transcends(case: Case) -> bool:
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
     return (
-        case.method in ("dora", "adaption_prompt")
+        case.method in ("dora", "hra", "adaption_prompt")
         or case.operation == "aux_loss"
         or bool(encodes and (through_tanh or case.method == "cpt"))
     )
@@ -183,6 +183,23 @@ def test_the_exact_answer_of_dora_solves_its_equations() -> None:
             assert abs(length - m * m) <= m * m * LEFT_OVER, case.id
             for i in range(len(v)):
                 assert abs(v[0] * w[i].fraction - v[i] * w[0].fraction) <= LEFT_OVER * 10**3, case.id
+
+
+def test_the_exact_answer_of_hra_needs_no_root() -> None:
+    """n n^T = u u^T / (u . u): the weight of reflections is rational in u, and so is what is left of u after projections."""
+    for case in (c for c in corpus("hra") if c.operation == "merge"):
+        p = pose(case, rational)
+        W = p.W
+        for a in p.adapters:
+            done: list[Host] = []
+            for u in a.params.u.T:
+                for v in done if a.method.apply_GS else ():  # type: ignore[attr-defined]  # HRA's
+                    u = u - v * ((v @ u) / (v @ v))
+                done.append(u)
+                W = W - np.outer(W @ u, u) * (2 / (u @ u))
+        got = p.layer.fold(exact_answer(case, 24)["weight"])
+        for g, w in zip(got.reshape(-1), W.reshape(-1), strict=True):
+            assert abs(g.fraction - w) <= LEFT_OVER * 10**3, case.id
 
 
 # ---- where nothing may round

@@ -322,6 +322,16 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
     "words moved at once": ("cpt.init-words", replaced("delta", lambda c, v, rng: rng.normal(size=v.shape)), "init-words-moved"),
     "the first words for the words": ("cpt.init-words", words_at(lambda c, rng: range(3)), "init-token-ids: the rows are the first"),
     "words drawn": ("cpt.init-words", words_at(lambda c, rng: rng.integers(0, 9, 3)), "init-token-ids: the rows are not"),
+    "HRA's vectors not in pairs": (
+        "hra.linear.init-default-r-4",
+        replaced("hra_u", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(2)),
+        "init-not-in-pairs",
+    ),
+    "HRA's vectors of the bound of all columns": (
+        "hra.linear.init-default-r-4",
+        replaced("hra_u", lambda c, v, rng: v / math.sqrt(2)),
+        "init-wrong-law",
+    ),
     "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
     "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
 }

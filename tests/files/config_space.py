@@ -23,6 +23,9 @@ class Difference(NamedTuple):
 STARTS: dict[str, dict[str, Any]] = {
     "LORA": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "up"]},
     "LOHA": {"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
+    "HRA": {"peft_type": "HRA", "r": 4, "target_modules": ["q", "up"]},
+    "OFT": {"peft_type": "OFT", "oft_block_size": 3, "target_modules": ["q", "up"]},
+    "ROAD": {"peft_type": "ROAD", "group_size": 2, "target_modules": ["q"]},
     "IA3": {"peft_type": "IA3", "target_modules": ["q", "up"], "feedforward_modules": ["up"]},
 }
 NAMES: list[Any] = [["q"], ["layers.0.q"], ["q", "conv2"], ["table"], ["conv1"], ["conv3", "q"], ["head"], ["none"], ["q", "none"], []]
@@ -83,6 +86,34 @@ SPACE: dict[str, dict[str, list[Any]]] = {
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
         "use_effective_conv2d": [False, None],
     },
+    "HRA": TARGETS
+    | LAYERS
+    | {
+        "r": NUMBERS,
+        "apply_GS": SWITCH,
+        "init_weights": SWITCH,
+        "bias": ["none", "all", "hra_only", "some_only", "some", "", None, True],
+    },
+    "OFT": TARGETS
+    | LAYERS
+    | {
+        "r": [0, *NUMBERS],
+        "oft_block_size": NUMBERS,
+        "module_dropout": [0.0, 0.5],
+        "coft": SWITCH,
+        "eps": [6e-5, 0.5, 1, None, "1"],
+        "block_share": SWITCH,
+        "use_cayley_neumann": SWITCH,
+        "num_cayley_neumann_terms": [5, 1, 3, 0],
+        "init_weights": [True, False],
+        "fan_in_fan_out": [True, False],
+    },
+    "ROAD": {word: values for word, values in TARGETS.items() if word != "exclude_modules"}
+    | {
+        "variant": ["road_1", "road_2", "road_4", "road_3", "", None, 1],
+        "group_size": [2, 10, 4, 3, 0, -2, 64, "2", None],
+        "init_weights": [True, False],
+    },
     "IA3": TARGETS
     | {
         "feedforward_modules": [None, [], ["up"], ["q"], ["w"], r".*\.up", "(up", 3, [1], ["layers.0.up"], "up", {}],
@@ -93,7 +124,7 @@ SPACE: dict[str, dict[str, list[Any]]] = {
 
 
 def random_config(rng: np.random.Generator) -> dict[str, Any]:
-    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3"]))
+    kind = str(rng.choice(["LORA", "LORA", "LORA", "LOHA", "IA3", "HRA", "OFT", "ROAD"]))
     space = SPACE[kind]
     words = list(space)
     data = dict(STARTS[kind])

@@ -79,6 +79,17 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     # PEFT keeps LoHa's scale as a float32, so only a dyadic one can be compared in float64
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
+    "hra": (Net, lambda: peft.HRAConfig(r=3, target_modules=["q", "up"], modules_to_save=["head"])),
+    "hra conv": (
+        lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 2)}),
+        lambda: peft.HRAConfig(r=2, apply_GS=True, init_weights=False, target_modules=["c"]),
+    ),
+    "oft": (Net, lambda: peft.OFTConfig(oft_block_size=3, target_modules=["q", "up", "table"], modules_to_save=["head"])),
+    "oft by number": (Net, lambda: peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=["q"], bias="all")),
+    "oft conv": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c"])),
+    "oft shared": (Net, lambda: peft.OFTConfig(oft_block_size=3, block_share=True, target_modules=["q"])),
+    "road": (Net, lambda: peft.RoadConfig(group_size=2, target_modules=["q"], modules_to_save=["head"])),
+    "road four": (Net, lambda: peft.RoadConfig(variant="road_4", group_size=10, target_modules=["q"])),
     "ia3": (
         Net,
         lambda: peft.IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"], modules_to_save=["head"]),
@@ -177,7 +188,7 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(3)
+    kind = rng.integers(6)
     if kind == 0:
         dora = bool(rng.integers(2))
         layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
@@ -196,4 +207,23 @@ def random_peft_config(rng: np.random.Generator) -> Any:
         )
     if kind == 1:
         return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
+    if kind == 2:
+        patterns = {k: v for k, v in common.items() if k != "target_modules"}
+        return peft.HRAConfig(
+            r=int(rng.integers(1, 5)), init_weights=False, apply_GS=bool(rng.integers(2)), target_modules=["q", "up"], **patterns
+        )
+    if kind == 3:
+        size = {"r": int(rng.integers(1, 7)), "oft_block_size": 0} if rng.integers(2) else {"oft_block_size": int(rng.integers(1, 9))}
+        return peft.OFTConfig(
+            **size,
+            coft=False,  # PEFT overwrites what it loaded: OFT-Q6
+            block_share=bool(rng.integers(2)),
+            use_cayley_neumann=bool(rng.integers(2)),
+            num_cayley_neumann_terms=int(rng.integers(1, 7)),
+            **{**common, "target_modules": ["q", "up"]},
+        )
+    if kind == 4:
+        plain = {k: v for k, v in common.items() if k != "exclude_modules"}
+        variant = f"road_{(1, 2, 4)[rng.integers(3)]}"
+        return peft.RoadConfig(variant=variant, group_size=int(rng.choice([2, 10])), **{**plain, "target_modules": ["q"]})
     return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)

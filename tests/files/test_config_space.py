@@ -40,7 +40,9 @@ class Model(Net):
 UNSEEN = "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same"
 DIFFERENCES = (
     Difference(
-        "we", r"(use_rslora|lora_bias|init_\w*weights)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"
+        "we",
+        r"(use_rslora|lora_bias|apply_GS|coft|block_share|use_cayley_neumann|init_\w*weights)=('|\[).* expected bool",
+        "a text or list as a switch: PEFT takes 'no' for true",
     ),
     Difference("we", r"(lora_alpha|alpha|lora_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
     Difference("we", r"lora_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
@@ -51,11 +53,15 @@ DIFFERENCES = (
     Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
     Difference("we", r"(rank|alpha)_pattern (of '|is a)", UNSEEN),
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
-    Difference("we", r"(alpha|lora_dropout)=('|None|\[).* is of type", UNSEEN),
+    Difference("we", r"(alpha|lora_dropout|eps)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
     Difference(
         "we", r"init_lora_weights='(magic|pissa_x|pissa_niter_x|PISSA|Orthogonal)' is not built here|'orthogonal' needs an even", UNSEEN
     ),
+    Difference(
+        "we", r"HRA on a convolution with groups=1, kernel_size=\(3, 2\)", "PEFT takes the kernel for a square and raises in forward"
+    ),
+    Difference("we", r"OFT on a convolution with kernel_size=\(3, 2\)", "PEFT turns patches, which no merged weight does"),
     Difference("PEFT", r"No module named 'megatron'", "it wants megatron installed for a configuration that names it; a reader does not"),
 )
 
@@ -99,6 +105,18 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
 def as_peft_made_it(kind: str, module: Any, method: Any) -> bool:
     if kind == "IA3":
         return bool(module.is_feedforward == method.is_feedforward)
+    if kind == "ROAD":
+        return bool((module.variant["default"], module.group_size["default"]) == (method.variant, method.group_size))
+    if kind == "OFT":
+        found = (module.oft_R if "default" in module.oft_R else module.oft_embedding_R)["default"]
+        return bool(
+            (module.r["default"], module.oft_block_size["default"]) == method.blocks(layer_of(module))
+            and (bool(found.coft), found.eps, bool(found.block_share)) == (method.coft, method.eps, method.block_share)
+            and (bool(found.use_cayley_neumann), found.num_cayley_neumann_terms)
+            == (method.use_cayley_neumann, method.num_cayley_neumann_terms)
+        )
+    if kind == "HRA":
+        return bool(module.hra_r["default"] == method.r and bool(module.hra_apply_GS["default"]) == method.apply_GS)
     same = module.r["default"] == method.r and module.scaling["default"] == pytest.approx(method.scale)
     return bool(same and (kind != "LORA" or bool(module.use_dora["default"]) == (type(method).__name__ == "DoRA")))
 

@@ -92,7 +92,11 @@ def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: st
     layers = {name: layer_of(m) for name, m in tuned(probe).items()}
     modules = with_random_parameters(ours, layers, rng)
     extra = {k: v for k, v in peft.get_peft_model_state_dict(probe).items() if not k.rpartition(".")[0].endswith(("lora_A", "lora_B"))}
-    saved = {k: rng.normal(size=v.shape) for k, v in extra.items() if ".".join(k.split(".")[2:-1]) not in layers and "lora_" not in k}
+    saved = {
+        k: rng.normal(size=v.shape)
+        for k, v in extra.items()
+        if ".".join(k.split(".")[2:-1]) not in layers and "lora_" not in k and "oft_" not in k
+    }
     before = {k: v.clone() for k, v in base.state_dict().items()}
     kept = {k: v.numpy() for k, v in extra.items() if k in saved and "base_layer" in k}  # the base's own bias or table
     kept = {k: before[k.removeprefix(PREFIX).replace(".base_layer", "")].numpy() for k in kept}

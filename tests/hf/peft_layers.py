@@ -17,20 +17,26 @@ from peft_ref.stack import Adapter
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
+    "linear-even": Linear(in_features=5, out_features=12),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=6),
     "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
     "conv2d": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), stride=(2, 1), padding=(1, 2)),
+    "conv2d-square": Conv(in_channels=3, out_channels=5, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1)),
+    "conv2d-pointwise": Conv(in_channels=6, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
     "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
 }
 INPUTS = {
     "linear": (2, 3, 5),
+    "linear-even": (2, 3, 5),
     "transposed_linear": (2, 3, 5),
     "embedding": (2, 4),
     "conv1d": (2, 3, 8),
     "conv2d": (2, 3, 7, 6),
+    "conv2d-square": (2, 3, 7, 6),
+    "conv2d-pointwise": (2, 6, 7, 4),
     "conv2d-groups": (2, 4, 5, 6),
     "conv2d-dilation": (2, 3, 8, 7),
     "conv3d": (2, 2, 4, 3, 5),
@@ -100,6 +106,8 @@ def pair(
             assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
             parameter = _parameter(model, spec.key, name)
             values = rng.normal(size=spec.stored_shape)
+            if spec.field == "R":
+                values = values / 8  # OFT's series is nearly orthogonal only near zero
             if spec.field in ("m", "l"):
                 values = np.abs(values) + 0.5
             parameter.data = torch.tensor(values).reshape(parameter.shape)

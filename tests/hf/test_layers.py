@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import IA3, METHODS, AdaLoRA, DoRA, LoHa, LoRA  # noqa: E402
+from peft_ref.methods import HRA, IA3, METHODS, OFT, AdaLoRA, DoRA, LoHa, LoRA, RoAd  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
 
@@ -30,6 +30,17 @@ SETTINGS: dict[str, WeightMethod[Any]] = {
     "adalora": AdaLoRA(init_r=4, lora_alpha=6, total_step=10),
     "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
     "loha": LoHa(r=4, alpha=6, init_weights=False),
+    "hra": HRA(r=4),
+    "hra-odd": HRA(r=3),
+    "hra-orthogonal": HRA(r=4, apply_GS=True),
+    **{f"road-{n}": RoAd(variant=f"road_{n}", group_size=4) for n in (1, 2, 4)},
+    "oft": OFT(oft_block_size=5),
+    "oft-two": OFT(oft_block_size=2),
+    "oft-r": OFT(r=3, oft_block_size=0, num_cayley_neumann_terms=3),
+    "oft-solved": OFT(oft_block_size=5, use_cayley_neumann=False),
+    "oft-shared": OFT(oft_block_size=2, block_share=True, num_cayley_neumann_terms=7),
+    "oft-coft": OFT(oft_block_size=6, coft=True, eps=0.5, block_share=True),
+    "road-pairs": RoAd(group_size=2),
     "ia3": IA3(),
     "ia3-feedforward": IA3(is_feedforward=True),
 }
@@ -43,7 +54,14 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     if isinstance(method, IA3):
         targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
         return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {"ADALORA": peft.AdaLoraConfig, "LORA": peft.LoraConfig, "LOHA": peft.LoHaConfig}[method.peft_type]
+    cls = {
+        "ADALORA": peft.AdaLoraConfig,
+        "LORA": peft.LoraConfig,
+        "LOHA": peft.LoHaConfig,
+        "HRA": peft.HRAConfig,
+        "ROAD": peft.RoadConfig,
+        "OFT": peft.OFTConfig,
+    }[method.peft_type]
     values.pop("live_r", None)
     switch = {method.flag: True} if method.flag else {}
     if dropout:
@@ -91,6 +109,8 @@ def check_forward_and_gradients(p: Pair, x: Any, dy: Any) -> None:
     if tx.is_floating_point():
         tx.requires_grad_(True)
     y = p.model(tx)
+    if isinstance(p.adapters[0].method, OFT) and p.layer.kind != "embedding":  # OFT-Q3
+        p = p._replace(adapters=p.adapters[::-1], parameters=p.parameters[::-1])
     y.backward(torch.tensor(dy))
     close(stack.forward(p.layer, p.W, p.b, p.adapters, x), y.detach().numpy())
     grads = stack.vjp(p.layer, p.W, p.b, p.adapters, x, dy)
@@ -147,9 +167,9 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
         close(b_back, p.b)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"])
+@pytest.mark.parametrize("name", [n for n in SETTINGS if n != "lora-bias"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
-    check_forward_and_gradients(*make(name, "linear", bias=False))
+    check_forward_and_gradients(*make(name, "linear-even" if name.startswith("road") else "linear", bias=False))
 
 
 def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() -> None:
@@ -187,7 +207,7 @@ def test_grouped_convolutions_cannot_be_merged_on_either_side(name: str) -> None
 
 def refused() -> list[tuple[str, str]]:
     pairs = []
-    for name in ("lora", "adalora", "dora", "loha", "ia3", "ia3-feedforward"):
+    for name in SETTINGS:
         for layer_name, layer in LAYERS.items():
             if layer.kind not in SETTINGS[name].kinds:
                 pairs.append((name, layer_name))

@@ -35,7 +35,19 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
 FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
 }
+FRESH_BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "hra": {"r": st.sampled_from((2, 4))},  # only pairs cancel
+}
 BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    # Gram-Schmidt on any vectors is too ill conditioned for differences; tests/hf compares its gradient with PEFT's.
+    "hra": {"apply_GS": st.just(False)},
+    "oft": {
+        "r": st.just(0),
+        "oft_block_size": st.sampled_from((2, 4)),
+        "eps": st.sampled_from((0.5, 8.0)),
+        "num_cayley_neumann_terms": st.sampled_from((5, 1, 2, 3, 6)),
+    },
+    "road": {"variant": st.sampled_from(("road_1", "road_2", "road_4")), "group_size": st.sampled_from((2, 4))},
     "adalora": {
         "init_r": st.sampled_from((3, 2, 4)),
         "live_r": st.sampled_from((None, 1, 2, 0)),  # a rank of zero is left where everything was pruned
@@ -108,7 +120,7 @@ def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
 
 @st.composite
 def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool = False, dyadic: bool = False) -> Case:
-    layer = draw(_FEW[kind] if few else layers(kind))
+    layer = draw(_FEW_BY_METHOD.get((name, kind), _FEW[kind]) if few else BY_LAYER.get((name, kind), layers(kind)))
     try:
         method = draw(methods(name, fresh, few))
         method.check_layer(layer)
@@ -124,7 +136,13 @@ def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) 
     hints = get_type_hints(cls)
     options = {}
     for f in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass; the table's type cannot say so
-        rows = (_FEW_BY_NAME if few else {}, BY_METHOD.get(name, {}), FRESH_BY_NAME if fresh else {}, BY_NAME)
+        rows = (
+            FRESH_BY_METHOD.get(name, {}) if fresh else {},
+            _FEW_BY_NAME if few else {},
+            BY_METHOD.get(name, {}),
+            FRESH_BY_NAME if fresh else {},
+            BY_NAME,
+        )
         if row := next((row for row in rows if f.name in row), None):
             options[f.name] = draw(row[f.name])
         elif hints[f.name] is bool and not f.name.startswith("init"):
@@ -202,6 +220,34 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
         )
         for d in (1, 2, 3)
     },
+}
+# A method that takes only some convolutions.
+BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("road", "linear"): st.builds(
+        lambda n_in, pairs: Linear(in_features=n_in, out_features=4 * pairs), st.integers(1, 6), st.integers(1, 3)
+    ),
+    ("oft", "conv2d"): st.builds(
+        lambda n_in, out, s: Conv(in_channels=n_in, out_channels=out, kernel_size=(1, 1), stride=(s, 1)),
+        st.integers(1, 6),
+        st.integers(1, 4),
+        st.integers(1, 3),
+    ),
+    # With few inputs a vector may be short, and differences of its direction inexact.
+    ("hra", "linear"): st.builds(Linear, in_features=st.integers(5, 7), out_features=st.integers(1, 6)),
+    ("hra", "conv2d"): st.builds(
+        lambda n_in, out, s, p: Conv(in_channels=n_in, out_channels=out, kernel_size=(2, 2), stride=(s, s), padding=(p, p)),
+        st.integers(2, 4),
+        st.integers(1, 4),
+        st.integers(1, 3),
+        st.integers(0, 2),
+    ),
+}
+_FEW_BY_METHOD: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
+    ("oft", "embedding"): st.just(Embedding(num_embeddings=5, embedding_dim=4)),
+    ("oft", "linear"): st.just(Linear(in_features=4, out_features=5)),
+    ("oft", "conv2d"): st.just(Conv(in_channels=4, out_channels=3, kernel_size=(1, 1), stride=(1, 2), padding=(1, 0))),
+    ("road", "linear"): st.just(Linear(in_features=5, out_features=8)),
+    ("hra", "conv2d"): st.just(Conv(in_channels=2, out_channels=4, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1))),
 }
 _FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
     "linear": st.just((2, 3, 5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_an_object_array_of_floats_gives_the_same_numbers(name: str, kind: str, 
 
 
 class Boxed:
-    """A float that knows only +, -, *, / and the square root; NumPy's object arrays call these."""
+    """A float that knows only +, -, *, /, the square root, sine and cosine; NumPy's object arrays call these."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -139,6 +140,15 @@ class Boxed:
 
     def __neg__(self) -> Boxed:
         return Boxed(-self.value)
+
+    def __pos__(self) -> Boxed:
+        return self
+
+    def cos(self) -> Boxed:
+        return Boxed(math.cos(self.value))
+
+    def sin(self) -> Boxed:
+        return Boxed(math.sin(self.value))
 
     def __add__(self, other: Any) -> Boxed:
         return Boxed(self.value + float(other))

@@ -97,7 +97,9 @@ def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
     """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
     k = tuple(layer.kernel_size)
     linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
-    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "k": math.prod(k), "groups": layer.groups}
+    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "2": 2, "k": math.prod(k), "groups": layer.groups}
+    size = out if layer.kind == "embedding" else layer.shape[1]
+    letters |= {"n": 1, "numbers": size * (size - 1) // 2}  # OFT, all in one block
     sizes: list[int] = []
     for entry in cell.strip("()").split(", "):
         if entry in ("*k", "*1"):
@@ -120,20 +122,28 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
         text, _, condition = cells[1].partition(", with ")
         if current != method or cells[column] == "-":
             continue
-        if condition and not config[names(condition)[0]]:
+        if condition and not (config.get(names(condition)[0]) or names(condition)[0] in config.values()):
             continue
         found |= {key: _sizes(cells[column], layer, config.get("r", config.get("init_r", 0))) for key in names(text)}
     return found
+
+
+# The configurations in which a method's tensors differ.
+SWITCHED: dict[str, tuple[dict[str, Any], ...]] = {
+    "ia3": ({"is_feedforward": False}, {"is_feedforward": True}),
+    "lora": ({"lora_bias": False}, {"lora_bias": True}),
+    "oft": tuple({"r": 0, "oft_block_size": 1000, "block_share": on} for on in (False, True)),
+    "road": tuple({"variant": f"road_{n}", "group_size": 4} for n in (1, 2, 4)),
+}
 
 
 @pytest.mark.parametrize("layer_name", LAYERS)
 @pytest.mark.parametrize("method", METHODS.weights)
 def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
     layer = LAYERS[layer_name]
-    switch = {"lora": "lora_bias", "ia3": "is_feedforward"}.get(method)
-    for on in (False, True):
+    for option in SWITCHED.get(method, ({},)):
         given = {"r": 4} if "r" in config_of(made(method)) else {}
-        built = build_method(method, {**REQUIRED.get(method, {}), **given, **({switch: on} if switch else {})})
+        built = build_method(method, {**REQUIRED.get(method, {}), **given, **option})
         try:
             built.check_layer(layer)
         except UnsupportedLayerError:

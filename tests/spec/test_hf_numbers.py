@@ -17,7 +17,15 @@ from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
-CONFIGS = {"ADALORA": "AdaLoraConfig", "LORA": "LoraConfig", "LOHA": "LoHaConfig", "IA3": "IA3Config"}
+CONFIGS = {
+    "ADALORA": "AdaLoraConfig",
+    "LORA": "LoraConfig",
+    "LOHA": "LoHaConfig",
+    "HRA": "HRAConfig",
+    "ROAD": "RoadConfig",
+    "OFT": "OFTConfig",
+    "IA3": "IA3Config",
+}
 
 
 class Worked(NamedTuple):
@@ -66,8 +74,8 @@ def hf_model(w: Worked) -> Any:
 
 
 def alike(theirs: Any, ours: Any, w: Worked) -> None:
-    """To the bit; AdaLoRA's scale is no dyadic number, so there HF's order of rounding may show."""
-    if w.adapters[0].method.peft_type == "ADALORA":
+    """To the bit; AdaLoRA's scale and RoAd's cosines are no dyadic numbers, so there HF's order of rounding may show."""
+    if w.adapters[0].method.peft_type in ("ADALORA", "ROAD"):
         np.testing.assert_allclose(theirs.detach(), ours, rtol=1e-13, atol=1e-13)
     else:
         assert theirs.tolist() == ours.tolist()

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from peft import (
     AdaLoraConfig,
+    HRAConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
+    RoadConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -28,8 +31,17 @@ from transformers.pytorch_utils import Conv1D
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {"ADALORA": AdaLoraConfig, "LORA": LoraConfig, "LOHA": LoHaConfig, "IA3": IA3Config}
+CONFIGS: Mapping[str, type[PeftConfig]] = {
+    "ADALORA": AdaLoraConfig,
+    "HRA": HRAConfig,
+    "IA3": IA3Config,
+    "LOHA": LoHaConfig,
+    "LORA": LoraConfig,
+    "OFT": OFTConfig,
+    "ROAD": RoadConfig,
+}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+INVERTED = ("oft", "road")
 PREFIX = "base_model.model.layer."
 
 
@@ -64,7 +76,7 @@ class Adapted(NamedTuple):
 
 def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     """The layer with the case's adapters, all of them active."""
-    check(case)
+    check(case, dtype)
     base = build(case["layer"], dtype)
     adapters = case.get("adapters", ())
     if not adapters:
@@ -87,7 +99,7 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     """One freshly drawn adapter, and the frozen weight where drawing changed it."""
-    check(case)
+    check(case, dtype)
     init = case["adapters"][0]["config"].get("init_lora_weights")
     if init in ("pissa", "olora") and dtype == torch.float64:
         raise NotInPeft(f"PEFT refuses init_lora_weights={init!r} on float64 and works it out in float32: ask with --dtype float32")
@@ -98,8 +110,10 @@ def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     return {**draw, "weight": nested(weight)} if changed else draw
 
 
-def check(case: Json) -> None:
+def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
+    if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
+        raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")

@@ -49,7 +49,7 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(2, 2)) for name in case["modules"]], case["adapter_config"], "default")
+    model = adapted([(name, nn.Linear(2, 64)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -58,6 +58,15 @@ def config(case: Json) -> dict[str, Any]:
         layer: Any = model.get_base_model().get_submodule(name)
         if case["adapter_config"]["peft_type"] == "IA3":
             answer[name] = {"is_feedforward": layer.is_feedforward}
+        elif case["adapter_config"]["peft_type"] == "HRA":
+            answer[name] = {"r": layer.hra_r["default"], "apply_GS": layer.hra_apply_GS["default"]}
+        elif case["adapter_config"]["peft_type"] == "ROAD":
+            answer[name] = {"variant": layer.variant["default"], "group_size": layer.group_size["default"]}
+        elif case["adapter_config"]["peft_type"] == "OFT":
+            module = layer.oft_R["default"]
+            words = ("r", "oft_block_size", "num_cayley_neumann_terms", "use_cayley_neumann", "coft", "block_share")
+            made: Any = model.peft_config["default"]
+            answer[name] = {w: getattr(made if w in ("r", "oft_block_size") else module, w) for w in words}
         elif adalora:  # its `scaling` is not yet divided
             answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompting import make_prompt_case
 from peft_ref.check.variants import LAYERS, NUMBERS, make_case
-from peft_ref.contracts import Additive, LowRank
+from peft_ref.contracts import Additive, LowRank, WeightMethod
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
 from peft_ref.methods import METHODS
 
@@ -34,6 +36,8 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     layer_name = variant.layers[int(rng.integers(len(variant.layers)))]
     made_to_measure = variant.weight is not None
     layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
+    configured = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
+    layer = layer if _taken(configured, layer) else LAYERS[layer_name]
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
     mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
@@ -47,6 +51,13 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
         other = replace(variant, name=f"{variant.name}-{label}", numbers=numbers)
         cases.append(make_case(name, other, layer_name, layer, methods, operation))
     return cases
+
+
+def _taken(methods: list[WeightMethod[Any]], layer: Layer) -> bool:
+    try:
+        return all(m.check_layer(layer) is None for m in methods)  # type: ignore[func-returns-value]
+    except UnsupportedLayerError:
+        return False
 
 
 def _prompts(name: str, label: str, rng: np.random.Generator) -> list[Case]:

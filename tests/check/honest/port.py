@@ -18,8 +18,11 @@ from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
 from tests.check.honest import attention, prompts, training
 from tests.check.honest.arithmetic import Arithmetic, Host
+from tests.check.honest.blocks import Blocks
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
 from tests.check.honest.low_rank import Hadamard, LowRank
+from tests.check.honest.reflections import Reflections
+from tests.check.honest.turns import Turns
 
 Step: TypeAlias = "Callable[[int, Host, Host | None], tuple[Host, Host | None]]"
 
@@ -123,6 +126,32 @@ class Honest:
     def l(self, i: int) -> Host:  # noqa: E743 - the paper's letter
         return self.a.array(self.case.adapters[i].tensors["ia3_l"]).reshape(-1)
 
+    def reflections(self, i: int) -> Reflections:
+        adapter = self.case.adapters[i]
+        return Reflections(self.a.array(adapter.tensors["hra_u"]), self.a, bool(adapter.config["apply_GS"]))
+
+    def blocks(self, i: int) -> Blocks:
+        adapter = self.case.adapters[i]
+        (numbers,) = adapter.tensors.values()
+        size = self.layer.shape[0] if self.layer.kind == "embedding" else self.layer.shape[1]
+        return Blocks(self.a.array(numbers), adapter.config, size, self.a)
+
+    def rows(self, W: Host) -> Host:
+        """What OFT turns, as rows; undoes itself."""
+        return W.T if self.layer.kind == "embedding" else W
+
+    def blocked(self, i: int, W: Host, undo: bool) -> Host:
+        blocks, V = self.blocks(i), self.rows(W)
+        if self.layer.kind == "embedding":  # E M instead of W M^T
+            for k, R in enumerate(blocks.R):
+                blocks.R[k] = R.T
+        return self.rows(blocks.undone(V) if undo else blocks.turned(V))
+
+    def turns(self, i: int) -> Turns:
+        adapter = self.case.adapters[i]
+        theta, alpha = (self.a.array(adapter.tensors[f"road_{name}"]) for name in ("theta", "alpha"))
+        return Turns(theta, alpha, adapter.config, self.layer.shape[0], self.a)
+
     def plain_delta(self, i: int) -> Host:
         return self.low_rank(i).delta(self.a) if self.case.method in ("lora", "adalora") else self.hadamard(i).delta(self.a)
 
@@ -132,6 +161,13 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, self.hadamard(i).delta(a)), b
+        if method == "oft":
+            return self.blocked(i, W, undo=False), b
+        if method == "road":
+            turns = self.turns(i)
+            return turns.turned(W), None if b is None else turns.turned(b[:, None])[:, 0]
+        if method == "hra":
+            return self.reflections(i).merged(W), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return W * columns, b
@@ -146,6 +182,13 @@ class Honest:
         a, method = self.a, self.case.method
         if method == "loha":
             return a.add(W, -self.hadamard(i).delta(a)), b
+        if method == "oft":
+            return self.blocked(i, W, undo=True), b
+        if method == "road":
+            turns = self.turns(i)
+            return turns.undone(W), None if b is None else turns.undone(b[:, None])[:, 0]
+        if method == "hra":
+            return self.reflections(i).merged(W, back=True), b
         if method == "ia3":
             if (columns := self.l_columns(i)) is not None:
                 return a.over(W, columns), b
@@ -178,6 +221,9 @@ class Honest:
             "adalora": self.forward_lora,
             "lora": self.forward_lora,
             "dora": self.forward_dora,
+            "hra": self.forward_merged,
+            "oft": self.forward_merged,
+            "road": self.forward_road,
             "loha": self.forward_merged,
             "ia3": self.forward_ia3,
         }
@@ -242,6 +288,14 @@ class Honest:
             y = y * self.l(i)
         return y
 
+    def forward_road(self) -> Host:
+        if self.a.pick(True, False):
+            return self.forward_merged()
+        y = self.apply(self.X, self.W, self.b)
+        for i in range(len(self.case.adapters)):
+            y = self.turns(i).turned(y.T).T
+        return y
+
     # ---- backward
 
     def backward(self) -> Answer:
@@ -249,6 +303,9 @@ class Honest:
             "adalora": self.backward_lora,
             "lora": self.backward_lora,
             "dora": self.backward_dora,
+            "hra": self.backward_hra,
+            "oft": self.backward_oft,
+            "road": self.backward_road,
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
         }
@@ -312,6 +369,46 @@ class Honest:
             for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
                 out |= self.named(i, key, grad)
         return out, a.matmul(self.dY, spread_groups(W, self.g))
+
+    def backward_hra(self) -> tuple[Answer, Host]:
+        Ws, n = [self.W], len(self.case.adapters)
+        for i in range(n):
+            Ws.append(self.merge_step(i, Ws[-1], None)[0])
+        dW = self.weight_gradient(self.X)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            du, dW = self.reflections(i).gradients(dW, Ws[i])
+            out |= self.named(i, "hra_u", du)
+        return out, self.a.matmul(self.dY, Ws[-1])
+
+    def backward_oft(self) -> tuple[Answer, Host]:
+        Ws, n = [self.W], len(self.case.adapters)
+        for i in range(n):
+            Ws.append(self.blocked(i, Ws[-1], undo=False))
+        dW = self.weight_gradient(self.X)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            blocks, dV, V = self.blocks(i), self.rows(dW), self.rows(Ws[i])
+            table = self.layer.kind == "embedding"
+            out |= self.named(i, "oft_", blocks.gradient(V, dV) if table else blocks.gradient(dV, V))
+            dW = self.rows(blocks.turned(dV, back=not table))
+        return out, self.a.matmul(self.dY, Ws[-1])
+
+    def backward_road(self) -> tuple[Answer, Host]:
+        a, n = self.a, len(self.case.adapters)
+        Ws, bs = [self.W], [self.b]
+        for i in range(n):
+            W, b = self.merge_step(i, Ws[-1], bs[-1])
+            Ws.append(W)
+            bs.append(b)
+        dW, db = self.weight_gradient(self.X), None if self.b is None else a.sum(self.dY)
+        out: Answer = {}
+        for i in reversed(range(n)):
+            turns = self.turns(i)
+            dtheta, dalpha = turns.gradients(dW, Ws[i], db, bs[i])
+            out |= {**self.named(i, "theta", dtheta), **self.named(i, "alpha", dalpha)}
+            dW, db = turns.turned_back(dW), None if db is None else turns.turned_back(db[:, None])[:, 0]
+        return out, a.matmul(self.dY, Ws[-1])
 
     def backward_ia3(self) -> tuple[Answer, Host]:
         """Adapter i sees what the earlier ones made of W and b, and a gradient that already carries the later ones."""
