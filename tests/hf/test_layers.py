@@ -63,7 +63,7 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
         "OFT": peft.OFTConfig,
     }[method.peft_type]
     values.pop("live_r", None)
-    switch = {method.flag: True} if method.flag else {}
+    switch = {method.flag: method.flag_value} if method.flag else {}
     if dropout:
         values["lora_dropout"] = dropout
     return cls(target_modules=["target"], **values, **switch)
