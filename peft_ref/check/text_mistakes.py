@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeAlias
+
+from peft_ref.methods import METHODS
+from peft_ref.registry.complete import keys_of
 
 Question: TypeAlias = Mapping[str, Any]
 
@@ -81,6 +85,12 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     return mistakes
 
 
+@cache
+def _own_words() -> str:
+    """The first words of all methods' keys, as alternatives: after them PEFT keeps the adapter's name in memory."""
+    return "|".join(sorted({re.escape(key.partition(".")[0]) for cls in METHODS.values() for key in keys_of(cls)}))
+
+
 KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     "key-prefix-missing": ("the keys lack the prefix base_model.model.", lambda key, name: key.removeprefix("base_model.model.")),
     "key-prefix-short": (
@@ -89,12 +99,7 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     ),
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
-        lambda key, name: re.sub(
-            r"(adaption_prompt|adaption_gate|lora_[ABE]|hada_w\d_[ab]|hra_u|oft_(?:embedding_)?R|road_(?:theta|alpha)|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)",
-            rf"\1.{name}",
-            key,
-            count=1,
-        ),
+        lambda key, name: re.sub(rf"\.({_own_words()})(?=\.|$)", rf".\1.{name}", key, count=1),
     ),
     "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),
     "weight-suffix-added": ("bare parameters have no ending .weight", lambda key, name: key.removesuffix(".weight") + ".weight"),

@@ -10,6 +10,7 @@ first configuration is read and by the command line: never by an import.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
 from typing import Any, TypeVar, final
 
 from peft_ref.attending import AttentionMethod
@@ -28,13 +29,18 @@ M = TypeVar("M", bound=Method)
 class Registry(Mapping[str, type[Method]]):
     """Methods by name, in alphabetical order."""
 
-    def __init__(self, built: Mapping[str, type[Method]]) -> None:
+    def __init__(self, built: Mapping[str, str]) -> None:
+        """`built` says the class of every method that comes with the package: {"lora": "LoRA"} is LoRA in peft_ref/methods/lora.py."""
         self._built = dict(built)
         self._registered: dict[str, type[Method]] = {}
         self._discovered: tuple[str, ...] | None = None
 
     def __getitem__(self, name: str) -> type[Method]:
-        return self._registered[name] if name in self._registered else self._built[name]
+        if name in self._registered:
+            return self._registered[name]
+        class_name = self._built[name]
+        cls: type[Method] = getattr(import_module(f"peft_ref.methods.{name}"), class_name)
+        return cls
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted([*self._built, *self._registered]))
@@ -49,6 +55,17 @@ class Registry(Mapping[str, type[Method]]):
     def registered(self) -> frozenset[str]:
         """The names that did not come with the package."""
         return frozenset(self._registered)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names, without importing one."""
+        return tuple(sorted([*self._built.values(), *(cls.__name__ for cls in self._registered.values())]))
+
+    def class_called(self, class_name: str) -> type[Method] | None:
+        """The class of that name, built in or registered; no other is imported for it."""
+        if (name := next((n for n, c in self._built.items() if c == class_name), None)) is not None:
+            return self[name]
+        return next((cls for cls in self._registered.values() if cls.__name__ == class_name), None)
 
     @property
     def weights(self) -> dict[str, type[WeightMethod[Any]]]:
