@@ -47,7 +47,6 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
         "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
-    "LOHA": {"use_effective_conv2d": "use_effective_conv2d factorises the kernel"},
 }
 
 PATTERNED = ("HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
     from peft_ref.methods.loha import LoHa as LoHa
+    from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
     from peft_ref.methods.lora import LoRA as LoRA
     from peft_ref.methods.miss import MiSS as MiSS
@@ -44,6 +45,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "hra": "HRA",
         "ia3": "IA3",
         "loha": "LoHa",
+        "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
         "lora": "LoRA",
         "miss": "MiSS",
