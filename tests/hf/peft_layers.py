@@ -13,7 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.methods import METHODS
 from peft_ref.stack import Adapter
+from tests.methods import facts
+from tests.methods.facts import Facts
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
@@ -61,6 +64,10 @@ class Pair(NamedTuple):
     b: np.ndarray[Any, Any] | None
     adapters: list[Adapter]
     parameters: list[dict[str, Any]]  # per adapter: torch parameter by checkpoint key
+
+
+def own_facts(method: WeightMethod[Any]) -> Facts:
+    return next(facts(name) for name, cls in METHODS.weights.items() if cls is type(method))
 
 
 def torch_layer(layer: Layer, bias: bool) -> torch.nn.Module:
@@ -113,11 +120,7 @@ def pair(
         for spec in method.spec(layer):
             assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
             parameter = _parameter(model, spec.key, name)
-            values = rng.normal(size=spec.stored_shape)
-            if spec.field == "R":
-                values = values / 8  # OFT's series is nearly orthogonal only near zero
-            if spec.field in ("m", "l"):
-                values = np.abs(values) + 0.5
+            values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             parameter.data = torch.tensor(values).reshape(parameter.shape)
             parameter.requires_grad_(True)
             tensors[spec.key], own[spec.key] = values, parameter
