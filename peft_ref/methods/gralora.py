@@ -51,6 +51,7 @@ class GraLoRA(Additive[Params]):
     tuner_prefix: ClassVar[str] = "gralora_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "gralora_dropout"
 
     def __post_init__(self) -> None:
         if self.r <= 0 or self.hybrid_r < 0:

@@ -45,6 +45,7 @@ class MiSS(Additive[Params]):
     tuner_prefix: ClassVar[str] = "miss_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "miss_dropout"
 
     def __post_init__(self) -> None:
         check_block(self.r, self.miss_dropout)
