@@ -36,7 +36,7 @@ class Tour(NamedTuple):
 
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
-    switch = {method.flag: True} if method.flag else {}
+    switch = {method.flag: method.flag_value} if method.flag else {}
     return {**dataclasses.asdict(method), **switch}  # type: ignore[call-overload]  # every method is a dataclass
 
 
