@@ -151,6 +151,13 @@ class LoHaEffective(Additive[Params]):
         first, second = _products(p)
         return self.scale * (d.W * second.product()), self.scale * (d.W * first.product())
 
+    def products(self, layer: Layer, p: Params) -> tuple[Array, Array]:
+        """P1 and P2 (out, in)."""
+        if p.t1 is None:
+            return p.w1_a @ p.w1_b, p.w2_a @ p.w2_b
+        first, second = _products(p)
+        return first.product(), second.product()
+
     def _plain(self) -> loha.LoHa:
         return loha.LoHa(r=self.r, alpha=self.alpha, init_weights=self.init_weights)
 

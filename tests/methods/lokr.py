@@ -52,9 +52,7 @@ FACTS = Facts(
         "decompose_factor": [-1, 1, 2, 3, 5, 7, 0, -2, 100, None, "2", 2.0, True],
     },
     differences=(
-        Difference(
-            "we", r"(use_effective_conv2d|decompose_both)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"
-        ),
+        Difference("we", r"(use_effective_conv2d|decompose_both)=('|\[).* expected bool", "a text as a switch: PEFT takes 'no' for true"),
         Difference("we", r"init_weights='(yes|Lycoris|magic)' is not known", "a text that is no name: PEFT takes it for true"),
     ),
     models={
