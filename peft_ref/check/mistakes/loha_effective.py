@@ -24,9 +24,9 @@ PLAIN = {"r": 4, "alpha": 6}
 KERNELS = ("conv1d", "conv2d")
 
 VARIANTS = (
-    Variant(name="plain", clause="LOHAEFFECTIVE-C1", configs=(PLAIN,), layers=(*KERNELS, "conv2d-groups", "conv1d-dilation")),
-    Variant(name="no-core", clause="LOHAEFFECTIVE-C6", configs=(PLAIN,), layers=("linear", "conv2d-pointwise")),
-    Variant(name="small", clause="LOHAEFFECTIVE-C1", configs=({"r": 1, "alpha": 4},), layers=("conv1d",), numbers="small"),
+    Variant(name="plain", clause="LOHAEFFECTIVE-C1", configs=(PLAIN,), layers=("linear", *KERNELS, "conv2d-groups", "conv1d-dilation")),
+    Variant(name="no-core", clause="LOHAEFFECTIVE-C6", configs=(PLAIN,), layers=("conv2d-pointwise",)),
+    Variant(name="small", clause="LOHAEFFECTIVE-C1", configs=(PLAIN,), layers=("conv1d",), numbers="small"),
     Variant(name="rounded", clause="LOHAEFFECTIVE-C7", configs=({"r": 3, "alpha": 5},), layers=("conv1d",), numbers="rounded"),
     Variant(name="no-bias", clause="LOHAEFFECTIVE-C3", configs=(PLAIN,), layers=("conv1d",), bias=False),
     Variant(name="vector", clause="LOHAEFFECTIVE-C6", configs=(PLAIN,), operations=RUN, rows=()),
