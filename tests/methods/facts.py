@@ -71,6 +71,9 @@ class Facts:
     made: Callable[[Any, Any], bool] = ranked
     differences: tuple[Difference, ...] = ()
 
+    # A random configuration of PEFT's for `Net`, given a generator and the words of all, which may be changed (tests/files/peft_models.py).
+    random: Callable[[Any, dict[str, Any]], Any] | None = None
+
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.
     models: Mapping[str, tuple[Make | None, Make]] = field(default_factory=dict)
 
