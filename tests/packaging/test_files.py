@@ -1,4 +1,4 @@
-"""A method has its four files, and every file is short enough to read."""
+"""A method has its five files, and every file is short enough to read."""
 
 from __future__ import annotations
 
