@@ -59,6 +59,7 @@ class Facts:
 
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
     required: Options = field(default_factory=dict)  # of fields without a default
+    small: Options = field(default_factory=dict)  # where the defaults are too large for a layer of four inputs, as in tests/model
     fields: Strategies = field(default_factory=dict)
     fresh: Strategies = field(default_factory=dict)  # of starts that promise to change nothing
     few: Strategies = field(default_factory=dict)  # for backends that compile: one of each

@@ -34,6 +34,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2, "gralora_k": 1},
     settings={
         "gralora": GraLoRA(r=4, alpha=6),
         "gralora-four": GraLoRA(r=8, alpha=6, gralora_k=4),
@@ -80,5 +81,4 @@ FACTS = Facts(
         ),
     },
     tour=Tour("GraloraConfig", {"r": 2, "alpha": 3}),
-    tensors=({"gralora_k": 2}, {"gralora_k": 2, "hybrid_r": 3}),
 )

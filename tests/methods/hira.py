@@ -36,6 +36,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 FACTS = Facts(
     random=random_config,
     dialects={"unmerge-saved-copy": lambda case, dtype: case.endswith(".unmerge")},
+    small={"r": 2},
     settings={"hira": HiRA(r=4)},
     config={"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
     space=TARGETS

@@ -37,6 +37,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2},
     settings={"hra": HRA(r=4), "hra-odd": HRA(r=3), "hra-orthogonal": HRA(r=4, apply_GS=True)},
     # Gram-Schmidt on any vectors is too ill conditioned for differences; its gradient is compared with PEFT's.
     fields={"apply_GS": st.just(False)},

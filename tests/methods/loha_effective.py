@@ -24,6 +24,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2},
     settings={"loha-effective": LoHaEffective(r=4, alpha=6), "loha-effective-one": LoHaEffective(r=1, alpha=2, init_weights=False)},
     models={
         "loha effective": (None, loha(r=2, alpha=3)),  # PEFT keeps the scale as a float32, so only a dyadic one can be compared

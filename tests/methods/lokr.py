@@ -43,6 +43,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2},
     settings={
         "lokr": LoKr(r=2, alpha=3, decompose_factor=2),
         "lokr-full": LoKr(r=8, alpha=12),
@@ -94,5 +95,4 @@ FACTS = Facts(
         ),
     },
     tour=Tour("LoKrConfig", {"r": 2, "alpha": 3}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=({"r": 2}, {"r": 2, "use_effective_conv2d": True}),
 )

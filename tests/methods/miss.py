@@ -26,6 +26,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2},
     settings={"miss": MiSS(r=2), "miss-blocks": MiSS(r=4)},
     config={"peft_type": "MISS", "r": 4, "target_modules": ["q", "up"]},
     space=TARGETS

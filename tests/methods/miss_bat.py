@@ -17,6 +17,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 1},
     settings={"miss-bat": MiSSBat(r=1), "miss-bat-blocks": MiSSBat(r=4)},
     numbers=lambda name, values: values / 8,  # I + D is then far from singular
     few_layers=EVEN,

@@ -21,6 +21,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 FACTS = Facts(
     random=random_config,
+    small={"r": 2, "mini_r": 1},
     settings={"miss-mini": MiSSMini(r=2, mini_r=7), "miss-mini-blocks": MiSSMini(r=2, mini_r=4)},
     fields={"mini_r": st.sampled_from((2, 1, 3))},
     few={"mini_r": st.just(2)},

@@ -46,6 +46,7 @@ FACTS = Facts(
     random=random_config,
     unable=lambda case, dtype: dtype == "float64" and case.endswith(".unmerge"),  # PEFT inverts in float32
     dialects={"adapters-reversed": lambda case, dtype: case.startswith("oft.linear-blocks.two-adapters.") and not case.endswith("merge")},
+    small={"oft_block_size": 2},
     settings={
         "oft": OFT(oft_block_size=5),
         "oft-two": OFT(oft_block_size=2),

@@ -30,6 +30,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 FACTS = Facts(
     random=random_config,
     unable=lambda case, dtype: dtype == "float64" and case.endswith(".unmerge"),  # PEFT inverts in float32
+    small={"group_size": 2},
     settings={
         **{f"road-{n}": RoAd(variant=f"road_{n}", group_size=4) for n in (1, 2, 4)},
         "road-pairs": RoAd(group_size=2),
