@@ -126,9 +126,10 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
 def _split(data: Any, where: str) -> AdapterConfig:
     if not isinstance(data, Mapping) or not isinstance(data.get("peft_type"), str):
         raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {METHODS.names()}.")
-    flags = frozenset(cls.flag for cls in METHODS.siblings(data["peft_type"]))
+    siblings = METHODS.siblings(data["peft_type"])
+    flags = frozenset(cls.flag for cls in siblings)
     check(data, where, flags)
-    cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
+    cls = method_class(data["peft_type"], [str(cls.switch()) for cls in siblings if cls.is_selected(data)], where)
     if issubclass(cls, Prompt) and cls.only_task not in (None, task := data.get("task_type")):
         raise ConfigError(f"{where}: {cls.__name__} with task_type={task!r}: it is for {cls.only_task} alone (HF PEFT refuses it too).")
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
@@ -145,7 +146,8 @@ def _split(data: Any, where: str) -> AdapterConfig:
             f"{where}: target_modules={targets.target_modules!r:.80} of {cls.peft_type}, which takes the last part of a name (HF PEFT finds"
             " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
         )
-    taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
+    spoken = {c.flag for c in siblings if c.flag_value is True or c is cls}  # a text that selects nothing stays as it is
+    taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,
         targets=targets,
@@ -162,7 +164,10 @@ def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
 
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
-    switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
+    family = [other for other in METHODS.values() if other.peft_type == cls.peft_type]
+    switches: dict[str, Any] = {other.flag: other is cls for other in family if other.flag and other.flag_value is True}
+    if cls.flag:
+        switches[cls.flag] = cls.flag_value
     fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets

@@ -17,6 +17,7 @@ from peft_ref.check.exact import Exact, Undecided, as_exact, exact_array
 from peft_ref.check.oracle import exact_answer, pose, right_answer
 from peft_ref.check.tolerance import PRECISION, compare, expect
 from tests.check.honest.arithmetic import DTYPES, ORDERS, Arithmetic
+from tests.methods import facts
 
 Host = np.ndarray[Any, Any]
 NARROW = ("float32", "float16", "bfloat16")
@@ -150,7 +151,8 @@ def _transcends(case: Case) -> bool:
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
     return (
-        case.method in ("dora", "hra", "adaption_prompt")
+        case.method == "adaption_prompt"
+        or facts(case.method).irrational
         or case.operation == "aux_loss"
         or bool(encodes and (through_tanh or case.method == "cpt"))
     )

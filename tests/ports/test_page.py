@@ -23,8 +23,8 @@ from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
 from peft_ref.prompts import Prompt
+from tests.methods import facts, made
 from tests.ports.page import ROOT, TEXT, blocks, examples, names, rows
-from tests.required import REQUIRED, made
 
 EXAMPLES = examples()
 
@@ -128,22 +128,13 @@ def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[
     return found
 
 
-# The configurations in which a method's tensors differ.
-SWITCHED: dict[str, tuple[dict[str, Any], ...]] = {
-    "ia3": ({"is_feedforward": False}, {"is_feedforward": True}),
-    "lora": ({"lora_bias": False}, {"lora_bias": True}),
-    "oft": tuple({"r": 0, "oft_block_size": 1000, "block_share": on} for on in (False, True)),
-    "road": tuple({"variant": f"road_{n}", "group_size": 4} for n in (1, 2, 4)),
-}
-
-
 @pytest.mark.parametrize("layer_name", LAYERS)
 @pytest.mark.parametrize("method", METHODS.weights)
 def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
     layer = LAYERS[layer_name]
-    for option in SWITCHED.get(method, ({},)):
+    for option in facts(method).tensors:
         given = {"r": 4} if "r" in config_of(made(method)) else {}
-        built = build_method(method, {**REQUIRED.get(method, {}), **given, **option})
+        built = build_method(method, {**facts(method).required, **given, **option})
         try:
             built.check_layer(layer)
         except UnsupportedLayerError:

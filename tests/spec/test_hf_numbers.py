@@ -60,7 +60,7 @@ def hf_model(w: Worked) -> Any:
     if "is_feedforward" in config:
         config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
     if method.flag:
-        config[method.flag] = True
+        config[method.flag] = method.flag_value
     base = torch.nn.Sequential()
     base.add_module("linear", torch.nn.Linear(w.W.shape[1], w.W.shape[0], dtype=torch.float64))
     base.linear.weight.data = torch.tensor(w.W)

@@ -13,14 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import (
-    AdaLoraConfig,
-    HRAConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    OFTConfig,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     PeftConfig,
-    RoadConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -31,15 +25,6 @@ from transformers.pytorch_utils import Conv1D
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {
-    "ADALORA": AdaLoraConfig,
-    "HRA": HRAConfig,
-    "IA3": IA3Config,
-    "LOHA": LoHaConfig,
-    "LORA": LoraConfig,
-    "OFT": OFTConfig,
-    "ROAD": RoadConfig,
-}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
 PREFIX = "base_model.model.layer."
@@ -141,9 +126,10 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
-    if config["peft_type"] in ("ADALORA", "LORA", "IA3"):
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
-    return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
+    return cls(target_modules=["layer"], **own)
 
 
 def build(layer: Json, dtype: torch.dtype) -> nn.Module:
