@@ -163,8 +163,7 @@ class WeightMethod(Method, Generic[P]):
     @final
     def start_alone(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:
         """`init` of a method whose layers share something: here by a layer that has nobody to share it with."""
-        one = self.spanning({"": layer})
-        return one.start(layer, W, rng, one.common({"": layer}, {"": W}, rng)[""])
+        return self.start(layer, W, rng, self.common({"": layer}, {"": W}, rng)[""])
 
     @final
     def check_layer(self, layer: Layer, where: str = "") -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from hypothesis import strategies as st
 
 from peft_ref.contracts import WeightMethod
+from peft_ref.files.config import DERIVED
 from peft_ref.layers import Layer
 
 Strategies: TypeAlias = Mapping[str, st.SearchStrategy[Any]]
@@ -37,7 +38,8 @@ class Tour(NamedTuple):
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
     switch = {method.flag: method.flag_value} if method.flag else {}
-    return {**dataclasses.asdict(method), **switch}  # type: ignore[call-overload]  # every method is a dataclass
+    words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    return {**{word: value for word, value in words.items() if word not in DERIVED}, **switch}
 
 
 def ranked(module: Any, method: Any) -> bool:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from peft_ref.files.adapter import AdapterModule, state_dict  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -67,7 +68,7 @@ def hf_model(w: Worked) -> Any:
     base.linear.bias.data = torch.tensor(w.b)
     made = getattr(peft, CONFIGS[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
-    tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
+    tensors = {k: torch.tensor(v) for k, v in state_dict({"linear": AdapterModule(method, w.layer, adapter.params)}).items()}
     peft.set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(v, tensors[k]) for k, v in peft.get_peft_model_state_dict(model).items())
     return model
