@@ -47,17 +47,21 @@ class VeRA(Additive[Params]):
     save_projection: bool = True
     d_initial: float = 0.1
     init_weights: bool = True
+    vera_dropout: float = 0.0
     widest_in: int | None = None  # of all adapted layers, as `spanning` finds them: no key of a configuration
     widest_out: int | None = None
 
     peft_type: ClassVar[str] = "VERA"
     tuner_prefix: ClassVar[str] = "vera_lambda_"
+    dropout: ClassVar[str | None] = "vera_dropout"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
         if self.r <= 0:
             raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        if not 0 <= self.vera_dropout < 1:
+            raise ConfigError(f"vera_dropout={self.vera_dropout}: a probability below 1 is needed.")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         out, n_in = layer.shape

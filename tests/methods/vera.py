@@ -33,7 +33,12 @@ def beside(method: Any) -> Any:
 FACTS = Facts(
     settings={"vera": VeRA(r=4, widest_in=5, widest_out=7), "vera-wide": VeRA(r=4, widest_in=13, widest_out=14)},
     beside=beside,
-    fields={"widest_in": st.sampled_from((None, 9)), "widest_out": st.sampled_from((None, 8)), "save_projection": st.just(True)},
+    fields={
+        "widest_in": st.sampled_from((None, 9)),
+        "widest_out": st.sampled_from((None, 8)),
+        "save_projection": st.just(True),
+        "vera_dropout": st.just(0.0),
+    },
     few={"widest_in": st.just(7), "widest_out": st.just(None), "save_projection": st.just(True)},
     config={"peft_type": "VERA", "r": 4, "target_modules": ["q", "up"]},
     space={word: values for word, values in TARGETS.items() if word != "exclude_modules"}

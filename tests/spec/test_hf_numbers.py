@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
 from peft_ref.files.adapter import AdapterModule, state_dict  # noqa: E402
+from peft_ref.files.config import DERIVED  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from tests.hf.peft_layers import torch_layer  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
@@ -48,10 +49,9 @@ def hf_model(w: Worked) -> Any:
     """HF PEFT's model of the example's one layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
     method: Any = adapter.method
-    config = {f.name: getattr(method, f.name) for f in fields(method)}
-    config.pop("live_r", None)
-    if "is_feedforward" in config:
-        config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
+    config = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in DERIVED}
+    if "is_feedforward" in {f.name for f in fields(method)}:
+        config["feedforward_modules"] = ["linear"] if method.is_feedforward else []
     if method.flag:
         config[method.flag] = method.flag_value
     base = torch.nn.Sequential()

@@ -14,7 +14,7 @@ from peft_ref.check.case import Answer, Case, NDArray, build_method
 from peft_ref.check.distributions import Law, constant
 from peft_ref.check.mistake import Mistake, Suite, as_if_tensors, only, reread
 from peft_ref.check.oracle import answer
-from peft_ref.check.shared_mistakes import merging, only_first_adapter, other_delta
+from peft_ref.check.shared_mistakes import dropout, merging, only_first_adapter, other_delta
 from peft_ref.check.tolerance import PRECISION
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer, Linear
@@ -31,6 +31,7 @@ VARIANTS = (
     Variant(name="rounded", clause="VERA-C1", configs=(LARGE,), layers=("linear-large",), numbers="rounded"),
     Variant(name="vector", clause="VERA-C1", configs=(PLAIN,), operations=RUN, rows=()),
     Variant(name="no-bias", clause="VERA-C2", configs=(PLAIN,), bias=False),
+    Variant(name="dropout", clause="VERA-C17", configs=({**PLAIN, "vera_dropout": 0.75},), dropout=0.75, operations=RUN),
     Variant(name="two-adapters", clause="VERA-C7", configs=(PLAIN, {**PLAIN, "r": 2})),
 )
 
@@ -164,6 +165,7 @@ SUITE = Suite(
         Mistake(name="grad-d-without-b", clause="VERA-C11", sentence="the gradient of d lacks b", replay=only(backward=_without_b)),
         only_first_adapter("VERA-C7"),
         *merging("VERA-C8", "VERA-C9"),
+        *dropout("VERA-C17"),
     ),
     fresh=Fresh(
         clause="VERA-C12",
