@@ -29,7 +29,7 @@ def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     """PEFT's configuration of the same hyper-parameters."""
     cls: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
     more = {method.dropout: dropout} if dropout else {}
-    return cls(target_modules=["target"], **{**own_facts(method).peft_options(method), **more})
+    return cls(target_modules=["target", "wide"], **{**own_facts(method).peft_options(method), **more})
 
 
 def supported() -> list[tuple[str, str]]:
