@@ -13,19 +13,10 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
-
-CONFIGS = {
-    "ADALORA": "AdaLoraConfig",
-    "LORA": "LoraConfig",
-    "LOHA": "LoHaConfig",
-    "HRA": "HRAConfig",
-    "ROAD": "RoadConfig",
-    "OFT": "OFTConfig",
-    "IA3": "IA3Config",
-}
 
 
 class Worked(NamedTuple):
@@ -65,7 +56,7 @@ def hf_model(w: Worked) -> Any:
     base.add_module("linear", torch.nn.Linear(w.W.shape[1], w.W.shape[0], dtype=torch.float64))
     base.linear.weight.data = torch.tensor(w.W)
     base.linear.bias.data = torch.tensor(w.b)
-    made = getattr(peft, CONFIGS[method.peft_type])(target_modules=["linear"], **config)
+    made = getattr(peft, CONFIG_NAMES[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
     tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
     peft.set_peft_model_state_dict(model, tensors)
