@@ -12,6 +12,7 @@ from peft_ref.registry import Registry
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.dora import DoRA as DoRA
@@ -30,6 +31,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
         "adaption_prompt": "AdaptionPrompt",
+        "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "dora": "DoRA",

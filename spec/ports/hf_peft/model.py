@@ -99,6 +99,8 @@ def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
+    if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
+        raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")

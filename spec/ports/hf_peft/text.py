@@ -50,7 +50,7 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(2, 64)) for name in case["modules"]], case["adapter_config"], "default")
+    model = adapted([(name, nn.Linear(64, 64)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does

@@ -32,8 +32,18 @@ def _oft(layer: Any, config: Any) -> Told:
     return {**made, "r": config.r, "oft_block_size": config.oft_block_size}
 
 
+def _boft(layer: Any, config: Any) -> Told:
+    """Blocks as they were asked for, and how many factors became of what was asked."""
+    return {
+        "boft_block_size": config.boft_block_size,
+        "boft_block_num": config.boft_block_num,
+        "boft_n_butterfly_factor": layer.boft_R["default"].shape[0],
+    }
+
+
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BOFT": _boft,
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
     "OFT": _oft,
