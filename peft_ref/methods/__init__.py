@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
@@ -57,6 +58,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "road": "RoAd",
+        "vera": "VeRA",
     }
 )
 register_method, method_class = METHODS.register, METHODS.method_class

@@ -51,6 +51,7 @@ class Facts:
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
+    beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
