@@ -29,6 +29,10 @@ LAYERS: dict[str, Layer] = {
     "conv2d-pointwise": Conv(in_channels=6, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
     "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
+    "linear-both": Linear(in_features=8, out_features=12),
+    "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
+    "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), padding=(1,)),
+    "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), stride=(2, 1)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
 }
 INPUTS = {
@@ -42,6 +46,10 @@ INPUTS = {
     "conv2d-pointwise": (2, 6, 7, 4),
     "conv2d-groups": (2, 4, 5, 6),
     "conv2d-dilation": (2, 3, 8, 7),
+    "linear-both": (2, 3, 8),
+    "transposed-both": (2, 3, 8),
+    "conv1d-both": (2, 6, 5),
+    "conv2d-both": (2, 6, 4, 5),
     "conv3d": (2, 2, 4, 3, 5),
 }
 
@@ -83,10 +91,14 @@ def pair(
 ) -> Pair:
     """Every adapter's numbers random, the same on both sides, all adapters active in order."""
 
+    wide = own_facts(method).beside(method)
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.target = torch_layer(layer, bias)
+            if wide is not None:
+                self.wide = torch_layer(wide, bias)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.target(x)
@@ -104,19 +116,27 @@ def pair(
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
     adapters, parameters = [], []
+    common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
         for spec in method.spec(layer):
-            assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
+            if spec.saved:
+                place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
+                assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
             parameter = _parameter(model, spec.key, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
-            parameter.data = torch.tensor(values).reshape(parameter.shape)
-            parameter.requires_grad_(True)
+            if spec.shared:
+                values = common.setdefault(spec.key, values)
+            if parameter.dtype.is_floating_point:
+                parameter.data = torch.tensor(values).reshape(parameter.shape)
+                parameter.requires_grad_(spec.trained)
+            else:
+                values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len(saved) == len(tensors)
+        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer
@@ -127,7 +147,7 @@ def pair(
 
 def _parameter(model: Any, key: str, adapter: str) -> Any:
     """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
         own = name.removeprefix("base_model.model.target.")
         if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
             return parameter

@@ -51,8 +51,12 @@ class Facts:
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
+    beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
+
+    unable: Callable[[str, str], bool] = lambda case, dtype: False  # cases that PEFT's port skips (spec/ports/hf_peft)
+    dialects: Mapping[str, Callable[[str, str], bool]] = field(default_factory=dict)  # PEFT's own mistakes: in which cases and dtypes
 
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
     required: Options = field(default_factory=dict)  # of fields without a default
@@ -78,4 +82,3 @@ class Facts:
     irrational: bool = False
 
     tour: Tour | None = None  # tests/hf_api/test_quick_tour.py
-    tensors: tuple[Options, ...] = ({},)  # the configurations in which its tensors differ (spec/protocol.md)
