@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
@@ -42,6 +43,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
+        "delora": "DeLoRA",
         "dora": "DoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",

@@ -91,5 +91,4 @@ FACTS = Facts(
         ),
     },
     tour=Tour("BOFTConfig", {"boft_block_size": 2}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=({"boft_block_size": 1000, "boft_n_butterfly_factor": 2},),
 )

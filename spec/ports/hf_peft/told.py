@@ -47,7 +47,7 @@ def _boft(layer: Any, config: Any) -> Told:
 
 
 # What PEFT's layers call their dropout of the input.
-DROPOUTS: Mapping[str, str] = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
+DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
