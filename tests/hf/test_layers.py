@@ -109,7 +109,7 @@ def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adap
             return v * torch.nn.functional.pad(self.mask, (0, v.shape[-1] - self.mask.shape[-1]))  # MiSS drops what it has padded
 
     for n, mask in enumerate(masks):
-        getattr(p.tuner, str(SETTINGS[name].dropout))[f"a{n}"] = Masked(mask)
+        getattr(p.tuner, own_facts(SETTINGS[name]).peft_dropout or str(SETTINGS[name].dropout))[f"a{n}"] = Masked(mask)
     p.model.train()
     dropped = [a._replace(dropout=Dropout(m, 0.25)) for a, m in zip(p.adapters, masks, strict=True)]
     check_forward_and_gradients(p._replace(adapters=dropped), x, dy)
