@@ -30,9 +30,11 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
+    from peft_ref.methods.osf import OSF as OSF
     from peft_ref.methods.p_tuning import PTuning as PTuning
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.psoft import PSOFT as PSOFT
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -58,9 +60,11 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "miss_mini": "MiSSMini",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
+        "osf": "OSF",
         "p_tuning": "PTuning",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "psoft": "PSOFT",
         "road": "RoAd",
         "vera": "VeRA",
     }

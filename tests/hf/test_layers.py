@@ -87,6 +87,8 @@ def check_forward_and_gradients(p: Pair, x: Any, dy: Any) -> None:
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize(("name", "layer_name"), supported())
 def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapters: int) -> None:
+    if adapters > 1 and not own_facts(SETTINGS[name]).several:
+        pytest.skip("in PEFT's forward pass the first adapter acts alone")
     check_forward_and_gradients(*make(name, layer_name, adapters))
 
 
@@ -175,7 +177,7 @@ def refused() -> list[tuple[str, str]]:
     pairs = []
     for name in SETTINGS:
         for layer_name, layer in LAYERS.items():
-            if layer.kind not in SETTINGS[name].kinds:
+            if layer.kind not in SETTINGS[name].kinds and not own_facts(SETTINGS[name]).silent:
                 pairs.append((name, layer_name))
     return pairs
 
