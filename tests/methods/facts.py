@@ -64,6 +64,7 @@ class Facts:
 
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
     required: Options = field(default_factory=dict)  # of fields without a default
+    small: Options = field(default_factory=dict)  # where the defaults are too large for a layer of four inputs, as in tests/model
     fields: Strategies = field(default_factory=dict)
     fresh: Strategies = field(default_factory=dict)  # of starts that promise to change nothing
     few: Strategies = field(default_factory=dict)  # for backends that compile: one of each
@@ -75,6 +76,9 @@ class Facts:
     space: Mapping[str, list[Any]] = field(default_factory=dict)
     made: Callable[[Any, Any], bool] = ranked
     differences: tuple[Difference, ...] = ()
+
+    # A random configuration of PEFT's for `Net`, given a generator and the words of all, which may be changed (tests/files/peft_models.py).
+    random: Callable[[Any, dict[str, Any]], Any] | None = None
 
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.
     models: Mapping[str, tuple[Make | None, Make]] = field(default_factory=dict)

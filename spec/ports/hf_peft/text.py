@@ -108,6 +108,8 @@ def sized(layer: Json) -> nn.Module:
     """A layer of the case's sizes with any numbers."""
     if layer["kind"] == "linear":
         return nn.Linear(layer["in_features"], layer["out_features"])
+    if layer["kind"] in CONVOLUTIONS:
+        return CONVOLUTIONS[layer["kind"]](layer["in_channels"], layer["out_channels"], tuple(layer["kernel_size"]), groups=layer["groups"])
     if layer["kind"] == "embedding":
         return nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
     raise ValueError(f"state_dict on a {layer['kind']} layer is not asked yet")

@@ -25,11 +25,6 @@ def _adalora(layer: Any, config: Any) -> Told:
     return {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
 
 
-def _miss(layer: Any, config: Any) -> Told:
-    """The height of a small block is not kept on a layer that has none."""
-    return {"r": layer.miss_r["default"], "mini_r": config.mini_r}
-
-
 def _oft(layer: Any, config: Any) -> Told:
     """The number and the size of blocks as they were asked for; the layer itself keeps what became of them."""
     rotation = layer.oft_R["default"]
@@ -56,7 +51,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
-    "MISS": _miss,
+    "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
     "ROAD": words("variant", "group_size"),
 }
