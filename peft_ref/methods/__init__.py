@@ -12,8 +12,10 @@ from peft_ref.registry import Registry
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
@@ -28,9 +30,11 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
+    from peft_ref.methods.osf import OSF as OSF
     from peft_ref.methods.p_tuning import PTuning as PTuning
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.psoft import PSOFT as PSOFT
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -38,8 +42,10 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
         "adaption_prompt": "AdaptionPrompt",
+        "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
+        "delora": "DeLoRA",
         "dora": "DoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
@@ -54,9 +60,11 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "miss_mini": "MiSSMini",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
+        "osf": "OSF",
         "p_tuning": "PTuning",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "psoft": "PSOFT",
         "road": "RoAd",
         "vera": "VeRA",
     }

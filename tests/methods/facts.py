@@ -54,6 +54,10 @@ class Facts:
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
+    peft_dropout: str | None = None  # what PEFT's layer calls its dropout of the input, where not as the configuration
+    several: bool = True  # all active adapters act in PEFT's forward pass
+    silent: bool = False  # PEFT passes over a layer that it does not take, without a word
+    made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 

@@ -108,6 +108,8 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
+    if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
+        raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")
