@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
     from peft_ref.methods.loha import LoHa as LoHa
@@ -33,6 +34,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "dora": "DoRA",
+        "glora": "GLoRA",
         "hra": "HRA",
         "ia3": "IA3",
         "loha": "LoHa",

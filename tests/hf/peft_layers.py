@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,8 @@ def pair(
                 model.add_adapter(f"a{n}", config)
         finally:
             torch.set_default_dtype(torch.float32)
+    if isinstance(layer, Linear) and not layer.transposed:
+        layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target

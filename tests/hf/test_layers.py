@@ -124,7 +124,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
     close(p.layer.unfold(W), p.tuner.base_layer.weight.detach().numpy())
     if b is not None:
         close(b, p.tuner.base_layer.bias.detach().numpy())
-    back, b_back = stack.unmerge(p.layer, W, b, p.adapters, p.W)
+    back, b_back = stack.unmerge(p.layer, W, b, p.adapters, p.W, p.b)
     close(back, p.W)
     if b_back is not None:
         close(b_back, p.b)

@@ -58,7 +58,7 @@ def everything(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
         W1, b1 = stack.merge(layer, W, b, adapters)
     except NotMergeableError:
         return results
-    W2, b2 = stack.unmerge(layer, W1, b1, adapters, W)
+    W2, b2 = stack.unmerge(layer, W1, b1, adapters, W, b)
     g = case.method.weight_vjp(layer, arrays["params"], W, b, W, W1, b1)
     packed = case.method.pack(layer, arrays["params"])
     unpacked = case.method.unpack(layer, packed)
