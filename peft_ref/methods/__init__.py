@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.deft import DEFT as DEFT
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.hra import HRA as HRA
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.p_tuning import PTuning as PTuning
+    from peft_ref.methods.peanut import PEANuT as PEANuT
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.road import RoAd as RoAd
@@ -33,6 +35,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "adaption_prompt": "AdaptionPrompt",
         "cartridge": "Cartridge",
         "cpt": "CPT",
+        "deft": "DEFT",
         "dora": "DoRA",
         "glora": "GLoRA",
         "hra": "HRA",
@@ -42,6 +45,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
         "p_tuning": "PTuning",
+        "peanut": "PEANuT",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "road": "RoAd",

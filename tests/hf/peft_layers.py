@@ -129,9 +129,9 @@ def pair(
 
 
 def _parameter(model: Any, key: str, adapter: str) -> Any:
-    """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
-    for name, parameter in model.named_parameters():
-        own = name.removeprefix("base_model.model.target.")
-        if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
+    """The torch parameter or buffer behind a checkpoint key: PEFT puts the adapter's name among its words, at times a `weight` last."""
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        own = ".".join(word for word in name.removeprefix("base_model.model.target.").split(".") if word != adapter)
+        if own in (key, f"{key}.weight") and f".{adapter}" in name:
             return parameter
     raise KeyError(key)

@@ -25,6 +25,21 @@ SETTINGS: dict[str, WeightMethod[Any]] = {label: m for name in METHODS.weights f
 CRASHES = {(label, layer) for name in METHODS.weights for label in facts(name).settings for layer in facts(name).crashes}
 
 
+class Doubled:
+    """torch, whose float32 is its float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture(autouse=True)
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (m for name in METHODS.weights for m in facts(name).float32_modules):
+        monkeypatch.setattr(f"{module}.torch", Doubled())
+
+
 def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     """PEFT's configuration of the same hyper-parameters."""
     cls: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
@@ -58,6 +73,9 @@ def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropo
     rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
     layer, method = LAYERS[layer_name], SETTINGS[name]
     configs = [config(method, dropout) for _ in range(adapters)]
+    for each in configs:
+        if "fan_in_fan_out" in type(each).__dataclass_fields__:
+            each.fan_in_fan_out = layer.kind == "transposed_linear"
     for later in configs[1:]:
         later.inference_mode = isinstance(method, AdaLoRA)  # of which PEFT trains one alone
     p = pair(layer, method, configs, rng, bias)

@@ -52,6 +52,7 @@ class Facts:
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
+    float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
