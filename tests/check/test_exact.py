@@ -133,6 +133,7 @@ def _operator(name: str) -> Any:
 
 for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"):
     setattr(Rational, _name, _operator(_name))
+Rational.__pos__ = lambda self: self  # type: ignore[method-assign]
 Rational.__neg__ = lambda self: Rational(-Fraction(self))  # type: ignore[method-assign]
 Rational.__abs__ = lambda self: Rational(abs(Fraction(self)))  # type: ignore[method-assign]
 

@@ -17,6 +17,7 @@ def numbers(name: str, values: Any) -> Any:
 
 
 FACTS = Facts(
+    unable=lambda case, dtype: case in {f"dora.conv1d-dilation.plain.{operation}" for operation in ("forward", "backward")},
     settings={"dora": DoRA(r=4, lora_alpha=6), "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True)},
     numbers=numbers,
     crashes=frozenset({"conv2d-dilation"}),

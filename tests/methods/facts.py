@@ -55,6 +55,9 @@ class Facts:
     float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
+    unable: Callable[[str, str], bool] = lambda case, dtype: False  # cases that PEFT's port skips (spec/ports/hf_peft)
+    dialects: Mapping[str, Callable[[str, str], bool]] = field(default_factory=dict)  # PEFT's own mistakes: in which cases and dtypes
+
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
     required: Options = field(default_factory=dict)  # of fields without a default
     fields: Strategies = field(default_factory=dict)

@@ -21,6 +21,8 @@ def as_made(module: Any, method: Any) -> bool:
 
 
 FACTS = Facts(
+    # It divides by l + 1e-8; in float32 that is l.
+    dialects={"ia3-unmerge-epsilon": lambda case, dtype: dtype == "float64" and case.endswith(".unmerge")},
     settings={"ia3": IA3(), "ia3-feedforward": IA3(is_feedforward=True)},
     peft_options=peft_options,
     numbers=lambda name, values: np.abs(values) + 0.5,  # to unmerge it is divided by

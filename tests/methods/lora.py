@@ -12,6 +12,8 @@ from tests.methods.facts import Difference, Facts, Tour, ranked
 
 INITS: list[Any] = ["gaussian", "Gaussian", "olora", "OLoRA", "pissa", "PISSA", "pissa_niter_2", "pissa_niter_x", "pissa_x", "orthogonal"]
 MORE_INITS: list[Any] = ["Orthogonal", "eva", "lora_ga", "mica", "corda", "loftq", "magic", "", True, False, None, 0, 1]
+DILATED = {f"lora.conv1d-dilation.plain.{operation}" for operation in ("forward", "backward")}
+COMPUTED = {"lora.linear.init-pissa.init", "lora.linear.init-olora.init"}
 EVERY = ["q", "up", "conv1", "conv2", "conv3", "table"]
 
 
@@ -26,6 +28,8 @@ def as_made(module: Any, method: Any) -> bool:
 
 
 FACTS = Facts(
+    # A is built without the layer's dilation; two starts are worked out in float32 and refused in float64
+    unable=lambda case, dtype: case in DILATED or (dtype == "float64" and case in COMPUTED),
     settings={
         "lora": LoRA(r=4, lora_alpha=6, init_lora_weights=False),
         "lora-rslora": LoRA(r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False),
