@@ -285,9 +285,7 @@ class Conditioned(WeightMethod[P]):
         """The gradients of p, and of b0 where the change reads it. W0 is frozen, and none is asked of it."""
 
     @final
-    def weight(
-        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None
-    ) -> tuple[Array, Array | None]:
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
         return _add(self, Delta(W, b), self.change(layer, p, W0, b if b0 is None else b0))
 
     @final
@@ -300,9 +298,7 @@ class Conditioned(WeightMethod[P]):
         return WeightGradients(params, dW, db + db0)
 
     @final
-    def unmerge(
-        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None
-    ) -> tuple[Array, Array | None]:
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
         if b is not None and b0 is None:
             raise NotMergeableError(f"{type(self).__name__}: what was added is computed from the frozen bias, and none came.\n  Pass b0.")
         return _subtract(self, Delta(W, b), self.change(layer, p, W0, b0))

@@ -80,7 +80,7 @@ def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) 
 def unmerge(
     layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array, b0: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias, which GLoRA reads."""
+    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias that GLoRA reads."""
     for a in reversed(adapters):
         if isinstance(a.method, Conditioned):
             W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)

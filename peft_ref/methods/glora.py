@@ -10,9 +10,9 @@ A and B are each of one form, config_A_B; C of config_C; D and E of config_D_E. 
     constant    one number             -                     one number
     none        zeros (out, in)        zeros (in, 1)         zeros (out,)
 
-For gradients G of W' and g of b':  dA = W * G,  dB = G,  dC = W^T g,  dD = b * g,  dE = g,  each summed over what was repeated; of a
-product dXd = dA Xu^T, dXu = Xd^T dA. The bias itself receives g + D * g.  Xd, and what is no product, start at zero.
-All is computed from the frozen W and b: several adapters add up. On a layer without a bias C, D and E are of the form "none" and do not act.
+For gradients G of W' and g of b':  dA = W * G,  dB = G,  dC = W^T g,  dD = b * g,  dE = g,  each summed over what was repeated;
+of a product dXd = dA Xu^T, dXu = Xd^T dA. The bias itself receives g + D * g.  Xd, and what is no product, start at zero.
+All is computed from the frozen W and b: several adapters add up. On a layer without a bias C, D and E are "none" and do not act.
 
 Paper   Chavan et al. 2023, arXiv:2306.07967; PEFT's source cites none
 HF      peft.GloraConfig, on linear layers. What is "none" is a buffer of zeros that is saved and loaded, and acts with what is in it.
@@ -103,7 +103,9 @@ class GLoRA(Conditioned[Params]):
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """A layer without a bias has zeros where the configuration says something else."""
-        rows = [shape for key, shape in shapes.items() if key in ("glora_A.Xd", "glora_A.zeros") or (key == "glora_A.X" and len(shape) == 2)]
+        rows = [
+            shape for key, shape in shapes.items() if key in ("glora_A.Xd", "glora_A.zeros") or (key == "glora_A.X" and len(shape) == 2)
+        ]
         rows += [shape for key, shape in shapes.items() if key in ("glora_D.zeros", "glora_D.X")]
         columns = [shape[-1] for key, shape in shapes.items() if key in ("glora_A.Xu", "glora_A.zeros")]
         columns += [shape[0] for key, shape in shapes.items() if key in ("glora_C.Xd", "glora_C.X", "glora_C.zeros")]
@@ -122,7 +124,7 @@ class GLoRA(Conditioned[Params]):
         return Start(self.to_params(**{s.field: fresh(s) for s in self.spec(layer)}), W)
 
     def change(self, layer: Layer, p: Params, W0: Array, b0: Array | None) -> Delta:
-        A, B, C = _value(p.Ad, p.Au, p.A), _value(p.Bd, p.Bu, p.B), _value(p.Cd, p.Cu, p.C)
+        A, B, C = value(p.Ad, p.Au, p.A), value(p.Bd, p.Bu, p.B), value(p.Cd, p.Cu, p.C)
         return Delta(W0 * A + B, None if b0 is None else b0 * p.D + p.E + (W0 @ C)[:, 0])
 
     def change_vjp(self, layer: Layer, p: Params, W0: Array, b0: Array | None, d: Delta) -> tuple[Params, Array | None]:
@@ -140,5 +142,6 @@ class GLoRA(Conditioned[Params]):
         return self.to_params(**grads), None if d.b is None or b0 is None else p.D * d.b
 
 
-def _value(down: Array | None, up: Array | None, x: Array | None) -> Array:
+def value(down: Array | None, up: Array | None, x: Array | None) -> Array:
+    """A product, or what is none."""
     return x if down is None else down @ up

@@ -62,7 +62,7 @@ def _left_over(u: Array, normals: list[Array]) -> Array:
 
 
 def diagonal_signs(vectors: list[Array]) -> list[Array]:
-    """The signs, one-element arrays, of R's diagonal where LAPACK factors the matrix of these columns into Q R: Q's columns are n_k times them.
+    """Of R's diagonal, as arrays of one element, where LAPACK factors the matrix of these columns into Q R: n_k times its sign is Q's column.
 
     Each column is reflected onto its first entry, with that entry's sign turned; one that is zero below it stays as it is.
     """
@@ -72,9 +72,9 @@ def diagonal_signs(vectors: list[Array]) -> list[Array]:
         one = u[:1] * 0.0 + 1.0
         upright = xp.where(u[:1] >= 0.0, one, -one)
         size, below = norm(u), u[1:]
-        still = xp.sum(below * below, axis=0, keepdims=True) <= 0.0  # an empty sum, of the last row, is zero
-        signs.append(xp.where(still, upright, -upright))
+        turns = xp.sum(below * below, axis=0, keepdims=True) > 0.0  # an empty sum, of the last row, is zero
+        signs.append(xp.where(turns, -upright, upright))
         v = xp.concat([u[:1] + upright * size, below])
         turned = [+(w - v * (2.0 * xp.sum(v * w) / xp.sum(v * v))) for w in later]
-        rest = [xp.where(still, w, t)[1:] for w, t in zip(later, turned, strict=True)]
+        rest = [xp.where(turns, t, w)[1:] for w, t in zip(later, turned, strict=True)]
     return signs

@@ -37,16 +37,14 @@ def _hidden(side: str, i: int) -> Any:
     return Annotated[Array, "r r", Key(f"peanut_{side}coders.{i}.weight", kinds=KINDS, when=f"depth > {i}")]
 
 
-_ENCODERS = [(f"E{i + 1}", _hidden("en", i)) for i in range(DEEPEST)]
-_DECODERS = [(f"D{i + 1}", _hidden("de", i)) for i in range(DEEPEST)]
-# A tuple with one field per array. mypy reads no such list, so to it the fields are not known.
-Params: Any = NamedTuple(  # type: ignore[misc]
+_NAMED: Any = NamedTuple  # mypy reads no list that is not written out: to it the fields are not known
+Params: Any = _NAMED(
     "Params",
     [
         ("A", Annotated[Array, "r out", Key("peanut_A.weight", kinds=KINDS)]),
         ("B", Annotated[Array, "out r", Key("peanut_B.weight", kinds=KINDS)]),
-        *_ENCODERS,
-        *_DECODERS,
+        *((f"E{i + 1}", _hidden("en", i)) for i in range(DEEPEST)),
+        *((f"D{i + 1}", _hidden("de", i)) for i in range(DEEPEST)),
     ],
 )
 

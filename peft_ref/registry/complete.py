@@ -18,7 +18,9 @@ RESERVED = frozenset(
     | {"layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "alpha_pattern", "rank_pattern"}
     | {"revision", "target_modules", "target_parameters", "task_type"}
 )
-CONTRACTS = "LowRank, Additive, Conditioned or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+CONTRACTS = (
+    "LowRank, Additive, Conditioned or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+)
 _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
@@ -47,7 +49,9 @@ def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return [f"it is no subclass of {CONTRACTS}"]
     found = (
-        [] if issubclass(cls, LowRank | Additive | Conditioned | Reweight | Prompt | AttentionMethod) else [f"it is of no contract: choose {CONTRACTS}"]
+        []
+        if issubclass(cls, LowRank | Additive | Conditioned | Reweight | Prompt | AttentionMethod)
+        else [f"it is of no contract: choose {CONTRACTS}"]
     )
     if abstract := sorted(cls.__abstractmethods__):
         found.append(f"not written: {', '.join(abstract)}")

@@ -11,7 +11,7 @@ from peft_ref.methods.peanut import PEANuT
 from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
 from tests.methods.facts import Difference, Facts, Tour
 
-SMOOTH = tuple(name for name in FUNCTIONS if name not in ("relu", "relu6", "leaky_relu", "hardswish"))
+SMOOTH = tuple(name for name in FUNCTIONS if name not in ("relu", "relu2", "relu6", "leaky_relu", "hardswish"))
 
 
 def as_made(module: Any, method: Any) -> bool:
