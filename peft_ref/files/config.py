@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
+from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, start_as_saved, switch_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
@@ -33,6 +33,7 @@ from peft_ref.prompts import Prompt
 DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
 
@@ -59,6 +60,8 @@ class AdapterConfig:
             where = "it goes before its inputs" if isinstance(self.method, Prompt) else "it adds to attention blocks, alike to all of them"
             raise ConfigError(f"{type(self.method).__name__} adapts no layer of a model: {where}.")
         p, names = self.patterns, field_names(type(self.method))
+        if self.method.peft_type in PATTERNS_UNREAD:
+            return self.method
         changes: dict[str, Any] = {}
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
@@ -158,7 +161,10 @@ def _split(data: Any, where: str) -> AdapterConfig:
 def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
     if name == "init_lora_weights" and cls.peft_type == "LORA":
         return init_as_saved(value, where)
-    return switch_as_saved(value) if get_type_hints(cls)[name] is bool else value
+    hint = get_type_hints(cls)[name]
+    if hint == bool | str and name == "init_weights":
+        return start_as_saved(value, cls.peft_type)
+    return switch_as_saved(value) if hint is bool else value
 
 
 def _flat(config: AdapterConfig) -> dict[str, Any]:

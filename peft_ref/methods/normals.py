@@ -62,7 +62,7 @@ def _left_over(u: Array, normals: list[Array]) -> Array:
 
 
 def diagonal_signs(vectors: list[Array]) -> list[Array]:
-    """Of R's diagonal, as arrays of one element, where LAPACK factors the matrix of these columns into Q R: n_k times its sign is Q's column.
+    """Of R's diagonal, as arrays of one element, where LAPACK factors the matrix of these columns into Q R: n_k times its sign is Q's.
 
     Each column is reflected onto its first entry, with that entry's sign turned; one that is zero below it stays as it is.
     """

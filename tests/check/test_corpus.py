@@ -100,7 +100,8 @@ def test_several_adapters_have_different_scales_and_ranks() -> None:
 def test_no_factor_is_zero_anywhere_nor_the_identity() -> None:
     for case in ARRAYS:
         for name, v in float_arrays(case).items():
-            if name != "weight" or ".unit-norm." not in case.id:  # that weight is made to measure
+            measured = (name == "weight" and ".unit-norm." in case.id) or (case.method == "miss_bat" and name.endswith("miss_block"))
+            if not measured:  # that weight, and blocks whose inverse is exact
                 assert np.all(v != 0), (case.id, name)
             assert v.ndim < 2 or v.shape[0] != v.shape[1] or not np.array_equal(v, np.eye(len(v))), (case.id, name)
         for mask, p in (a.dropout for a in case.adapters if a.dropout):

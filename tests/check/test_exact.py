@@ -155,6 +155,7 @@ def _transcends(case: Case) -> bool:
         case.method == "adaption_prompt"
         or facts(case.method).irrational
         or case.operation == "aux_loss"
+        or bool(config.get("coft"))
         or bool(encodes and (through_tanh or case.method == "cpt"))
     )
 

@@ -45,13 +45,13 @@ DIFFERENCES = (
         r"(use_rslora|lora_bias|apply_GS|coft|block_share|use_cayley_neumann|init_\w*weights)=('|\[).* expected bool",
         "a text or list as a switch: PEFT takes 'no' for true",
     ),
-    Difference("we", r"(lora_alpha|alpha|lora_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
+    Difference("we", r"(lora_alpha|alpha|\w+_dropout)=True is of type bool", "a truth value as a number: PEFT computes with 1"),
     Difference("we", r"(target|feedforward)_modules=\{.*\} is (not understood|no list)", "a map as a list of names: PEFT reads its keys"),
-    Difference("we", r"exclude_modules=\(1,\) is not understood", "a number among names: PEFT writes it out as text"),
+    Difference("we", r"exclude_modules=(3|\(1,\)) is not understood", "a number among names: PEFT writes it out as text, or none asks"),
     Difference("we", r"modules_to_save='head' is not understood", "a text as a list: PEFT takes every letter for a name"),
     Difference("we", r"(rank|alpha)_pattern (of '|is a)", UNSEEN),
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
-    Difference("we", r"(alpha|lora_dropout|eps)=('|None|\[).* is of type", UNSEEN),
+    Difference("we", r"(alpha|\w+_dropout|eps)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
     *(difference for own in OWN.values() for difference in own.differences),
 )
@@ -108,8 +108,8 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -
                 assert MADE[data["peft_type"]](peft_says[name], method), (data, name, method)  # type: ignore[index]
         outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
     for kind in STARTS:
-        assert outcomes[kind, "refused", True] > 60, "the space must hold what both refuse"
-        assert outcomes[kind, "accepted", False] > 60, "and what both accept"
+        assert outcomes[kind, "refused", True] > 30, "the space must hold what both refuse"
+        assert outcomes[kind, "accepted", False] > 30, "and what both accept"
     assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * len(configs)
     assert used == set(DIFFERENCES), f"no longer seen: {set(DIFFERENCES) - used}"
 

@@ -30,6 +30,10 @@ LAYERS: dict[str, Layer] = {
     "conv2d-pointwise": Conv(in_channels=6, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
     "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
+    "linear-both": Linear(in_features=8, out_features=12),
+    "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
+    "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), padding=(1,)),
+    "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), stride=(2, 1)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
 }
 INPUTS = {
@@ -43,6 +47,10 @@ INPUTS = {
     "conv2d-pointwise": (2, 6, 7, 4),
     "conv2d-groups": (2, 4, 5, 6),
     "conv2d-dilation": (2, 3, 8, 7),
+    "linear-both": (2, 3, 8),
+    "transposed-both": (2, 3, 8),
+    "conv1d-both": (2, 6, 5),
+    "conv2d-both": (2, 6, 4, 5),
     "conv3d": (2, 2, 4, 3, 5),
 }
 

@@ -82,4 +82,3 @@ class Facts:
     irrational: bool = False
 
     tour: Tour | None = None  # tests/hf_api/test_quick_tour.py
-    tensors: tuple[Options, ...] = ({},)  # the configurations in which its tensors differ (spec/protocol.md)

@@ -35,5 +35,4 @@ FACTS = Facts(
     },
     made=as_made,
     tour=Tour("IA3Config", {"feedforward_modules": []}),
-    tensors=({"is_feedforward": False}, {"is_feedforward": True}),
 )

@@ -18,7 +18,7 @@ FACTS = Facts(
         "init_weights": SWITCH,
         "rank_dropout": [0.0, 0.5, 1.5, -1, None, "0.1"],
         "module_dropout": [0.0, 0.5, 1.5, None, "0.1"],
-        "use_effective_conv2d": [False, None],
+        "use_effective_conv2d": SWITCH,
     },
     tour=Tour("LoHaConfig", {"r": 2, "alpha": 3}, frozenset({"gpt2"})),  # no Conv1D
 )

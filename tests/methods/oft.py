@@ -92,5 +92,4 @@ FACTS = Facts(
         "oft shared": (None, lambda: oft(oft_block_size=3, block_share=True)),
     },
     tour=Tour("OFTConfig", {"oft_block_size": 2}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=tuple({"r": 0, "oft_block_size": 1000, "block_share": on} for on in (False, True)),
 )

@@ -47,5 +47,4 @@ FACTS = Facts(
     bits=None,  # cosines
     irrational=True,
     tour=Tour("RoadConfig", {"group_size": 2}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=tuple({"variant": f"road_{n}", "group_size": 4} for n in (1, 2, 4)),
 )

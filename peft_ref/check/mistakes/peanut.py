@@ -54,7 +54,7 @@ VARIANTS = (
     Variant(name="deep", clause="PEANUT-C5", configs=(DEEP,), draws=GENTLE, weight=odd_weight),
     Variant(name="linear", clause="PEANUT-C5", configs=(LINEAR,), draws=GENTLE, weight=odd_weight),
     Variant(
-        name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": odd(4, 7)}, weight=small_weight
+        name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": odd(2, 3)}, weight=small_weight
     ),
     Variant(
         name="rounded", clause="PEANUT-C6", configs=({**DEEP, "scaling": 5 / 3},), layers=("linear-large",), draws=GENTLE, weight=odd_weight

@@ -19,6 +19,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from told import DROPOUTS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,7 +43,8 @@ class Mask(nn.Module):
         self.mask, self.p = mask, p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.mask / (1 - self.p)
+        mask = nn.functional.pad(self.mask, (0, x.shape[-1] - self.mask.shape[-1]))  # MiSS drops out of an input it has padded
+        return x * mask / (1 - self.p)
 
 
 class Model(nn.Module):
@@ -78,7 +80,8 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
             drop = adapter["dropout"]
-            layer.lora_dropout[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
+            modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
 
 

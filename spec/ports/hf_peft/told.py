@@ -25,6 +25,11 @@ def _adalora(layer: Any, config: Any) -> Told:
     return {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
 
 
+def _miss(layer: Any, config: Any) -> Told:
+    """The height of a small block is not kept on a layer that has none."""
+    return {"r": layer.miss_r["default"], "mini_r": config.mini_r}
+
+
 def _oft(layer: Any, config: Any) -> Told:
     """The number and the size of blocks as they were asked for; the layer itself keeps what became of them."""
     rotation = layer.oft_R["default"]
@@ -32,10 +37,15 @@ def _oft(layer: Any, config: Any) -> Told:
     return {**made, "r": config.r, "oft_block_size": config.oft_block_size}
 
 
+# What PEFT's layers call their dropout of the input.
+DROPOUTS: Mapping[str, str] = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
+
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
+    "MISS": _miss,
     "OFT": _oft,
     "ROAD": words("variant", "group_size"),
 }
