@@ -35,6 +35,11 @@ def odd(denominator: int, largest: int) -> Draw:
     return draw
 
 
+def rungs(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
+    """1, 2, 4, ... from column to column: odd numbers times these never add up to zero either."""
+    return np.asarray(rng.choice([-1.0, 1.0], shape) * 2.0 ** np.arange(shape[1]))
+
+
 def odd_weight(rng: np.random.Generator, shape: tuple[int, int], tensors: Mapping[str, NDArray]) -> NDArray:
     """Seven odd numbers never add up to zero, where relu has its corner."""
     return odd(2, 3)(rng, shape)
@@ -54,7 +59,7 @@ VARIANTS = (
     Variant(name="deep", clause="PEANUT-C5", configs=(DEEP,), draws=GENTLE, weight=odd_weight),
     Variant(name="linear", clause="PEANUT-C5", configs=(LINEAR,), draws=GENTLE, weight=odd_weight),
     Variant(
-        name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": odd(2, 3)}, weight=small_weight
+        name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": rungs}, weight=small_weight
     ),
     Variant(
         name="rounded", clause="PEANUT-C6", configs=({**DEEP, "scaling": 5 / 3},), layers=("linear-large",), draws=GENTLE, weight=odd_weight
