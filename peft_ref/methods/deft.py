@@ -37,7 +37,7 @@ DEVIATION = 0.02
 
 class Params(NamedTuple):
     P: Annotated[Array, "out r", Key("deft_P", kinds=KINDS)]
-    R: Annotated[Array, "r in", Key("deft_R", kinds=KINDS, when="injects")]
+    R: Annotated[Array, "r in", Key("deft_R", kinds=KINDS, when="not para")]
 
 
 @final
@@ -61,15 +61,11 @@ class DEFT(Conditioned[Params]):
         if self.decomposition_method not in ("relu", "qr"):
             raise ConfigError(f"decomposition_method={self.decomposition_method!r}: 'relu' or 'qr' (HF PEFT refuses others too).")
 
-    @property
-    def injects(self) -> bool:
-        return not self.para
-
     def scale(self, r: int) -> float:
         return self.alpha / r if self.alpha else 1.0
 
     def dims(self, layer: Layer) -> dict[str, int]:
-        return {"r": min(self.r, layer.shape[0])}
+        return {"r": min(self.r, layer.shape[0]), "not para": int(not self.para)}
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         (out, n_in), r = layer.shape, self.dims(layer)["r"]

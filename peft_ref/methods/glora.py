@@ -41,18 +41,22 @@ FORMS = {
 }
 
 
-def _x(name: str, vector: str, zeros: str) -> tuple[Key, Key, Key]:
+WORD = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
+
+
+def _is(name: str, form: str) -> str:
+    return f'{WORD[name]}="{form}"'
+
+
+def _x(name: str, vector: str, zeros: str) -> tuple[Key, ...]:
     """The keys of what is no product, by its form."""
-    end = name[0]
-    return (
-        Key(f"glora_{name}.X", vector, KINDS, f"{end} vector"),
-        Key(f"glora_{name}.X", "1", KINDS, f"{end} constant"),
-        Key(f"glora_{name}.zeros", zeros, KINDS, f"{end} none"),
-    )
+    stored = {"vector": ("X", vector), "constant": ("X", "1"), "none": ("zeros", zeros)}
+    forms = {form: at for form, at in stored.items() if form in FORMS[WORD[name]]}
+    return tuple(Key(f"glora_{name}.{end}", shape, KINDS, _is(name, form)) for form, (end, shape) in forms.items())
 
 
 def _factor(name: str, end: str) -> Key:
-    return Key(f"glora_{name}.{end}", None, KINDS, f"{name} lora")
+    return Key(f"glora_{name}.{end}", None, KINDS, _is(name, "lora"))
 
 
 class Params(NamedTuple):
@@ -97,7 +101,7 @@ class GLoRA(Conditioned[Params]):
 
     def dims(self, layer: Layer) -> dict[str, int]:
         forms, (out, n_in) = self.forms(layer), layer.shape
-        switches = {f"{end} {form}": int(forms[end] == form) for end in "ABCDE" for form in ("lora", "vector", "constant", "none")}
+        switches = {_is(name, form): int(forms[name] == form) for name in "ACD" for form in FORMS["config_A_B"]}
         rows = {"rows_A": 1 if forms["A"] == "constant" else out, "rows_D": 1 if forms["D"] == "constant" else out}
         return {"r": self.r, **rows, "columns_A": n_in if forms["A"] == "none" else 1, **switches}
 

@@ -65,7 +65,6 @@ FACTS = Facts(
         "deft para": (None, lambda: deft(para=True)),
     },
     tour=Tour("DeftConfig", {"r": 2}),
-    tensors=({}, {"para": True}),
     bits="float64",
     irrational=True,
 )

@@ -46,6 +46,7 @@ FACTS = Facts(
         "bias": ["none", "all", "glora_only", "some_only", "some", "", None, True],
     },
     made=as_made,
+    dialects={"unmerge-divides": lambda case, dtype: case.startswith("glora.") and case.endswith(".unmerge")},
     models={
         "glora": (None, lambda: glora(r=3, modules_to_save=["head"])),
         "glora vectors": (None, lambda: glora(config_A_B="vector", config_C="vector", config_D_E="vector", bias="all")),
@@ -53,5 +54,4 @@ FACTS = Facts(
         "glora of nothing": (None, lambda: glora(config_A_B="none", config_C="none", config_D_E="none")),
     },
     tour=Tour("GloraConfig", {"r": 2}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=tuple({"config_A_B": a, "config_C": c, "config_D_E": d} for a, c, d in zip(*(f[:3] for f in FORMS.values()), strict=True)),
 )

@@ -49,6 +49,7 @@ FACTS = Facts(
         "init_weights": SWITCH,
     },
     made=as_made,
+    dialects={"unmerge-restores": lambda case, dtype: case.startswith("peanut.") and case.endswith(".unmerge")},
     differences=(
         Difference("we", r"depth=9", "PEFT takes any depth"),
         Difference("we", r"act_fn='mish' is not known", "PEFT takes every function of transformers"),
@@ -58,5 +59,4 @@ FACTS = Facts(
         "peanut deep": (None, lambda: peanut(depth=2, act_fn="tanh", scaling=0.5)),
     },
     tour=Tour("PeanutConfig", {"r": 2}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=({}, {"depth": 2}),
 )

@@ -58,9 +58,7 @@ VARIANTS = (
     Variant(name="one", clause="PEANUT-C4", configs=(ONE,), draws=ODD, weight=odd_weight),
     Variant(name="deep", clause="PEANUT-C5", configs=(DEEP,), draws=GENTLE, weight=odd_weight),
     Variant(name="linear", clause="PEANUT-C5", configs=(LINEAR,), draws=GENTLE, weight=odd_weight),
-    Variant(
-        name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": rungs}, weight=small_weight
-    ),
+    Variant(name="small", clause="PEANUT-C1", configs=(PLAIN,), numbers="small", draws={"A": odd(1, 1), "B": rungs}, weight=small_weight),
     Variant(
         name="rounded", clause="PEANUT-C6", configs=({**DEEP, "scaling": 5 / 3},), layers=("linear-large",), draws=GENTLE, weight=odd_weight
     ),

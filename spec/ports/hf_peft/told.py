@@ -42,10 +42,13 @@ DROPOUTS: Mapping[str, str] = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropo
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
+    "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
     "MISS": _miss,
     "OFT": _oft,
+    "PEANUT": words("r", "depth", "scaling", "act_fn"),
     "ROAD": words("variant", "group_size"),
 }
