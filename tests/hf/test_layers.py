@@ -17,6 +17,7 @@ from peft_ref.methods import METHODS, AdaLoRA, LoRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
 from tests.hf.peft_layers import INPUTS, LAYERS, Pair, own_facts, pair  # noqa: E402
 from tests.methods import facts  # noqa: E402
+from tests.methods.widened import widen  # noqa: E402
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-12  # relative to the largest number of the array
@@ -25,19 +26,9 @@ SETTINGS: dict[str, WeightMethod[Any]] = {label: m for name in METHODS.weights f
 CRASHES = {(label, layer) for name in METHODS.weights for label in facts(name).settings for layer in facts(name).crashes}
 
 
-class Doubled:
-    """torch, whose float32 is its float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @pytest.fixture(autouse=True)
-def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (m for name in METHODS.weights for m in facts(name).float32_modules):
-        monkeypatch.setattr(f"{module}.torch", Doubled())
+def _in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    widen(monkeypatch)
 
 
 def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:

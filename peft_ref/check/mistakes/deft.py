@@ -13,7 +13,6 @@ from peft_ref.check import tape
 from peft_ref.check.asked import Config, Draw, Files, Fresh, Start
 from peft_ref.check.case import Case
 from peft_ref.check.distributions import Law, normal
-from peft_ref.check.dyadic_vectors import orthonormal_start
 from peft_ref.check.mistake import Formula, Mistake, Replay, Suite, as_if, autograd, only, reread, with_config
 from peft_ref.check.oracle import Problem
 from peft_ref.check.shared_mistakes import input_gradient_missing, merging, only_first_adapter, other_delta
@@ -29,15 +28,13 @@ PARA = {"r": 3, "para": True}
 PARA_QR = {"r": 2, "para": True, "decomposition_method": "qr"}
 CAPPED = {"r": 9, "alpha": 14}
 KINDS = ("linear", "transposed_linear")
-ORTHONORMAL = {"P": orthonormal_start}
 
 VARIANTS = (
     Variant(name="plain", clause="DEFT-C1", configs=(PLAIN,), layers=KINDS),
     Variant(name="scaled", clause="DEFT-C5", configs=(SCALED,)),
-    Variant(name="qr", clause="DEFT-C3", configs=(QR,), layers=KINDS, draws=ORTHONORMAL),
-    Variant(name="qr-any", clause="DEFT-C3", configs=(QR,)),
+    Variant(name="qr", clause="DEFT-C3", configs=(QR,), layers=KINDS),
     Variant(name="para", clause="DEFT-C4", configs=(PARA,)),
-    Variant(name="para-qr", clause="DEFT-C4", configs=(PARA_QR,), draws=ORTHONORMAL),
+    Variant(name="para-qr", clause="DEFT-C4", configs=(PARA_QR,)),
     Variant(name="capped", clause="DEFT-C6", configs=(CAPPED,)),
     Variant(name="small", clause="DEFT-C1", configs=({"r": 2},), numbers="small"),
     Variant(name="rounded", clause="DEFT-C5", configs=({"r": 3, "alpha": 5},), layers=("linear-large",), numbers="rounded"),

@@ -7,7 +7,8 @@ functions, so the checkpoint keys of a case are tested too. A dropout mask repla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ Json = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
+NARROW = ("deft",)  # computed in float32 whatever came
 PREFIX = "base_model.model.layer."
 
 
@@ -83,6 +85,17 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
+
+
+@contextmanager
+def float32_meaning(dtype: torch.dtype, method: str) -> Iterator[None]:
+    """What PEFT works out in float32, in float64 if that is asked for."""
+    narrow = torch.float32
+    torch.float32 = dtype if method in NARROW and dtype == torch.float64 else narrow
+    try:
+        yield
+    finally:
+        torch.float32 = narrow
 
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
