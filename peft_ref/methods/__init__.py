@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.delora import DeLoRA as DeLoRA
+    from peft_ref.methods.deft import DEFT as DEFT
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.osf import OSF as OSF
     from peft_ref.methods.p_tuning import PTuning as PTuning
+    from peft_ref.methods.peanut import PEANuT as PEANuT
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.psoft import PSOFT as PSOFT
@@ -46,7 +49,9 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "delora": "DeLoRA",
+        "deft": "DEFT",
         "dora": "DoRA",
+        "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
         "hra": "HRA",
@@ -62,6 +67,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "oft": "OFT",
         "osf": "OSF",
         "p_tuning": "PTuning",
+        "peanut": "PEANuT",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "psoft": "PSOFT",

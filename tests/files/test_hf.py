@@ -38,6 +38,7 @@ from tests.files.peft_models import (  # noqa: E402
     tuned,
     with_random_parameters,
 )
+from tests.methods.widened import widen  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
 nn = torch.nn
@@ -82,7 +83,8 @@ OURS = [case for case in CASES if case not in ("gpt2 ia3 by default", "llama tie
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: str) -> None:
+def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    widen(monkeypatch)
     torch.manual_seed(11)
     make, config = CASES[case]
     base = make().to(torch.float64)
@@ -97,7 +99,7 @@ def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: st
     saved = {
         k: rng.normal(size=v.shape)
         for k, v in extra.items()
-        if k not in own and ".".join(k.split(".")[2:-1]) not in layers and "lora_" not in k and "oft_" not in k
+        if k not in own and ".".join(k.split(".")[2:-1]) not in layers and ours.method.tuner_prefix not in k
     }
     before = {k: v.clone() for k, v in base.state_dict().items()}
     kept = {k: v.numpy() for k, v in extra.items() if k in saved and "base_layer" in k}  # the base's own bias or table

@@ -108,7 +108,7 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
         model.unmerge_adapter()
-    ours = unmerge(w.layer, W, b, w.adapters, w.W)
+    ours = unmerge(w.layer, W, b, w.adapters, w.W, w.b)
     assert ours[1] is not None
     # IA3-Q1: HF divides by l + 1e-8, which at l = 1/2 is off by 2e-8.
     np.testing.assert_allclose(linear.base_layer.weight.detach(), w.layer.unfold(ours[0]), rtol=0, atol=5e-8 * np.max(np.abs(w.W)))

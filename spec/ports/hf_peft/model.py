@@ -7,7 +7,8 @@ functions, so the checkpoint keys of a case are tested too. A dropout mask repla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 SHARED = ("vera_A", "vera_B")
 TAKEN_OVER = ("vera",)
+NARROW = ("deft",)  # computed in float32 whatever came
 
 
 class NotInPeft(Exception):
@@ -87,6 +89,17 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
+
+
+@contextmanager
+def float32_meaning(dtype: torch.dtype, method: str) -> Iterator[None]:
+    """What PEFT works out in float32, in float64 if that is asked for."""
+    narrow = torch.float32
+    torch.float32 = dtype if method in NARROW and dtype == torch.float64 else narrow
+    try:
+        yield
+    finally:
+        torch.float32 = narrow
 
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:

@@ -48,10 +48,13 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
     "BOFT": _boft,
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
+    "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
+    "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
+    "PEANUT": words("r", "depth", "scaling", "act_fn"),
     "ROAD": words("variant", "group_size"),
 }
