@@ -36,8 +36,7 @@ class Tour(NamedTuple):
 
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
-    switch = {method.flag: method.flag_value} if method.flag else {}
-    return {**dataclasses.asdict(method), **switch}  # type: ignore[call-overload]  # every method is a dataclass
+    return {**method.switched_on(), **dataclasses.asdict(method)}  # type: ignore[call-overload]  # every method is a dataclass
 
 
 def ranked(module: Any, method: Any) -> bool:
