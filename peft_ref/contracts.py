@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
 
 import numpy as np
 
@@ -146,6 +146,10 @@ class WeightMethod(Method, Generic[P]):
 
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
+
+    def on_module(self, name: str) -> Self:
+        """The method as it is on the module of this name, where its configuration names modules."""
+        return self
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """The layer that stored tensors of these shapes tell; None where their sizes are plainly those of the layer."""

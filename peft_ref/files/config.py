@@ -30,7 +30,7 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
+DERIVED = frozenset({"diagonal", "is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
@@ -71,7 +71,8 @@ class AdapterConfig:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
-        return dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]  # a dataclass
+        method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
+        return method.on_module(module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules

@@ -12,6 +12,7 @@ from peft_ref.registry import Registry
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.bdlora import BDLoRA as BDLoRA
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.dora import DoRA as DoRA
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
+    from peft_ref.methods.kasa import KaSA as KaSA
     from peft_ref.methods.loha import LoHa as LoHa
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
@@ -31,12 +33,14 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.p_tuning import PTuning as PTuning
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
         "adaption_prompt": "AdaptionPrompt",
+        "bdlora": "BDLoRA",
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "dora": "DoRA",
@@ -44,6 +48,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "hira": "HiRA",
         "hra": "HRA",
         "ia3": "IA3",
+        "kasa": "KaSA",
         "loha": "LoHa",
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
@@ -56,6 +61,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "p_tuning": "PTuning",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "qalora": "QALoRA",
         "road": "RoAd",
     }
 )

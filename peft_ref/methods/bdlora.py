@@ -16,8 +16,8 @@ HF      peft.LoraConfig(use_bdlora=BdLoraConfig(...)). A block-diagonal A is uni
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, NamedTuple, final
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, final
 
 import numpy as np
 
@@ -92,6 +92,9 @@ class BDLoRA(LowRank[Params]):
     @property
     def scale(self) -> float:
         return scaling(self.r, self.lora_alpha, self.use_rslora)
+
+    def on_module(self, name: str) -> Self:
+        return replace(self, diagonal=self.use_bdlora.diagonal_of(name))
 
     def blocks(self, factor: str) -> int:
         """Of how many blocks a factor is made."""

@@ -48,6 +48,7 @@ def ranked(module: Any, method: Any) -> bool:
 class Facts:
     # Beside live PEFT (tests/hf/test_layers.py): by name, what is compared on every layer it takes.
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
+    compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
