@@ -30,11 +30,8 @@ TASK_TYPES = tuple(task.value for task in TaskType)
 # Switches that change what an adapter computes. One that a method of `METHODS` has as its `flag` is built; any other is refused when on.
 SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
-        "use_bdlora": "BD-LoRA makes A or B block diagonal",
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
-        "use_qalora": "QA-LoRA pools the input",
         "velora_config": "VeLoRA has a gradient of its own",
-        "kasa_config": "KaSA adds a diagonal and truncates the frozen weight",
         "monteclora_config": "MonteCLoRA adds noise in training",
         "arrow_config": "Arrow routes between adapters",
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",

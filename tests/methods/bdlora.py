@@ -38,7 +38,7 @@ FACTS = Facts(
     },
     peft_options=peft_options,
     fields={**HALVES, "diagonal": st.sampled_from(("A", "B", ""))},
-    few={"r": st.just(2), "use_bdlora": st.just(BLOCKS), "diagonal": st.sampled_from(("A", "B"))},
+    few={"r": st.just(2), "use_bdlora": st.just(BLOCKS), "diagonal": st.sampled_from(("", "A", "B"))},
     layers={"linear": layer(False), "transposed_linear": layer(True)},
     few_layers={"linear": Linear(in_features=4, out_features=6)},
     models={

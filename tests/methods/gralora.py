@@ -74,5 +74,4 @@ FACTS = Facts(
         ),
     },
     tour=Tour("GraloraConfig", {"r": 2, "alpha": 3}),
-    tensors=({"gralora_k": 2}, {"gralora_k": 2, "hybrid_r": 3}),
 )

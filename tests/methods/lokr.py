@@ -79,5 +79,4 @@ FACTS = Facts(
         ),
     },
     tour=Tour("LoKrConfig", {"r": 2, "alpha": 3}, frozenset({"gpt2"})),  # no Conv1D
-    tensors=({"r": 2}, {"r": 2, "use_effective_conv2d": True}),
 )

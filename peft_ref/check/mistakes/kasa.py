@@ -54,8 +54,9 @@ def identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
         return "init-weight-kept: the answer has no weight; KaSA cuts the r smallest singular values off the frozen weight"
     U, S, Vh = np.linalg.svd(W, full_matrices=False)
     kept = len(S) - case.adapters[0].config["r"]
-    allowed = 200 * 2.0 ** -min(PRECISION[dtype], PRECISION["float32"]) * float(np.linalg.norm(W))
-    if np.any(np.abs(layer.fold(draw["weight"]) - (U[:, :kept] * S[:kept]) @ Vh[:kept]) > allowed):
+    want = (U[:, :kept] * S[:kept]) @ Vh[:kept]
+    allowed = 200 * 2.0 ** -PRECISION["float32"] * float(np.linalg.norm(W)) + 2 * 2.0 ** -PRECISION[dtype] * np.abs(want)
+    if np.any(np.abs(layer.fold(draw["weight"]) - want) > allowed):
         return "init-weight-cut-wrong: the frozen weight must lose its r smallest singular values, and nothing else"
     return ""
 
