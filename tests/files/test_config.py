@@ -192,11 +192,8 @@ def test_what_cannot_be_is_a_config_error_that_says_where(what: str) -> None:
 
 
 NOT_BUILT: dict[str, Any] = {
-    "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [1, 2],
-    "use_qalora": True,
     "velora_config": {"scale": 1.0},
-    "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
     "arrow_config": {"top_k": 3},
     "target_parameters": ["experts.weight"],

@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "pissa_niter": (lambda: tuned(init_lora_weights="pissa_niter_4"), "Use 'pissa', which is exact"),
     "weight tying": (lambda: tuned(ensure_weight_tying=True), "ensure_weight_tying=True is not built"),
     "loftq": (lambda: tuned(loftq_config={"loftq_bits": 4}), "loftq_config=.* is not built"),
-    "qalora": (lambda: hf.LoraConfig(use_qalora=True), "QA-LoRA pools"),
+    "alora": (lambda: hf.LoraConfig(alora_invocation_tokens=[1]), "aLoRA adapts"),
     "no number": (lambda: hf.LoraConfig(r="many"), "r='many' is of type str"),
     "no method": (lambda: hf.get_peft_config({"peft_type": "VERA"}), "peft_type='VERA' has no configuration class here"),
     "no field": (lambda: hf.get_peft_config({"peft_type": "LORA", "rank": 3}), "LoraConfig has no rank"),
