@@ -49,13 +49,13 @@ def to_lora(
     method: WeightMethod[Any],
     layer: Layer,
     params: Any,
-    W: Array,
+    W: Array | None = None,
     b: Array | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
 ) -> Converted:
-    """What `params` do to W (out, in) and b, as a LoRA of scale 1 on the same layer."""
+    """What `params` do to W (out, in) and b, as a LoRA of scale 1 on the same layer. W is not needed where the delta does not depend on it."""
     check_asked(rank, energy)
     method.check_layer(layer)
     g = layer.groups
@@ -85,10 +85,12 @@ def check_asked(rank: int | None, energy: float | None) -> None:
         raise ConfigError(f"energy={energy}: a share above 0 and at most 1 is needed (HF PEFT refuses it too).")
 
 
-def _delta(method: WeightMethod[Any], layer: Layer, params: Any, W: Array, b: Array | None) -> tuple[Delta, float]:
+def _delta(method: WeightMethod[Any], layer: Layer, params: Any, W: Array | None, b: Array | None) -> tuple[Delta, float]:
     """The change of (W, b), and the size of the numbers that it is the difference of: what rounds is that."""
     if isinstance(method, Additive):
         return method.delta(layer, params), 0.0
+    if W is None:
+        raise ConfigError(f"{type(method).__name__} changes a weight by what depends on it.\n  Give the frozen weight, or the model.")
     changed, bias = method.weight(layer, params, W, b, W)
     return Delta(changed - W, None if bias is None or bias is b or b is None else bias - b), _norm(W)
 
@@ -106,17 +108,17 @@ def _cut(layer: Layer, blocks: list[_Block], c: Array | None, rank: int | None, 
     squares = xp.sum(xp.stack([block.S * block.S for block in blocks]), axis=0)
     n = squares.shape[0]
     total = float(xp.sum(squares))
+    noise = float(xp.finfo(squares.dtype).eps) * max(layer.shape) * max(size, math.sqrt(total))
     if rank is not None:
         k = min(rank // g, n)
     elif energy is not None:
         k = 1 + bisect_left(range(1, n + 1), energy * total, key=lambda m: float(xp.sum(squares[:m])))
     else:
-        noise = float(xp.finfo(squares.dtype).eps) * max(layer.shape) * max(size, math.sqrt(total))
         k = int(xp.sum(xp.astype(squares > noise * noise, squares.dtype)))
     k = max(1, min(k, n))
     A = xp.concat([_in_place(layer, block.Vh[:k, :], i) for i, block in enumerate(blocks)], axis=0)
     B = xp.concat([block.U[:, :k] * block.S[:k] for block in blocks], axis=0)
-    return _converted(A, B, c, float(xp.sum(squares[k:])) / total if total else 0.0)
+    return _converted(A, B, c, float(xp.sum(squares[k:])) / total if total > noise * noise else 0.0)
 
 
 def _nothing(layer: Layer, like: Array) -> tuple[Array, Array]:
