@@ -55,7 +55,7 @@ def to_lora(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Converted:
-    """What `params` do to W (out, in) and b, as a LoRA of scale 1 on the same layer. W is not needed where the delta does not depend on it."""
+    """What `params` do to W (out, in) and b, as a LoRA of scale 1 on that layer. W may be left out where the delta is without it."""
     check_asked(rank, energy)
     method.check_layer(layer)
     g = layer.groups

@@ -2,8 +2,8 @@
 
 converted    of an adapter's file, alone where its deltas do not depend on the frozen weights
 as_lora      of an adapter on a model
-plain        of a LoRA that was trained from an init which took a part off the frozen weight (pissa, olora, corda, lora_ga), for the weight
-             as it was. With A0, B0 as the init left them:  W - s B0 A0 + s B A = W + s [B, -B0] [A; A0], of twice the rank and the same scale
+plain        of a LoRA from an init that took a part off the frozen weight (pissa, olora, corda, lora_ga), for the weight as it was. With
+             A0, B0 as the init left them,  W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]:  twice the rank, the same scale
 
 Ranks that differ from the most frequent one are in rank_pattern and alpha_pattern, by the modules' whole names. Everything else in the file
 (modules_to_save, biases, embeddings) comes along.
