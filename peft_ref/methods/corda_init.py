@@ -66,6 +66,8 @@ def _inverted(C: Array) -> tuple[Array, Array]:
     xp = namespace(C)
     one = eye_like(C.shape[0], C)
     mean = xp.sum(C * one) / C.shape[0]
+    if not float(mean) > 0:
+        raise ConfigError("the covariance has no positive diagonal and cannot be inverted: were all inputs zero?")
     damp = DAMP
     while True:
         damped = C + damp * mean * one
@@ -74,5 +76,3 @@ def _inverted(C: Array) -> tuple[Array, Array]:
         if float(xp.sqrt(xp.sum(off * off))) < WELL:
             return damped, inverse
         damp = 2 * damp
-        if damp > 2.0**100:
-            raise ConfigError("the covariance cannot be inverted, however much is added to it: are all inputs zero?")

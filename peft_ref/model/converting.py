@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from peft_ref.arrays import Array, namespace, zeros_like
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterFile, AdapterModule
-from peft_ref.files.config import AdapterConfig, Patterns
+from peft_ref.files.config import AdapterConfig, Patterns, flatten
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.methods.to_lora import Converted, check_asked, to_lora
 from peft_ref.model.adapted import Adapted
@@ -118,8 +118,8 @@ def _doubled(trained: AdapterModule, initial: AdapterModule, module: str) -> Ada
 
 def check_on_its_weight(config: AdapterConfig) -> None:
     """Raise `ConfigError` where the adapter belongs to another weight than the model's own."""
-    init = getattr(config.method, "init_lora_weights", True)
-    if init in CHANGING:
+    init = flatten(config).get("init_lora_weights", True) if config.method.peft_type == "LORA" else True
+    if str(init).lower().startswith(CHANGING):
         raise ConfigError(
             f"init_lora_weights={init!r} took a part off the frozen weight, to which this adapter belongs.\n"
             "  Use `plain` with the adapter as it was before training (on the command line --initial)."
