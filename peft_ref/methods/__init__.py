@@ -15,10 +15,17 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.gralora import GraLoRA as GraLoRA
+    from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
     from peft_ref.methods.loha import LoHa as LoHa
+    from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
+    from peft_ref.methods.lokr import LoKr as LoKr
     from peft_ref.methods.lora import LoRA as LoRA
+    from peft_ref.methods.miss import MiSS as MiSS
+    from peft_ref.methods.miss_bat import MiSSBat as MiSSBat
+    from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.p_tuning import PTuning as PTuning
@@ -33,10 +40,17 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "dora": "DoRA",
+        "gralora": "GraLoRA",
+        "hira": "HiRA",
         "hra": "HRA",
         "ia3": "IA3",
         "loha": "LoHa",
+        "loha_effective": "LoHaEffective",
+        "lokr": "LoKr",
         "lora": "LoRA",
+        "miss": "MiSS",
+        "miss_bat": "MiSSBat",
+        "miss_mini": "MiSSMini",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
         "p_tuning": "PTuning",

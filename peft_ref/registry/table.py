@@ -96,7 +96,7 @@ class Registry(Mapping[str, type[Method]]):
         del self._registered[name]
 
     def method_class(self, peft_type: str, flags: Collection[str] = (), where: str = "") -> type[Method]:
-        """The class for a peft_type and the switches that are on, such as ("LORA", {"use_dora"}).
+        """The class for a peft_type and the switches that are on, such as ("LORA", {"use_dora"}) or ("MISS", {"init_weights='bat'"}).
 
         Raises `ConfigError` where it is not built here, which lists what is.
         """
@@ -104,12 +104,12 @@ class Registry(Mapping[str, type[Method]]):
         siblings = self.siblings(peft_type)
         if not siblings:
             raise ConfigError(f"{at}{self._absent(peft_type)}")
-        if unknown := sorted(set(flags) - {str(cls.flag) for cls in siblings}):
+        if unknown := sorted(set(flags) - {str(cls.switch()) for cls in siblings}):
             raise ConfigError(f"{at}{peft_type} with {' and '.join(unknown)} is not built here.\n  Built: {self.names()}.")
         if len(flags) > 1:
             raise ConfigError(f"{at}{' and '.join(sorted(flags))} are both on, which no method here is.\n  Switch one off.")
         wanted = next(iter(flags), None)
-        if (found := next((cls for cls in siblings if cls.flag == wanted), None)) is None:
+        if (found := next((cls for cls in siblings if cls.switch() == wanted), None)) is None:
             raise ConfigError(f"{at}plain {peft_type} is not built here.\n  Built: {self.names()}.")
         return found
 
@@ -120,7 +120,7 @@ class Registry(Mapping[str, type[Method]]):
 
     def names(self) -> str:
         """What is built, as adapter_config.json says it: "IA3, LOHA, LORA, LORA with use_dora"."""
-        return ", ".join(sorted(cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}" for cls in self.values()))
+        return ", ".join(sorted(cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.switch()}" for cls in self.values()))
 
     def discover(self) -> tuple[str, ...]:
         """Register what installed packages announce, once; returns what did not work, one sentence each."""
@@ -152,8 +152,8 @@ class Registry(Mapping[str, type[Method]]):
         theirs = {c: c.peft_type for c in self.values()}
         if twin := next((c for c in theirs if c.__name__ == cls.__name__), None):
             refuse(f"the class name {cls.__name__} is taken, by {twin.__module__}", "Rename the class: it becomes peft_ref's attribute.")
-        if twin := next((c for c in theirs if (c.peft_type, c.flag) == (cls.peft_type, cls.flag)), None):
-            mine = cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}"
+        if twin := next((c for c in theirs if (c.peft_type, c.switch()) == (cls.peft_type, cls.switch())), None):
+            mine = cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.switch()}"
             refuse(f"peft_type {mine} is taken, by {twin.__name__}", "Take another peft_type, or a flag that a config can switch on.")
         others = [c for c, kind in theirs.items() if not _related(kind, cls.peft_type)]
         for c in others:
