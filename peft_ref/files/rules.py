@@ -6,7 +6,8 @@ is left of it:
     eva, lora_ga           need data; without it PEFT draws the default start and leaves the weight alone: read as True.  An adapter
                            trained from lora_ga belongs to a changed weight, which PEFT does not restore either
     pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
-    corda, loftq           take off what only data, or a quantiser, can tell: refused
+    corda, loftq           take off what only data, or a quantiser, can tell: kept by name. A model asks for the data, as PEFT does, or
+                           quantises its weight again
     mica                   holds B constant in training, which is another gradient: refused
 
 PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
@@ -51,11 +52,7 @@ PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module loo
 BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
-INITS_NOT_BUILT = {
-    "corda": "takes a part off the frozen weight that only its calibration data can tell; PEFT cannot load it without them either",
-    "loftq": "replaces the frozen weight by a quantised one",
-    "mica": "holds B constant in training",
-}
+INITS_NOT_BUILT = {"mica": "holds B constant in training"}
 
 
 def init_as_saved(init: Any, where: str) -> Any:
@@ -111,6 +108,8 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
                 refuse(f"{name}={data[name]!r:.60}", "There are null and a map.")
         if data.get("lora_bias") and (on := next((word for word in VARIANTS if data.get(word) not in (None, False)), None)):
             raise ConfigError(f"{where}: lora_bias with {on} is not built.\n  It would not be right without either.")
+        if data.get("init_lora_weights") == "loftq" and not data.get("loftq_config"):
+            refuse("init_lora_weights='loftq' without loftq_config", "Give {'loftq_bits': 4, 'loftq_iter': 1}, its defaults.")
         eva = data.get("eva_config") or {}
         if not _number(eva.get("rho", 2)) >= 1 or not 0 <= _number(eva.get("tau", 0.5)) <= 1:
             refuse(f"eva_config={dict(eva)}", "rho is 1 or more, tau from 0 to 1.")
