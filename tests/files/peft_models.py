@@ -115,7 +115,7 @@ def layer_of(module: Any) -> Layer:
     if isinstance(module, nn.Embedding):
         return Embedding(num_embeddings=module.num_embeddings, embedding_dim=module.embedding_dim)
     if isinstance(module, nn.Linear):
-        return Linear(in_features=module.in_features, out_features=module.out_features)
+        return Linear(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
     if isinstance(module, transformers.pytorch_utils.Conv1D):
         return Linear(in_features=module.weight.shape[0], out_features=module.weight.shape[1], transposed=True)
     return Conv(

@@ -112,6 +112,7 @@ def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool 
     except (ConfigError, UnsupportedLayerError):
         reject()
     bias = kind != "embedding" and draw(st.booleans())
+    layer = replace(layer, bias=bias) if isinstance(layer, Linear) else layer
     return Case(method, layer, bias, _few_inputs(layer) if few else draw(inputs(layer)), draw(st.integers(0, 2**20)), dyadic)
 
 

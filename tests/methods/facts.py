@@ -37,9 +37,8 @@ class Tour(NamedTuple):
 
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
-    switch = {method.flag: method.flag_value} if method.flag else {}
     words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    return {**{word: value for word, value in words.items() if word not in DERIVED}, **switch}
+    return {**{word: value for word, value in words.items() if word not in DERIVED}, **method.switched_on()}
 
 
 def ranked(module: Any, method: Any) -> bool:
@@ -51,10 +50,16 @@ def ranked(module: Any, method: Any) -> bool:
 class Facts:
     # Beside live PEFT (tests/hf/test_layers.py): by name, what is compared on every layer it takes.
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
+    compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
+    peft_dropout: str | None = None  # what PEFT's layer calls its dropout of the input, where not as the configuration
+    several: bool = True  # all active adapters act in PEFT's forward pass
+    silent: bool = False  # PEFT passes over a layer that it does not take, without a word
+    made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
+    float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
     unable: Callable[[str, str], bool] = lambda case, dtype: False  # cases that PEFT's port skips (spec/ports/hf_peft)

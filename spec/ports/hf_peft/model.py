@@ -7,7 +7,8 @@ functions, so the checkpoint keys of a case are tested too. A dropout mask repla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 SHARED = ("vera_A", "vera_B")
 TAKEN_OVER = ("vera",)
+NARROW = ("deft",)  # computed in float32 whatever came
 
 
 class NotInPeft(Exception):
@@ -89,6 +91,17 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     return Adapted(model, layer)
 
 
+@contextmanager
+def float32_meaning(dtype: torch.dtype, method: str) -> Iterator[None]:
+    """What PEFT works out in float32, in float64 if that is asked for."""
+    narrow = torch.float32
+    torch.float32 = dtype if method in NARROW and dtype == torch.float64 else narrow
+    try:
+        yield
+    finally:
+        torch.float32 = narrow
+
+
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     """One freshly drawn adapter, and the frozen weight where drawing changed it."""
     check(case, dtype)
@@ -108,6 +121,8 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
+    if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
+        raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")
