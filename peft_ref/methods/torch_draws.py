@@ -16,6 +16,7 @@ uniform float32 numbers and permutations to the bit, the others to a rounding of
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -88,6 +89,14 @@ class Generator:
         radius = math.sqrt(-2.0 * math.log1p(-u))
         self._sine = radius * math.sin(2.0 * math.pi * v)
         return radius * math.cos(2.0 * math.pi * v)
+
+
+@lru_cache(maxsize=32)
+def randperm(n: int, seed: int, first: int | None = None) -> Host:
+    """The first draw of a fresh generator, remembered. Do not write into it."""
+    places = Generator(seed).randperm(n, first)
+    places.flags.writeable = False
+    return places
 
 
 def _box_muller(pairs: Host) -> Host:
