@@ -83,7 +83,11 @@ class OSF(LowRank[Params]):
         beside = {"U_high": U[:, :k]} if out > n_in else {"V_high": V[:k, :]} if out < n_in else {}
         if self.init_weights:
             return Start(Params(U[:, k:], S[k:], V[k:, :], *frozen.values(), beside.get("U_high"), beside.get("V_high")), W)
-        drawn = {"U": rng.normal(size=(out, S.shape[0] - k)), "S": rng.normal(size=S.shape[0] - k), "V": rng.normal(size=(S.shape[0] - k, n_in))}
+        drawn = {
+            "U": rng.normal(size=(out, S.shape[0] - k)),
+            "S": rng.normal(size=S.shape[0] - k),
+            "V": rng.normal(size=(S.shape[0] - k, n_in)),
+        }
         return Start(self.to_params(**{name: to(v, W) for name, v in drawn.items()}, **frozen, **beside), W)
 
     def factors(self, p: Params) -> Factors:
