@@ -75,6 +75,7 @@ FACTS = Facts(
     made=as_made,
     differences=(
         Difference("we", r"psoft_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
+        Difference("we", r"psoft_(orth|mag_a|mag_b)=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"),
     ),
     wrong_starts={
         "PSOFT's R drawn": (
