@@ -247,7 +247,7 @@ def unmerge_that_merges(case: Case) -> Answer:
 
 def unmerge_the_frozen(case: Case) -> Answer:
     p = pose(case)
-    return stored(p.layer, *stack.unmerge(p.layer, p.W, p.b, p.adapters, p.W))
+    return stored(p.layer, *stack.unmerge(p.layer, p.W, p.b, p.adapters, p.W, p.b))
 
 
 def base_alone_backward(case: Case) -> Answer | None:

@@ -121,6 +121,8 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     where = f"{name}.{layer_name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     has_bias = variant.bias and layer.kind != "embedding"
+    if isinstance(layer, Linear) and not has_bias:
+        layer = replace(layer, bias=False)
     weight = draw(rng, layer.weight_shape)
     bias = draw(rng, (layer.shape[0],)) if has_bias else None
     x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)

@@ -1,6 +1,7 @@
 """What torch draws on the CPU from a seeded generator, without torch: the same bits.
 
-    uniform     the low 24 bits of each raw number, u = n / 2^24, then u (high - low) + low in one rounding of float32 (a fused multiply-add)
+    uniform     the low 24 bits of each raw number, u = n / 2^24, then u (high - low) + low, a fused multiply-add:
+                one rounding, to float32
 
 Raw numbers are the Mersenne Twister's, started from the seed's low 32 bits. Measured against torch in tests/hf/test_torch_draws.py.
 """

@@ -9,8 +9,8 @@ the first `out` rows of B, B_out. For a gradient G of W', with H = (G A_in^T) * 
 A fresh b is zero, so a fresh adapter changes nothing.
 
 Paper   VeRA: Kopiczko et al. 2023, arXiv:2310.11454
-HF      peft.VeraConfig, on linear layers and Conv1D. No scale: neither alpha nor 1/r. With save_projection=False a file has neither A nor B,
-        and the seed projection_prng_key makes them again.
+HF      peft.VeraConfig, on linear layers and Conv1D. No scale: neither alpha nor 1/r. With save_projection=False a file has neither A nor
+        B, and the seed projection_prng_key makes them again.
 """
 
 from __future__ import annotations
@@ -47,17 +47,21 @@ class VeRA(Additive[Params]):
     save_projection: bool = True
     d_initial: float = 0.1
     init_weights: bool = True
+    vera_dropout: float = 0.0
     widest_in: int | None = None  # of all adapted layers, as `spanning` finds them: no key of a configuration
     widest_out: int | None = None
 
     peft_type: ClassVar[str] = "VERA"
-    tuner_prefix: ClassVar[str] = "vera_"
+    tuner_prefix: ClassVar[str] = "vera_lambda_"
+    dropout: ClassVar[str | None] = "vera_dropout"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
         if self.r <= 0:
             raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        if not 0 <= self.vera_dropout < 1:
+            raise ConfigError(f"vera_dropout={self.vera_dropout}: a probability below 1 is needed.")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         out, n_in = layer.shape
@@ -67,7 +71,7 @@ class VeRA(Additive[Params]):
         out, n_in = layer.shape
         if n_in > (self.widest_in or n_in) or out > (self.widest_out or out):
             raise UnsupportedLayerError(
-                f"VeRA: the shared matrices are for {self.widest_in} inputs and {self.widest_out} outputs, the layer has {n_in} and {out}.\\n"
+                f"VeRA: the layer has {n_in} inputs and {out} outputs, the shared matrices have {self.widest_in} and {self.widest_out}.\n"
                 "  They are drawn for the widest of all adapted layers."
             )
 
@@ -83,8 +87,9 @@ class VeRA(Additive[Params]):
     def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Params]:
         if not layers:
             return {}
-        like, one = weights[next(iter(layers))], self.spanning(layers)
-        A, B = (to(drawn, like) for drawn in projections(self.projection_prng_key, self.r, one.widest_in or 0, one.widest_out or 0))
+        like = weights[next(iter(layers))]
+        n_in, out = self.widest_in or max(n.shape[1] for n in layers.values()), self.widest_out or max(n.shape[0] for n in layers.values())
+        A, B = (to(drawn, like) for drawn in projections(self.projection_prng_key, self.r, n_in, out))
         return dict.fromkeys(layers, self.to_params(A=A, B=B))
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:

@@ -14,6 +14,7 @@ from typing import Any, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import AdapterModule, link
 from peft_ref.layers import Layer
@@ -44,7 +45,8 @@ class Matrices(Mapping[str, Array]):
 
 def common(model: Adapted, placed: Placed, rng: np.random.Generator) -> Mapping[str, Any]:
     """What a fresh adapter's layers are given that is made for all of them."""
-    return placed.config.method.common(placed.layers, Matrices(model, placed.layers), rng)  # type: ignore[attr-defined]  # it was placed
+    method = placed.config.method
+    return method.common(placed.layers, Matrices(model, placed.layers), rng) if isinstance(method, WeightMethod) else {}
 
 
 def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
@@ -67,7 +69,10 @@ def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModul
 
 def given_apart(model: Adapted, placed: Placed, arrays: Mapping[str, Array], like: Array) -> dict[str, dict[str, Array]]:
     """By module, the fields that are not read from its own tensors: what it shares, and what is made again."""
-    bare = {name: AdapterModule(m, layer, m.to_params()) for name, layer in placed.layers.items() for m in (placed.config.method_for(name),)}
+    bare = {}
+    for name, layer in placed.layers.items():
+        method = placed.config.method_for(name)
+        bare[name] = AdapterModule(method, layer, method.to_params())
     whole = completed(model, placed, brought_modules(link(bare, arrays), dict.fromkeys(bare, like)))
     return {name: {f: v for f, v in m.params._asdict().items() if v is not None} for name, m in whole.items()}
 

@@ -14,8 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
-from peft_ref.contracts import WeightMethod  # noqa: E402
-from peft_ref.files.adapter import FILES, AdapterModule  # noqa: E402
+from peft_ref.files.adapter import FILES, AdapterModule, spanned  # noqa: E402
 from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
@@ -115,7 +114,7 @@ def layer_of(module: Any) -> Layer:
     if isinstance(module, nn.Embedding):
         return Embedding(num_embeddings=module.num_embeddings, embedding_dim=module.embedding_dim)
     if isinstance(module, nn.Linear):
-        return Linear(in_features=module.in_features, out_features=module.out_features)
+        return Linear(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
     if isinstance(module, transformers.pytorch_utils.Conv1D):
         return Linear(in_features=module.weight.shape[0], out_features=module.weight.shape[1], transposed=True)
     return Conv(
@@ -159,10 +158,22 @@ def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any
 
 
 def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
-    def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
-        return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
-
-    return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}
+    """Every number that a file holds random; what it leaves out, or holds as places, as the method makes it."""
+    config = spanned(config, modules, {})
+    together: dict[str, np.ndarray[Any, Any]] = {}
+    made = config.method.common(modules, {name: np.zeros(layer.shape) for name, layer in modules.items()}, rng)
+    keys = config.method.shared_keys(tuple(modules))
+    filled = {}
+    for name, layer in modules.items():
+        method, values = config.method_for(name), {}
+        start = method.start(layer, np.zeros(layer.shape), rng, made.get(name)).params
+        for s in method.spec(layer):
+            value = getattr(start, s.field)
+            if s.saved and value.dtype.kind == "f":
+                value = rng.normal(size=s.shape)
+            values[s.field] = together.setdefault(keys[name][s.field], value) if s.shared else value
+        filled[name] = AdapterModule(method, layer, method.to_params(**values))
+    return filled
 
 
 RANDOM = {name: own for name in METHODS.weights if (own := facts(name).random) is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +115,8 @@ def pair(
             torch.set_default_dtype(torch.float32)
     if own_facts(method).made_in_float32:
         model.double()
+    if isinstance(layer, Linear) and not layer.transposed:
+        layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
@@ -148,9 +151,9 @@ def pair(
 
 
 def _parameter(model: Any, key: str, adapter: str) -> Any:
-    """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
+    """The torch parameter or buffer behind a checkpoint key: PEFT puts the adapter's name among its words, at times a `weight` last."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
-        own = name.removeprefix("base_model.model.target.")
-        if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
+        own = ".".join(word for word in name.removeprefix("base_model.model.target.").split(".") if word != adapter)
+        if own in (key, f"{key}.weight") and f".{adapter}" in name:
             return parameter
     raise KeyError(key)

@@ -92,7 +92,11 @@ def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str)
 def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
     attribute, *rest = key.split(".")
     holder = getattr(layer, attribute)[adapter]
-    return holder if isinstance(holder, torch.Tensor) else getattr(holder, rest[0] if rest else "weight")
+    if isinstance(holder, torch.Tensor):
+        return holder
+    for word in rest or ["weight"]:
+        holder = holder[int(word)] if word.isdigit() else getattr(holder, word)
+    return holder
 
 
 def small(kind: str) -> nn.Module:
