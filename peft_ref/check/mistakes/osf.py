@@ -188,7 +188,7 @@ def small_part(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
 
 
 FRESH = Fresh(
-    clause="OSF-C13",
+    clause="OSF-C14",
     starts={
         "default": Start(TWO, (*KINDS, SQUARE), 1),
         "false": Start({"effective_rank": 2, "init_weights": False}),
@@ -197,8 +197,8 @@ FRESH = Fresh(
     identity=small_part,
 )
 FILES = Files(
-    configs_clause="OSF-C15",
-    keys_clause="OSF-C16",
+    configs_clause="OSF-C16",
+    keys_clause="OSF-C17",
     configs={
         "plain": {"effective_rank": 2},
         "rank-pattern": {"effective_rank": 2, "rank_pattern": {"v_proj": 3, r"layers\.1\.": 5}},
@@ -278,14 +278,14 @@ SUITE = Suite(
             replay=only(backward=_unscaled),
         ),
         FIRST_ALONE,
-        *merging("OSF-C11", "OSF-C12"),
+        *merging("OSF-C12", "OSF-C13"),
         Mistake(
             name="unmerge-does-nothing",
-            clause="OSF-C12",
+            clause="OSF-C13",
             sentence="unmerge leaves the weight merged, as HF PEFT does, which only warns",
             replay=only(unmerge=_not_unmerged),
             dialect=True,
         ),
-        input_gradient_missing("OSF-C17"),
+        input_gradient_missing("OSF-C11"),
     ),
 )
