@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.contracts import Factors, Key, LowRank, Start, WeightMap
+from peft_ref.contracts import Additive, Delta, Key, Start, WeightMap
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
 
@@ -40,7 +40,7 @@ class Params(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class OSF(LowRank[Params]):
+class OSF(Additive[Params]):
     effective_rank: int | float | None = None
     init_weights: bool = True
 
@@ -87,13 +87,12 @@ class OSF(LowRank[Params]):
         beside = {"U_high": U[:, :k]} if out > n_in else {"V_high": V[:k, :]} if out < n_in else {}
         return Start(self.to_params(U=low[0], S=low[1], V=low[2], **frozen, **beside), W)
 
-    def factors(self, p: Params) -> Factors:
-        xp = namespace(p.U)
-        return Factors(B=xp.concat([p.U * p.S, -(p.U_0 * p.S_0)], axis=1), A=xp.concat([p.V, p.V_0], axis=0))
+    def delta(self, layer: Layer, p: Params) -> Delta:
+        return Delta((p.U * p.S) @ p.V - (p.U_0 * p.S_0) @ p.V_0)
 
-    def factors_vjp(self, p: Params, d: Factors) -> Params:
-        xp, low = namespace(p.U), p.S.shape[0]
-        dUS, dV = d.B[:, :low], d.A[:low, :]
+    def delta_vjp(self, layer: Layer, p: Params, d: Delta) -> Params:
+        xp = namespace(d.W)
+        dUS, dV = d.W @ xp.matrix_transpose(p.V), xp.matrix_transpose(p.U * p.S) @ d.W
         return self.to_params(U=self._left(p, dUS * p.S), S=xp.sum(dUS * p.U, axis=0), V=self._right(p, dV))
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:

@@ -33,6 +33,7 @@ FACTS = Facts(
     settings={"osf": OSF(), "osf-one": OSF(effective_rank=1), "osf-share": OSF(effective_rank=0.7)},
     several=False,
     silent=True,
+    without_signs=lambda p: {"trained": p["U"] * p["S"] @ p["V"], "frozen": p["U_0"] * p["S_0"] @ p["V_0"], "left": p["U_0"] @ p["U_0"].T},
     dialects={
         "only-first-adapter": lambda case, dtype: ".two-adapters." in case and case.endswith(("forward", "backward")),
         "unmerge-does-nothing": lambda case, dtype: case.endswith(".unmerge"),

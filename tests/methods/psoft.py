@@ -43,6 +43,7 @@ FACTS = Facts(
     },
     numbers=lambda name, values: values / 8 if name == "q" else values,
     made_in_float32=True,
+    without_signs=lambda p: {"product": p["B"] @ p["A"], "halves": np.abs(p["A"] @ p["A"].T)},
     small={"r": 2},
     fields={
         "r": st.sampled_from((2, 3)),
