@@ -166,23 +166,26 @@ def small_part(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     assert case.weight is not None
     U, S, V = np.linalg.svd(layer.fold(case.weight), full_matrices=False)
     k = len(S) - draw["_osf_S_low_init"].shape[0]
-    solver = 400 * 2.0 ** -min(PRECISION[dtype], PRECISION["float32"]) * S[0]  # HF works it out in float32 at best
+    u = (len(S) + 4) * 2.0 ** -PRECISION[dtype]  # every factor is rounded once
 
-    def off(product: Array, want: Array) -> bool:
-        return bool(np.max(np.abs(product - want), initial=0.0) > solver)
+    def off(made: tuple[Array, Array], want: Array) -> bool:
+        """Whether a product of two differs by more than rounding; HF works the factors out in float32."""
+        left, right = made
+        allowed = u * (np.abs(left) @ np.abs(right)) + 400 * 2.0**-24 * max(1.0, S[0])
+        return bool(np.any(np.abs(left @ right - want) > allowed))
 
     low = (U[:, k:] * S[k:]) @ V[k:]
-    frozen = (draw["_osf_U_low_init"] * draw["_osf_S_low_init"]) @ draw["_osf_V_low_init"]
+    frozen = draw["_osf_U_low_init"] * draw["_osf_S_low_init"], draw["_osf_V_low_init"]
     if off(frozen, low):
         return "init-wrong-part: the frozen low part must be what the small singular values make of the weight"
-    started = (draw["osf_svd_params.U_low"] * draw["osf_svd_params.S_low"]) @ draw["osf_svd_params.V_low"]
-    if case.adapters[0].config["init_weights"] and off(started, frozen):
+    started = draw["osf_svd_params.U_low"] * draw["osf_svd_params.S_low"], draw["osf_svd_params.V_low"]
+    if case.adapters[0].config["init_weights"] and off(started, low):
         return "init-not-identity: what is trained must start as the frozen low part"
     high = draw.get("_osf_U_high")
-    if high is not None and off(high @ high.T, U[:, :k] @ U[:, :k].T):
+    if high is not None and off((high, high.T), U[:, :k] @ U[:, :k].T):
         return "init-wrong-subspace: _osf_U_high must span the large left singular vectors"
     high = draw.get("_osf_V_high")
-    if high is not None and off(high.T @ high, V[:k].T @ V[:k]):
+    if high is not None and off((high.T, high), V[:k].T @ V[:k]):
         return "init-wrong-subspace: _osf_V_high must span the large right singular vectors"
     return ""
 

@@ -180,11 +180,12 @@ def best_part(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     A, B, scale = draw["_psoft_A_cache"], draw["_psoft_B_cache"], config["psoft_alpha"] / config["r"]
     U, S, V = np.linalg.svd(layer.fold(case.weight), full_matrices=False)
     r = config["r"]
-    solver = 400 * 2.0 ** -min(PRECISION[dtype], PRECISION["float32"]) * S[0]  # HF works it out in float32
-    if np.max(np.abs(scale * (B @ A) - (U[:, :r] * S[:r]) @ V[:r])) > solver * max(1.0, scale):
+    u = (r + 4) * 2.0 ** -PRECISION[dtype]  # A and B are rounded once; HF works them out in float32
+    product, size = scale * (B @ A), scale * (np.abs(B) @ np.abs(A))
+    if np.any(np.abs(product - (U[:, :r] * S[:r]) @ V[:r]) > u * size + 400 * 2.0**-24 * S[0]):
         return "init-wrong-part: s B A must be the part of the weight with its largest singular values"
     of_A = np.eye(r) if config["ab_svd_init"] == "psoft_init" else np.diag(S[:r] / scale)
-    if np.max(np.abs(A @ A.T - of_A)) > solver * max(1.0, 1 / scale):
+    if np.any(np.abs(A @ A.T - of_A) > u * (np.abs(A) @ np.abs(A.T)) + 400 * 2.0**-24 * np.max(of_A)):
         return f"init-wrong-halves: with {config['ab_svd_init']} A A^T is not what A B are made of"
     if not config["psoft_orth"] and config["init_weights"] and np.any(draw["psoft_R.weight"] != np.eye(r)):
         return "init-not-identity: a free R must start at I"
