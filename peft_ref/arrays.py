@@ -55,6 +55,14 @@ def to(array: np.ndarray[Any, Any], like: Array) -> Array:
     return xp.asarray(array, dtype=like.dtype, device=device(like))
 
 
+def integers(array: np.ndarray[Any, Any], like: Array, dtype: str = "int64") -> Array:
+    """NumPy integers (places in an array) as an array of `like`'s library and device."""
+    xp = namespace(like)
+    if xp is np:
+        return array.astype(dtype)
+    return xp.asarray(array.astype(dtype), device=device(like))
+
+
 def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of `shape` in `like`'s library, dtype and device."""
     xp = namespace(like)
@@ -125,6 +133,16 @@ def take_columns(W: Array, indices: Array) -> Array:
     xp = namespace(W)
     flat = xp.take(W, xp.reshape(indices, (-1,)), axis=1)
     return xp.reshape(xp.permute_dims(flat, (1, 0)), (*indices.shape, W.shape[0]))
+
+
+def scattered(values: Array, places: Array, n: int) -> Array:
+    """`n` numbers: values[k] at places[k], no two of them the same, and zero elsewhere. Every place looks up what belongs there."""
+    xp = namespace(values)
+    order = xp.argsort(places)
+    taken, every = xp.take(places, order), integers(np.arange(n), places, "int64")
+    at = xp.searchsorted(taken, every)
+    at = xp.where(at < taken.shape[0], at, taken.shape[0] - 1)
+    return xp.where(xp.take(taken, at) == every, xp.take(values, xp.take(order, at)), zeros_like((n,), values))
 
 
 def one_hot(indices: Array, n: int, like: Array) -> Array:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from peft_ref.arrays import Array, namespace
-from peft_ref.contracts import Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
+from peft_ref.arrays import Array, namespace, zeros_like
+from peft_ref.contracts import Additive, Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 
@@ -39,6 +39,7 @@ class StackGradients(NamedTuple):
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
     """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
     sides = _sides(layer, adapters)
+    b = _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
     y = layer.apply(x, Ws[-1], bs[-1])
     for a, side in zip(adapters, sides, strict=True):
@@ -50,6 +51,7 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
     """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
     sides = _sides(layer, adapters)
+    frozen, b = b, _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
     dx = layer.input_vjp(x, Ws[-1], dy)
     db = layer.bias_vjp(dy) if bs[-1] is not None else None
@@ -66,7 +68,7 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
             beside = beside if g.b0 is None else [*beside, g.b0]
-    return StackGradients(dx, tuple(grads), None if b is None or db is None else sum(beside, db))
+    return StackGradients(dx, tuple(grads), None if frozen is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
@@ -123,6 +125,12 @@ def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
             )
         reweighted_later |= isinstance(a.method, Reweight) and not sides[k]
     return sides
+
+
+def _bias(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> Array | None:
+    """The bias to run with: zeros where there is none and an adapter has something to add to it. Merging has no place for that."""
+    wanted = b is None and any(isinstance(a.method, Additive) and a.method.adds_bias for a in adapters)
+    return zeros_like((layer.shape[0],), W) if wanted else b
 
 
 def _folded(

@@ -56,6 +56,7 @@ class Suite:
     fresh: Fresh | None = None  # how its fresh adapters start
     files: Files | None = None  # what its configurations mean, under which keys it is saved
     cases: tuple[Case, ...] = ()  # questions that are about no layer
+    transformed: Callable[[Case], Answer] | None = None  # sizes that an honest order, a Fourier transform, goes through
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 

@@ -46,7 +46,10 @@ DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_d
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BEFT": lambda layer, config: {},
     "BOFT": _boft,
+    "C3A": words("block_size"),
+    "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
     "GLORA": words("r"),
@@ -56,5 +59,6 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
+    "SHIRA": words("r"),
     "ROAD": words("variant", "group_size"),
 }
