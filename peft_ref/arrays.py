@@ -166,10 +166,10 @@ def sum_to(d: Array, shape: tuple[int, ...]) -> Array:
 
 def tile(V: Array, shape: tuple[int, int]) -> Array:
     """`V` repeated along both axes and cut to `shape`: entry (i, j) is V[i mod rows, j mod columns]."""
-    xp = namespace(V)
-    for axis in (0, 1):
-        V = xp.concat([V] * -(-shape[axis] // V.shape[axis]), axis=axis) if shape[axis] > V.shape[axis] else V
-    return V[: shape[0], : shape[1]]
+    xp, (rows, columns) = namespace(V), V.shape
+    n, m = (-(-size // of) for size, of in zip(shape, V.shape, strict=True))
+    copies = xp.broadcast_to(xp.expand_dims(xp.expand_dims(V, axis=1), axis=0), (n, rows, m, columns))
+    return xp.reshape(copies, (n * rows, m * columns))[: shape[0], : shape[1]]
 
 
 def tile_vjp(d: Array, shape: tuple[int, int]) -> Array:

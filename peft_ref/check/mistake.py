@@ -171,7 +171,7 @@ def trained(layer: Layer, adapter: Adapter) -> list[str]:
 
 
 def dropped(x: Array, adapter: Adapter) -> Array:
-    return x if adapter.dropout is None else x * adapter.dropout.mask / (1 - adapter.dropout.p)
+    return x * adapter.dropout.mask / (1 - adapter.dropout.p) if isinstance(adapter.dropout, stack.Dropout) else x
 
 
 def with_config(case: Case, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Case | None:

@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.files.removed import as_of_today, is_removed
 from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, start_as_saved, switch_as_saved
 from peft_ref.graph.patterns import key_below, pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
@@ -103,6 +104,8 @@ def parse(text: str, where: str = "adapter_config.json") -> AdapterConfig:
         data = json.loads(text, object_pairs_hook=once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"{where} is not JSON: {error}.") from error
+    if is_removed(data):
+        return _split(as_of_today(data, where), where)
     return dataclasses.replace(_split(data, where), text=text)
 
 
