@@ -22,6 +22,8 @@ from tests.methods.facts import Facts
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
     "linear-even": Linear(in_features=5, out_features=12),
+    "linear-threes": Linear(in_features=6, out_features=9),
+    "linear-square": Linear(in_features=8, out_features=8),
     "transposed_linear": Linear(in_features=5, out_features=7, transposed=True),
     "embedding": Embedding(num_embeddings=9, embedding_dim=6),
     "conv1d": Conv(in_channels=3, out_channels=5, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -39,6 +41,8 @@ LAYERS: dict[str, Layer] = {
 INPUTS = {
     "linear": (2, 3, 5),
     "linear-even": (2, 3, 5),
+    "linear-threes": (2, 3, 6),
+    "linear-square": (5, 8),
     "transposed_linear": (2, 3, 5),
     "embedding": (2, 4),
     "conv1d": (2, 3, 8),
@@ -106,13 +110,14 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
     if own_facts(method).made_in_float32:
         model.double()
     if isinstance(layer, Linear) and not layer.transposed:

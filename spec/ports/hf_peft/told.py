@@ -59,7 +59,10 @@ DROPOUTS: Mapping[str, str] = {
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BEFT": lambda layer, config: {},
     "BOFT": _boft,
+    "C3A": words("block_size"),
+    "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
     "GLORA": words("r"),
@@ -72,4 +75,5 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
     "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
+    "SHIRA": words("r"),
 }
