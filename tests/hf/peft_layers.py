@@ -110,13 +110,14 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
     if own_facts(method).made_in_float32:
         model.double()
     if isinstance(layer, Linear) and not layer.transposed:

@@ -56,6 +56,9 @@ class Facts:
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
     peft_dropout: str | None = None  # what PEFT's layer calls its dropout of the input, where not as the configuration
     several: bool = True  # all active adapters act in PEFT's forward pass
+    without_signs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = (
+        None  # of a start from singular vectors, what their signs leave
+    )
     silent: bool = False  # PEFT passes over a layer that it does not take, without a word
     made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward

@@ -70,7 +70,7 @@ def _moved(value: Any, rng: np.random.Generator) -> Any:
 
 def _rank(matrix: Host) -> int:
     S = np.linalg.svd(matrix, compute_uv=False)
-    return int(np.sum(S > SEEN * max(S[0], 1.0)))
+    return int(np.sum(SEEN * max(S[0], 1.0) < S))
 
 
 def _kept(W: Host, merged: Host) -> str:

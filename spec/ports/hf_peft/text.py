@@ -89,7 +89,8 @@ def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str)
     """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
     peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
-    return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
+    model = Named(modules).float() if given["peft_type"] == "PSOFT" else Named(modules)  # which refuses float64
+    return get_peft_model(model, peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
 
 
 def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
