@@ -116,7 +116,7 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     sizes = _sizes(layer)
     ranks = [a.config["r"] for a in case.adapters if a.config.get("r")]
     assert 1 not in (*sizes, *ranks)
-    for one in (sizes, (*layer.shape, *ranks)):
+    for one in () if ".linear-square." in case.id else (sizes, (*layer.shape, *ranks)):  # on purpose: where PEFT's C3A chains
         assert len(set(one)) == len(one), (case.id, one)
     assert case.x is not None
     assert 1 not in (n for axis, n in enumerate(case.x.shape) if axis < 2), "a batch of one hides a wrong sum over it"
