@@ -136,6 +136,9 @@ def pair(
             if spec.saved:
                 place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
                 assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
+                if not spec.trained and not saved[f"base_model.{place}"].is_floating_point():
+                    tensors[spec.key] = saved[f"base_model.{place}"].numpy()  # both sides made it alike
+                    continue
             parameter = _parameter(model, spec.key, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             if spec.shared:
