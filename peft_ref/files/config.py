@@ -30,9 +30,11 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
+# fields of a method that patterns decide, module by module, or the sizes of all modules together
+DERIVED = frozenset({"is_feedforward", "live_r", "widest_in", "widest_out"})
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+LAMBDAS = ("delora_lambda",)
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
@@ -43,6 +45,7 @@ class Patterns:
 
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    lambda_pattern: Mapping[str, float] = field(default_factory=dict)  # DeLoRA's, of what a fresh adapter starts from
     feedforward_modules: str | tuple[str, ...] | None = None
 
 
@@ -66,7 +69,7 @@ class AdapterConfig:
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
             return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
-        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
+        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
             if (key := pattern_key(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if "is_feedforward" in names:
@@ -183,7 +186,7 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
 def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
     names = field_names(type(method))
     found: dict[str, Mapping[str, Any]] = {}
-    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
+    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS), ("lambda_pattern", LAMBDAS)):
         pattern = data.get(key) or {}
         found[key] = dict(pattern)
         if "live_r" in names:
@@ -199,7 +202,7 @@ def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
     modules = _feedforward(data.get("feedforward_modules"), where)
-    return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
+    return Patterns(**found, feedforward_modules=modules)
 
 
 def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method) -> str:

@@ -49,8 +49,8 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-PATTERNED = ("HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
-BIASED = ("GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
+PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {
@@ -123,7 +123,7 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("use_dora with AdaLoRA", "Leave it out.")
         if data.get("init_lora_weights") == "loftq":
             refuse("init_lora_weights='loftq' with AdaLoRA", "Use true; every other name means that too.")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
         if not isinstance(data.get(name, {}), Mapping) and (kind in PATTERNED or data[name] is not None):
             refuse(f"{name} is a {type(data[name]).__name__}, {data[name]!r:.60}", "Give a map from name patterns to numbers, {} for none.")
     feedforward = data.get("feedforward_modules")

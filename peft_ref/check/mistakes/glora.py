@@ -41,6 +41,8 @@ VARIANTS = (
     Variant(name="plain", clause="GLORA-C1", configs=(PLAIN,), draws=SAFE),
     Variant(name="vectors", clause="GLORA-C5", configs=(VECTORS,), draws=SAFE),
     Variant(name="constants", clause="GLORA-C6", configs=(CONSTANTS,), draws=SAFE),
+    Variant(name="nothing", clause="GLORA-C7", configs=({"config_A_B": "none", "config_C": "none", "config_D_E": "vector"},), draws=SAFE),
+    Variant(name="no-bias", clause="GLORA-C3", configs=(PLAIN,), bias=False, draws=SAFE),
     Variant(
         name="small", clause="GLORA-C1", configs=({"r": 2},), numbers="small", draws={"Ad": odd(1, 1), "Au": odd(1, 1), "D": odd(2, 1)}
     ),
