@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
-    from peft_ref.methods.deft import DEFT as DEFT
     from peft_ref.methods.delora import DeLoRA as DeLoRA
+    from peft_ref.methods.deft import DEFT as DEFT
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
@@ -48,8 +48,8 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
-        "deft": "DEFT",
         "delora": "DeLoRA",
+        "deft": "DEFT",
         "dora": "DoRA",
         "glora": "GLoRA",
         "gralora": "GraLoRA",

@@ -113,10 +113,10 @@ def pair(
                 model.add_adapter(f"a{n}", config)
         finally:
             torch.set_default_dtype(torch.float32)
-    if isinstance(layer, Linear) and not layer.transposed:
-        layer = replace(layer, bias=bias)
     if own_facts(method).made_in_float32:
         model.double()
+    if isinstance(layer, Linear) and not layer.transposed:
+        layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target

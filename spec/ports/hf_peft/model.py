@@ -29,10 +29,10 @@ Json = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
-NARROW = ("deft",)  # computed in float32 whatever came
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 SHARED = ("vera_A", "vera_B")
 TAKEN_OVER = ("vera",)
+NARROW = ("deft",)  # computed in float32 whatever came
 
 
 class NotInPeft(Exception):
