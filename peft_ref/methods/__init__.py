@@ -11,12 +11,13 @@ from peft_ref.registry import Registry
 
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
-    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.deft import DEFT as DEFT
+    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
+        "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
         "boft": "BOFT",
         "cartridge": "Cartridge",

@@ -46,6 +46,7 @@ DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_d
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "ADAMSS": words("num_subspaces"),
     "BOFT": _boft,
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
