@@ -96,21 +96,31 @@ class Method(ABC):
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
-    flag_value: ClassVar[bool | str] = True  # and what that key says: any true value, or this very text
+    flag_value: ClassVar[bool | str | type] = (
+        True  # and what that key says: any true value, this very text, or a map that is this dataclass
+    )
     tuner_prefix: ClassVar[str]
 
     @final
     @classmethod
     def switch(cls) -> str | None:
         """How a configuration selects it, as text: "use_dora", "init_weights='bat'"; None for the plain method of its type."""
-        return cls.flag if cls.flag is None or cls.flag_value is True else f"{cls.flag}={cls.flag_value!r}"
+        return f"{cls.flag}={cls.flag_value!r}" if cls.flag is not None and isinstance(cls.flag_value, str) else cls.flag
 
     @final
     @classmethod
     def is_selected(cls, config: Mapping[str, Any]) -> bool:
         """Whether a configuration switches this class on; never for a plain method."""
         value = None if cls.flag is None else config.get(cls.flag)
+        if isinstance(cls.flag_value, type):
+            return value is not None and value is not False  # an empty map has every default
         return bool(value) if cls.flag_value is True else bool(value == cls.flag_value)
+
+    @final
+    @classmethod
+    def switched_on(cls) -> dict[str, Any]:
+        """The word that selects it, and the least it says."""
+        return {} if cls.flag is None else {cls.flag: {} if isinstance(cls.flag_value, type) else cls.flag_value}
 
 
 class WeightMethod(Method, Generic[P]):
@@ -180,6 +190,10 @@ class WeightMethod(Method, Generic[P]):
 
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
+
+    def on_module(self, name: str) -> Self:
+        """The method as it is on the module of this name, where its configuration names modules."""
+        return self
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """The layer that stored tensors of these shapes tell; None where their sizes are plainly those of the layer."""

@@ -31,7 +31,7 @@ from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
 # fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
-DERIVED = frozenset({"is_feedforward", "live_r", "clusters", "ranks", "widest_in", "widest_out"})
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)
@@ -74,7 +74,8 @@ class AdapterConfig:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
-        return dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]  # a dataclass
+        method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
+        return method.on_module(module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules
@@ -151,7 +152,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
             f"{where}: target_modules={targets.target_modules!r:.80} of {cls.peft_type}, which takes the last part of a name (HF PEFT finds"
             " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
         )
-    spoken = {c.flag for c in siblings if c.flag_value is True or c is cls}  # a text that selects nothing stays as it is
+    spoken = {c.flag for c in siblings if not isinstance(c.flag_value, str) or c is cls}  # a text that selects nothing stays as it is
     taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,
@@ -173,10 +174,12 @@ def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
     family = [other for other in METHODS.values() if other.peft_type == cls.peft_type]
-    switches: dict[str, Any] = {other.flag: other is cls for other in family if other.flag and other.flag_value is True}
-    if cls.flag:
-        switches[cls.flag] = cls.flag_value
-    fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
+    switches: dict[str, Any] = {}
+    for other in family:
+        if other.flag and not isinstance(other.flag_value, str):
+            switches[other.flag] = None if isinstance(other.flag_value, type) else False
+    switches |= cls.switched_on()  # a map is one of the fields
+    fields = {name: value for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}

@@ -62,7 +62,6 @@ class LoraConfig(PeftConfig):
     unused: ClassVar[tuple[str, ...]] = (
         "megatron_config",
         "ensure_weight_tying",
-        "loftq_config",
         "eva_config",
         "corda_config",
         "lora_ga_config",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.bdlora import BDLoRA as BDLoRA
     from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
+    from peft_ref.methods.kasa import KaSA as KaSA
     from peft_ref.methods.loha import LoHa as LoHa
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
@@ -39,6 +41,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.psoft import PSOFT as PSOFT
+    from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -47,17 +50,19 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "adalora": "AdaLoRA",
         "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
+        "bdlora": "BDLoRA",
         "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
-        "delora": "DeLoRA",
         "deft": "DEFT",
+        "delora": "DeLoRA",
         "dora": "DoRA",
         "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
         "hra": "HRA",
         "ia3": "IA3",
+        "kasa": "KaSA",
         "loha": "LoHa",
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
@@ -73,6 +78,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "psoft": "PSOFT",
+        "qalora": "QALoRA",
         "road": "RoAd",
         "vera": "VeRA",
     }

@@ -1,6 +1,7 @@
 """Adapters come onto a model, get new numbers, and leave it.
 
-add       fresh parameters. The first adapter becomes active; a later one waits for `activate`. What is merged is unmerged first, as in HF
+add       fresh parameters. The first adapter becomes active; a later one waits for `activate`. What is merged is unmerged first, as in HF.
+          `starts` has those that were made of data (corda, eva, lora_ga), module by module
 attach    parameters from a file; the init runs once more where it changes the frozen weight (pissa, olora), as when HF loads
 update    other numbers: what a training made of parameters, of modules_to_save, of biases
 delete    of an active adapter: what remains active stays so, else the first by name on the first module that was adapted; it is trainable
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
+from peft_ref.methods.loftq_init import loftq, loftq_of
+from peft_ref.methods.lora import LoRA
 from peft_ref.model.adapted import Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
@@ -32,27 +36,52 @@ from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
 
 
-def add(model: Adapted, name: str, config: AdapterConfig, rng: np.random.Generator, *, ties: Ties = "refuse") -> Adapted:
+def add(
+    model: Adapted,
+    name: str,
+    config: AdapterConfig,
+    rng: np.random.Generator,
+    *,
+    ties: Ties = "refuse",
+    starts: Mapping[str, Start[Any]] | None = None,
+) -> Adapted:
     """`model` with a fresh adapter. `ties` says what an init does that changes a tied weight."""
     check_ties(ties)
     check_new(model, name, config)
     placed = place(model, config)
+    if unknown := sorted((starts or {}).keys() - placed.layers.keys()):
+        raise KeyMismatchError(f"a start for {unknown[0]!r}, which the adapter is not on.\n  It is on {', '.join(placed.layers)}.")
     modules: dict[str, AdapterModule] = {}
     made = common(model, placed, rng)
     for module, layer in placed.layers.items():
-        model, params = started(model, module, layer, placed.config, rng, ties, made.get(module))
+        given = None if starts is None else starts.get(module)
+        model, params = started(model, module, layer, placed.config, rng, ties, made=made.get(module), given=given)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
     return joined(model, name, placed, modules, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
 def started(
-    model: Adapted, module: str, layer: Layer, config: AdapterConfig, rng: np.random.Generator, ties: Ties, made: Any = None
+    model: Adapted,
+    module: str,
+    layer: Layer,
+    config: AdapterConfig,
+    rng: np.random.Generator,
+    ties: Ties,
+    *,
+    made: Any = None,
+    given: Start[Any] | None = None,
 ) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, given what was made for all, and the model with the frozen weight that the init leaves."""
+    """Fresh parameters at `module`, those `given` or of what was `made` for all, and the model with the frozen weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
-    W = wide(layer.fold(frozen))
-    start = config.method_for(module).start(layer, W, rng, made)
+    W, method = wide(layer.fold(frozen)), config.method_for(module)
+    if given is not None:
+        method.unpack(layer, method.pack(layer, given.params), where=module)  # in the method's own shapes, or an error
+        start = given
+    elif isinstance(method, LoRA) and method.init_lora_weights == "loftq":
+        start = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+    else:
+        start = method.start(layer, W, rng, made)
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)

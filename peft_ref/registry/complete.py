@@ -45,6 +45,10 @@ def keys_of(cls: type[Method]) -> frozenset[str]:
     return frozenset(extra.key for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key))
 
 
+def field_names_of(cls: type[Any]) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+
+
 def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return [f"it is no subclass of {CONTRACTS}"]
@@ -88,8 +92,10 @@ def _class_variables(cls: type[Any]) -> list[str]:
         found.append(f"tuner_prefix={cls.tuner_prefix!r}: lower-case letters, ending with an underscore, like 'mine_'")
     if not (cls.flag is None or (isinstance(cls.flag, str) and cls.flag.isidentifier())):
         found.append(f"flag={cls.flag!r}: None, or the name of a switch in the config")
-    if cls.flag_value is not True and not isinstance(cls.flag_value, str):
+    if cls.flag_value is not True and not isinstance(cls.flag_value, str | type):
         found.append(f"flag_value={cls.flag_value!r}: True, or the text that the switch says")
+    if isinstance(cls.flag_value, type) and not (dataclasses.is_dataclass(cls.flag_value) and cls.flag in field_names_of(cls)):
+        found.append(f"flag_value={cls.flag_value!r}: a dataclass of what the map {cls.flag!r} says, which is a field of the method")
     if issubclass(cls, Prompt):
         keys = cls.file_keys
         if not keys or not all(isinstance(key, str) and not key.startswith("base_model.") for key in keys):

@@ -25,7 +25,10 @@ from peft_ref.files.adapter import (  # noqa: E402
 )
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.files.keys import PREFIX, with_adapter_name, without_adapter_name  # noqa: E402
+from peft_ref.graph import TorchGraph  # noqa: E402
 from peft_ref.layers import Linear  # noqa: E402
+from peft_ref.methods import LoRA  # noqa: E402
+from peft_ref.model import adapt, load  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
 from tests.files.peft_models import (  # noqa: E402
     CASES,
@@ -172,8 +175,9 @@ def test_peft_cannot_load_a_corda_adapter_without_its_data(tmp_path: Path) -> No
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text().replace('"init_lora_weights": true', '"init_lora_weights": "corda"'))
     with pytest.raises(ValueError, match="preprocess_corda"):
         peft.PeftModel.from_pretrained(Net(), str(tmp_path))
+    assert load_adapter(tmp_path).config.method_for("layers.0.q") == LoRA(init_lora_weights="corda")  # a file is read without a model
     with pytest.raises(PeftRefError, match="corda"):
-        load_adapter(tmp_path)
+        load(adapt(TorchGraph(Net())), tmp_path)
 
 
 def test_several_adapters_are_saved_where_peft_saves_them(tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ class Tour(NamedTuple):
 
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
-    switch = {method.flag: method.flag_value} if method.flag else {}
     words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    return {**{word: value for word, value in words.items() if word not in DERIVED}, **switch}
+    return {**{word: value for word, value in words.items() if word not in DERIVED}, **method.switched_on()}
 
 
 def ranked(module: Any, method: Any) -> bool:
@@ -51,6 +50,7 @@ def ranked(module: Any, method: Any) -> bool:
 class Facts:
     # Beside live PEFT (tests/hf/test_layers.py): by name, what is compared on every layer it takes.
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
+    compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     as_made_by: Callable[[Any, str, Any], Any] = lambda tuner, adapter, method: method  # with what only PEFT's layer tells of an adapter
     impose: Callable[[Any, str, Any], None] = lambda tuner, adapter, method: None  # the same, put into PEFT's layer

@@ -90,6 +90,7 @@ FACTS = Facts(
             r"init_lora_weights='(magic|pissa_x|pissa_niter_x|PISSA|Orthogonal)' is not built here|'orthogonal' needs an even",
             "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same",
         ),
+        Difference("PEFT", r"preprocess_corda", "it wants the data that the start was made of; so does a model here, a reader does not"),
         Difference("PEFT", r"No module named 'megatron'", "it wants megatron installed where a configuration names it"),
     ),
     tour=Tour("LoraConfig", {"r": 2, "lora_alpha": 5}),

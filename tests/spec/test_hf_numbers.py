@@ -49,11 +49,10 @@ def hf_model(w: Worked) -> Any:
     """HF PEFT's model of the example's one layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
     method: Any = adapter.method
-    config = {f.name: getattr(method, f.name) for f in fields(method) if f.name not in DERIVED}
-    if "is_feedforward" in {f.name for f in fields(method)}:
+    words = {f.name for f in fields(method)}
+    config = {**method.switched_on(), **{word: getattr(method, word) for word in words if word not in DERIVED}}
+    if "is_feedforward" in words:
         config["feedforward_modules"] = ["linear"] if method.is_feedforward else []
-    if method.flag:
-        config[method.flag] = method.flag_value
     base = torch.nn.Sequential()
     base.add_module("linear", torch_layer(w.layer, bias=True).double())
     base.linear.weight.data = torch.tensor(w.layer.unfold(w.W))
