@@ -132,11 +132,13 @@ class AdaMSS(Additive[Any]):
         xp, rows, r = namespace(W), self.rows(layer), self.dims(layer)["r"]
         seen = xp.concat([W, zeros_like((W.shape[0], 1), W)], axis=1) if layer.bias else W
         U, _, V = xp.linalg.svd(seen, full_matrices=False)
+        signs = _upright(V)
+        U, V = U * xp.permute_dims(signs, (1, 0)), V * signs
         values = {"N": V[:r, :]}
         for i, own in enumerate(rows):
             rank = self.dims(layer)[f"rank{i}"]
             directions = xp.linalg.svd(_take(U[:, :r], own), full_matrices=False)[2]
-            values[f"A{i}"] = directions[:rank, :]
+            values[f"A{i}"] = (directions * _upright(directions))[:rank, :]
             zero = self.init_weights == "orthogonal"
             values[f"B{i}"] = zeros_like((len(own), rank), W) if zero else to(0.01 * rng.normal(size=(len(own), rank)), W)
         return Start(self.to_params(**values), W)
@@ -157,6 +159,14 @@ class AdaMSS(Additive[Any]):
             A, B, G = getattr(p, f"A{i}"), getattr(p, f"B{i}"), _take(seen, own)
             grads |= {f"A{i}": mT(B) @ G, f"B{i}": G @ mT(A)}
         return self.to_params(**grads)
+
+
+def _upright(V: Array) -> Array:
+    """The signs (rows, 1) that make the sums of V's rows positive: singular vectors have none of their own, and every library others."""
+    xp = namespace(V)
+    sums = xp.sum(V, axis=1, keepdims=True)
+    one = sums * 0.0 + 1.0
+    return xp.where(sums >= 0.0, one, -one)
 
 
 def _take(X: Array, rows: Sequence[int]) -> Array:
