@@ -18,7 +18,7 @@ HF      peft.AdamssConfig, on linear layers. It clusters the rows of U by sklear
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, final
 
@@ -27,7 +27,7 @@ import numpy as np
 from peft_ref.arrays import Array, column, device, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 
 KINDS = frozenset({"linear"})
 MOST = 16  # subspaces
@@ -127,6 +127,14 @@ class AdaMSS(Additive[Any]):
                 f"AdaMSS: a subspace of rank {self.subspace_rank} in only {dims['r']} directions of a weight {layer.shape}"
                 " (HF PEFT makes factors that do not fit)."
             )
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        """Whether the layer has a bias no tensor tells: it is taken for one that has."""
+        rows = [shape[0] for key, shape in shapes.items() if key.startswith("adamss_B.") and len(shape) == 2]
+        directions = shapes.get("adamss_newB", ())
+        if not rows or len(directions) != 2:
+            return None
+        return Linear(in_features=directions[1] - 1, out_features=sum(rows))
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Any]:
         xp, rows, r = namespace(W), self.rows(layer), self.dims(layer)["r"]

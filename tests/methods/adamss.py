@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.methods.adamss import AdaMSS
 from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
-from tests.methods.facts import Facts
+from tests.methods.facts import Facts, Tour
 
 
 def clustered(tuner: Any, adapter: str, method: AdaMSS) -> AdaMSS:
@@ -32,6 +32,12 @@ def options(method: Any) -> dict[str, Any]:
     return {word: value for word, value in asdict(method).items() if word not in ("clusters", "ranks")}
 
 
+def adamss(**options: Any) -> Any:
+    import peft
+
+    return peft.AdamssConfig(**{"num_subspaces": 1, "target_modules": ["q", "up"], **options})
+
+
 FACTS = Facts(
     settings={
         "adamss": AdaMSS(r=4, num_subspaces=3, subspace_rank=2),
@@ -52,5 +58,10 @@ FACTS = Facts(
     },
     config={"peft_type": "ADAMSS", "r": 4, "num_subspaces": 2, "target_modules": ["q", "up"]},
     space=TARGETS | LAYERS | {"r": NUMBERS, "use_asa": SWITCH, "init_weights": ["orthogonal", None, False, "kaiming"]},
+    # With one subspace nothing depends on k-means.
+    models={
+        "adamss": (None, lambda: adamss(r=3, subspace_rank=2, modules_to_save=["head"])),
+    },
+    tour=Tour("AdamssConfig", {"r": 3, "num_subspaces": 1}, frozenset({"gpt2"})),  # no Conv1D
     made=lambda module, method: bool(module.num_subspaces["default"] == min(method.num_subspaces, module.out_features)),
 )
