@@ -33,8 +33,8 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-# fields of a method that patterns decide, module by module, or the sizes of all modules together
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
+# fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
 RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)

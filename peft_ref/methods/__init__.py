@@ -11,6 +11,7 @@ from peft_ref.registry import Registry
 
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.bdlora import BDLoRA as BDLoRA
     from peft_ref.methods.beft import BEFT as BEFT
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
+        "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
         "bdlora": "BDLoRA",
         "beft": "BEFT",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -20,7 +20,7 @@ from peft_ref.arrays import Array
 from peft_ref.attending import AttentionBlock
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import OTHER, Module
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.nn.attention import KeyValue
 from peft_ref.nn.net import Gradients, Net
 
@@ -124,7 +124,8 @@ class Model(ABC):
 
     @final
     def layers(self) -> dict[str, Layer]:
-        return {name: part.layer for name, part in self.parts().items() if part.layer is not None}
+        found = ((name, part.layer, part.bias) for name, part in self.parts().items() if part.layer is not None)
+        return {name: replace(layer, bias=bias) if isinstance(layer, Linear) else layer for name, layer, bias in found}
 
     @final
     def shapes(self) -> dict[str, tuple[int, ...]]:

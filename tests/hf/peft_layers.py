@@ -132,6 +132,7 @@ def pair(
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
+        method = own_facts(method).as_made_by(tuner, name, method)
         for spec in method.spec(layer):
             if spec.saved:
                 place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"

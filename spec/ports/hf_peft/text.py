@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONVOLUTIONS, array, nested
+from model import CONVOLUTIONS, NotInPeft, array, nested
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from told import TOLD, rank_and_scale
 from torch import nn
@@ -75,6 +75,8 @@ def state_dict(case: Json) -> dict[str, Any]:
                 parameter.copy_(array(value, parameter.dtype))
                 continue
             tensor = array(value, parameter.dtype)
+            if tensor.shape != parameter.shape and case["adapter_config"]["peft_type"] == "ADAMSS":
+                raise NotInPeft("the shapes of PEFT's tensors are those of the clusters that it finds in the weight")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")
             parameter.data = tensor
