@@ -9,7 +9,7 @@ HF      the transformers model that PEFT wraps. Adapters are not put into it: a 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array
@@ -101,9 +101,8 @@ def model_in(graph: Graph) -> Model:
 def net_of(graph: Graph) -> Net:
     """The numbers as they are now, with the adapters that act on them."""
     model = model_in(graph)
-    adapters = graph.injection() if isinstance(graph, Adapted) else {}
-    weights = {name: graph.weight(name) for name in graph.parameters()}
-    return Net(weights=weights, layers=model.layers(), ties=graph.tied(), adapters=adapters)
+    net = replace(model.net({name: graph.weight(name) for name in graph.parameters()}), ties=graph.tied())
+    return replace(net, adapters=graph.injection(), attention=graph.attention()) if isinstance(graph, Adapted) else net
 
 
 class Ready(NamedTuple):

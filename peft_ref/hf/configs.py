@@ -121,6 +121,20 @@ class LoHaConfig(PeftConfig):
 
 @registered
 @dataclass(kw_only=True)
+class AdaptionPromptConfig(PeftConfig):
+    target_modules: str | None = None
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.ADAPTION_PROMPT
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return True
+
+
+@registered
+@dataclass(kw_only=True)
 class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init: PromptTuningInit | MultitaskPromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None

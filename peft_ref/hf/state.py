@@ -1,6 +1,6 @@
 """What a PeftModel holds: a value, of one of two kinds. Every operation returns the next one.
 
-Layered     adapters on layers, of whatever method: `peft_ref.model.Adapted`, and nothing beside it
+Layered     adapters on layers and attention blocks, of whatever method: `peft_ref.model.Adapted`, and nothing beside it
 Prompted    prompts before the inputs: `prompted.py`
 """
 
@@ -26,6 +26,7 @@ from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, 
 from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
 from peft_ref.model.running import acting_alone, run_rows
+from peft_ref.model.storing import brought_to, read_blocks
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
@@ -146,6 +147,11 @@ class Layered(State):
 
     def renumbered(self, name: str, tensors: Mapping[str, Any]) -> Layered:
         adapter = self.adapted.attached(name)
+        if adapter.blocks:
+            blocks = read_blocks(adapter.config, tensors, adapter.blocks).attention
+            return Layered(
+                adapted=update(self.adapted, name, {b: brought_to(self.adapted, b, found).params for b, found in blocks.items()})
+            )
         read = from_state_dict(adapter.config, tensors, {module: found.layer for module, found in adapter.modules.items()})
         params = {}
         for module, found in read.modules.items():

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
-from peft_ref.model.adapted import Adapted, Attached, Merged
+from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
 from peft_ref.model.switching import trained
@@ -37,10 +38,14 @@ def add(model: Adapted, name: str, config: AdapterConfig, rng: np.random.Generat
     check_new(model, name, config)
     placed = place(model, config)
     modules: dict[str, AdapterModule] = {}
+    blocks: dict[str, AttentionAdapter] = {}
+    for name_of_block, block in placed.blocks.items():
+        method = attention_method(placed.config)
+        blocks[name_of_block] = AttentionAdapter(method, method.init(block.hidden_size, weight_in(model, name_of_block), rng))
     for module, layer in placed.layers.items():
         model, params = started(model, module, layer, placed.config, rng, ties)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
-    return joined(model, name, placed, modules, trainable=not placed.config.housekeeping.get("inference_mode", False))
+    return joined(model, name, placed, modules, blocks=blocks, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
 def started(model: Adapted, module: str, layer: Layer, config: AdapterConfig, rng: np.random.Generator, ties: Ties) -> tuple[Adapted, Any]:
@@ -61,6 +66,7 @@ def joined(
     placed: Placed,
     modules: Mapping[str, AdapterModule],
     *,
+    blocks: Mapping[str, AttentionAdapter] = NOTHING,
     saved: Mapping[str, Array] | None = None,
     biases: Mapping[str, Array] | None = None,
     trainable: bool,
@@ -74,6 +80,7 @@ def joined(
     adapter = Attached(
         config=placed.config,
         modules=modules,
+        blocks=blocks,
         saved={**copied, **(saved or {})},
         whole=placed.saved,
         trainable=trainable and first,
@@ -96,17 +103,21 @@ def update(
     saved: Mapping[str, Array] | None = None,
     biases: Mapping[str, Array] | None = None,
 ) -> Adapted:
-    """`model` with other numbers for the adapter `name`: parameters by module, copies and biases by the parameters' own names."""
+    """`model` with other numbers for the adapter `name`: parameters by module or block, copies and biases by the parameters' own names."""
     adapter = model.attached(name)
     if name in model.merged.names:
         raise ConfigError(f"adapter {name!r} is merged, and its old numbers are in the weights.\n  Unmerge it first.")
-    modules = dict(adapter.modules)
+    modules, blocks = dict(adapter.modules), dict(adapter.blocks)
     for module, values in (params or {}).items():
-        if module not in modules:
-            raise KeyMismatchError(f"adapter {name!r} is not on {module!r}.\n  It is on {', '.join(modules)}.")
+        if module not in modules.keys() | blocks.keys():
+            raise KeyMismatchError(f"adapter {name!r} is not on {module!r}.\n  It is on {', '.join([*modules, *blocks])}.")
+        method = modules[module].method if module in modules else blocks[module].method
+        if type(values) is not method.params_type:
+            raise ConfigError(f"parameters at {module!r} are a {type(values).__name__}, expected those of {type(method).__name__}.")
+        if module in blocks:
+            blocks[module] = in_block(model, module, attention_method(adapter.config), values)
+            continue
         old = modules[module]
-        if type(values) is not old.method.params_type:
-            raise ConfigError(f"parameters at {module!r} are a {type(values).__name__}, expected those of {type(old.method).__name__}.")
         for spec in old.method.spec(old.layer):
             value = getattr(values, spec.field)
             came = None if value is None else tuple(value.shape)
@@ -117,7 +128,7 @@ def update(
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
-    changed = replace(adapter, modules=modules, saved={**adapter.saved, **(saved or {})})
+    changed = replace(adapter, modules=modules, blocks=blocks, saved={**adapter.saved, **(saved or {})})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
 
 
@@ -132,6 +143,8 @@ def delete(model: Adapted, name: str) -> Adapted:
         return rest
     if rest.active_names:
         return trained(rest, rest.active_names)
+    if gone.blocks:  # HF: the one that came first of those left
+        return trained(replace(rest, active_names=tuple(left)[:1]), tuple(left)[:1])
     first = next((m for m in model.modules() if m in gone.modules or any(m in a.modules for a in left.values())), None)
     heirs = sorted(other for other, adapter in left.items() if first in adapter.modules)
     return trained(replace(rest, active_names=tuple(heirs[:1])), heirs[:1])
@@ -150,6 +163,23 @@ def weight_name(model: Adapted, module: str) -> str:
     if key is None:
         raise ConfigError(f"{module!r} has no parameter called weight, which an adapter could change.")
     return key
+
+
+def weight_in(model: Adapted, block: str) -> Array:
+    """A weight of an attention block, whose dtype its adapter has, of 16 bits too, as in HF."""
+    return model.frozen(parameters_below(model.base, block)[0])
+
+
+def attention_method(config: AdapterConfig) -> AttentionMethod[Any]:
+    assert isinstance(config.method, AttentionMethod)
+    return config.method
+
+
+def in_block(model: Adapted, name: str, method: AttentionMethod[Any], params: Any) -> AttentionAdapter:
+    """The adapter with these parameters, which must fit the block."""
+    block = model.modules()[name].block
+    assert block is not None
+    return AttentionAdapter(method, method.unpack(block.hidden_size, method.pack(params), where=name))
 
 
 def parameters_below(graph: Graph, module: str) -> list[str]:

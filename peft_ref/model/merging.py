@@ -28,6 +28,7 @@ from peft_ref.model.ties import Ties, changed_name, check_ties
 def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = False, ties: Ties = "refuse") -> Adapted:
     """`model` with these adapters merged, or the active ones. `ties` says what a merge into a tied weight does."""
     check_ties(ties)
+    model.refuse_attention("merge")
     if isinstance(names, str):
         raise ConfigError(f"names={names!r} is one name (HF PEFT refuses it too).\n  Give a list of names.")
     if not model.enabled:
@@ -50,11 +51,13 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
 
 def unmerge(model: Adapted) -> Adapted:
     """`model` with nothing merged."""
+    model.refuse_attention("unmerge")
     return replace(model, merged=Merged())
 
 
 def unload(model: Adapted) -> Adapted:
     """The model without adapters, its weights as they are now. The pristine ones are still in `base`."""
+    model.refuse_attention("unload")
     copies: Mapping[str, Array] = {k: v for n in model.active_names for k, v in model.adapters[n].saved.items() if _known(model, k)}
     bare = overlaid(model, model.merged.weights, model.merged.untied)
     ties = model.base.tied()

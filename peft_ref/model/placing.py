@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from peft_ref.attending import AttentionBlock, AttentionMethod
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
+from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
 from peft_ref.layers import Layer
-from peft_ref.model.adapted import Adapted
-from peft_ref.prompts import Prompt
+from peft_ref.model.adapted import NOTHING, Adapted
 
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
 MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
@@ -28,7 +29,8 @@ MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
 class Placed(NamedTuple):
     config: AdapterConfig
     layers: Mapping[str, Layer]  # the modules that get an adapter, in the model's order
-    saved: tuple[str, ...]  # the modules that are trained in full
+    saved: tuple[str, ...] = ()  # the modules that are trained in full
+    blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
 def bias_of(config: AdapterConfig) -> str:
@@ -38,13 +40,10 @@ def bias_of(config: AdapterConfig) -> str:
 def place(model: Adapted, config: AdapterConfig) -> Placed:
     """Where `config` sends an adapter of the model."""
     method, graph = config.method, model.base
+    if isinstance(method, AttentionMethod):
+        return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
-        where = (
-            "it goes before a model's inputs (peft_ref.splice)"
-            if isinstance(method, Prompt)
-            else "it adds to attention blocks: give it to a network as `Net.attention`"
-        )
-        raise ConfigError(f"{type(method).__name__} adapts no layer: {where}.")
+        raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
@@ -56,6 +55,18 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
     return Placed(config, layers, matched.saved)
+
+
+def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
+    """The blocks; nothing beside them is trained. The configuration then says what they end in, as in HF."""
+    if config.targets.modules_to_save or bias_of(config) != "none":
+        raise ConfigError(f"{method.peft_type} trains nothing beside it (HF PEFT's has no modules_to_save and no bias).\n  Leave them out.")
+    blocks = blocks_of(method, config.targets, graph)
+    method.dims()
+    ending = next(iter(blocks)).rpartition(".")[2]
+    if config.targets.target_modules is None:
+        config = replace(config, targets=replace(config.targets, target_modules=ending))
+    return Placed(config, {}, blocks=blocks)
 
 
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:

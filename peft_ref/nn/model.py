@@ -139,7 +139,9 @@ class Model(ABC):
         for name, part in self.parts().items():
             weight, bias = (f"{name}.{key}" if key in part.shapes else None for key in ("weight", "bias"))
             kind = OTHER if part.layer is None else part.layer.kind
-            found[name] = Module(name=name, kind=kind, layer=part.layer, weight=weight, bias=bias, class_name=part.class_name)
+            found[name] = Module(
+                name=name, kind=kind, layer=part.layer, weight=weight, bias=bias, class_name=part.class_name, block=part.block
+            )
         return found
 
     @final

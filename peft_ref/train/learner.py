@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.attending import add_params
+from peft_ref.attending import AttentionAdapter, AttentionMethod, add_params
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.methods.adalora import AdaLoRA
@@ -35,7 +35,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Trainable(NamedTuple):
     """All that is trained, or its gradient: a tree as the optimisers take it."""
 
-    adapters: Mapping[str, Any] = NOTHING  # module name -> the method's Params
+    adapters: Mapping[str, Any] = NOTHING  # the name of a module, or of an attention block -> the method's Params
     weights: Mapping[str, Array] = NOTHING  # of the base model, by parameter name: biases, modules_to_save
     prompt: Tensors = NOTHING
 
@@ -61,6 +61,7 @@ class Learner:
     model: Model
     net: Net  # frozen
     methods: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)  # by module
+    attention: Mapping[str, AttentionMethod[Any]] = field(default_factory=dict)  # by attention block
     prompt: Prompt | None = None
     task_type: str = "CAUSAL_LM"
     penalty: AdaLoRA | None = None  # the method that adds one
@@ -70,8 +71,9 @@ class Learner:
         if unknown := sorted(dropout.keys() - self.methods.keys()):
             raise KeyMismatchError(f"a dropout mask for {unknown[0]!r}, where there is no adapter.\n  There are {', '.join(self.methods)}.")
         adapters = {name: (Adapter(method, p.adapters[name], dropout.get(name)),) for name, method in self.methods.items()}
+        attention = {name: AttentionAdapter(method, p.adapters[name]) for name, method in self.attention.items()}
         weights = {**self.net.weights, **p.weights}
-        return replace(self.net, weights=weights, adapters=adapters, trainable=frozenset(p.weights))
+        return replace(self.net, weights=weights, adapters=adapters, attention=attention, trainable=frozenset(p.weights))
 
     def inputs_at(self, p: Trainable, batch: Batch) -> Inputs:
         """What the model receives: the batch's inputs, behind the prompt."""

@@ -106,6 +106,8 @@ CASES: Mapping[str, Case] = {
         {**N, "encoder_hidden_size": 5, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.0},
     ),
     "multitask": Case(peft.MultitaskPromptTuningConfig, {**N, "num_tasks": 2, "num_ranks": 2}),
+    "adaption prompt": Case(peft.AdaptionPromptConfig, {"adapter_len": 3, "adapter_layers": 2}),
+    "adaption prompt on gpt2": Case(peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 1}, "gpt2", accumulate=2),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
