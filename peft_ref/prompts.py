@@ -101,6 +101,10 @@ class Prompt(Method):
     def prompt_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
         """The gradient of every tensor, given that of the prompt."""
 
+    def projected(self, p: Tensors) -> Tensors:
+        """What is in the tensors once a prompt was made of them, where HF PEFT writes into them: what a training steps from."""
+        return p
+
     def differentiated(self, p: Tensors, ctx: Context) -> Callable[[Tensors], Array]:
         """The map of tensors whose derivative at `p` `prompt_vjp` is: `prompt`, unless something is held constant on purpose."""
         return lambda q: self.prompt(q, ctx)

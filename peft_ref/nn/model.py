@@ -55,6 +55,7 @@ class Inputs:
     token_type_ids: Array | None = None
     labels: Array | None = None  # -100 does not count
     label_weights: Array | None = None  # one for each label, and the loss is their weighted sum: what CPT asks of a decoder
+    input_type_mask: Array | None = None  # (batch, T), CPT's types of the tokens, which `with_prompt` takes and no model receives
     start_positions: Array | None = None  # (batch,), the answer's first token in question answering, and its last
     end_positions: Array | None = None
     past: Cache | None = None  # a cache, or a prefix: keys and values in front, one per layer
@@ -155,6 +156,8 @@ def embed(net: Net, name: str, inputs: Inputs) -> Array:
     """The tokens looked up in the module `name`, or the embeddings that were given."""
     if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
         raise ConfigError("a model needs input_ids or inputs_embeds, and not both.")
+    if inputs.input_type_mask is not None:
+        raise ConfigError("input_type_mask is given, and no prompt takes it: only CPT reads the types of tokens.\n  Leave it out.")
     return inputs.inputs_embeds if inputs.input_ids is None else net.apply(name, inputs.input_ids)
 
 

@@ -3,11 +3,13 @@
     L = sum over micro-batches k of  (n_k / N) loss_k     N = sum n_k,  n_k the number of labels that loss_k is the mean over
       + AdaLoRA's penalty, once
 
-So a step over micro-batches is the step over all of them as one batch, whatever the padding.
+So a step over micro-batches is the step over all of them as one batch, whatever the padding. CPT's labels are those that its prompt leaves,
+its own and the answers', and its loss is a weighted sum over their number, so the same n_k are right for it.
 
 HF      Trainer hands N on as num_items_in_batch, counted before PEFT puts a prompt in front. Then the first token has something before it
         that predicts it, and its loss is in the sum, but not in Trainer's N; here it is in both, as where the model takes the mean itself.
-        AdaLoRA's penalty is added by every forward, so HF counts it once for each micro-batch.
+        AdaLoRA's penalty is added by every forward, so HF counts it once for each micro-batch. CPT loses N and takes its own mean,
+        which Trainer then does not divide: there a step is over the sum of the micro-batches' means, as many times too much.
 """
 
 from __future__ import annotations
@@ -74,6 +76,10 @@ class Learner:
         attention = {name: AttentionAdapter(method, p.adapters[name]) for name, method in self.attention.items()}
         weights = {**self.net.weights, **p.weights}
         return replace(self.net, weights=weights, adapters=adapters, attention=attention, trainable=frozenset(p.weights))
+
+    def projected(self, p: Trainable) -> Trainable:
+        """These numbers as a prompt leaves them that was made of them: what a step starts from."""
+        return p if self.prompt is None else p._replace(prompt=self.prompt.projected(p.prompt))
 
     def inputs_at(self, p: Trainable, batch: Batch) -> Inputs:
         """What the model receives: the batch's inputs, behind the prompt."""

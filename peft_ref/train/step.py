@@ -54,9 +54,10 @@ def begin(recipe: Recipe, params: Trainable) -> State:
 
 def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch]) -> Stepped:
     """The state after one step over the micro-batches."""
-    loss, grads = learner.loss_vjp(state.params, batches)
+    start = learner.projected(state.params)
+    loss, grads = learner.loss_vjp(start, batches)
     clipped = (grads, global_norm(grads)) if recipe.max_grad_norm is None else clip_by_global_norm(grads, recipe.max_grad_norm)
-    optimizer, params = recipe.optimizer.update(state.optimizer, state.params, clipped[0], recipe.lr * recipe.factor(state.step))
+    optimizer, params = recipe.optimizer.update(state.optimizer, start, clipped[0], recipe.lr * recipe.factor(state.step))
     made, allocation = state.step + 1, state.allocation
     if learner.penalty is not None:
         allocation, adapters = allocator.after_step(learner.penalty, allocation, params.adapters, clipped[0].adapters, made)

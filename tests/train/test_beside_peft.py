@@ -71,6 +71,12 @@ SIZES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5ForConditionalGeneration", T5),
 }
 CAUSAL, N = "CAUSAL_LM", {"num_virtual_tokens": 3}
+CPT = {
+    "cpt_token_ids": [7, 3, 10, 5, 2, 9],
+    "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 8],
+    "opt_projection_epsilon": 2.0,
+    "opt_projection_format_epsilon": 8.0,
+}
 Q, R = ["q_proj", "v_proj", "down_proj"], {"r": 3, "lora_alpha": 7}
 
 
@@ -106,6 +112,10 @@ CASES: Mapping[str, Case] = {
         {**N, "encoder_hidden_size": 5, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.0},
     ),
     "multitask": Case(peft.MultitaskPromptTuningConfig, {**N, "num_tasks": 2, "num_ranks": 2}),
+    "cpt": Case(peft.CPTConfig, {**CPT, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.75}, accumulate=2),
+    "cpt without decay": Case(peft.CPTConfig, CPT),
+    "cartridge": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 1}),
+    "cartridge, none frozen": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 0}, accumulate=2),
     "adaption prompt": Case(peft.AdaptionPromptConfig, {"adapter_len": 3, "adapter_layers": 2}),
     "adaption prompt on gpt2": Case(peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 1}, "gpt2", accumulate=2),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
@@ -152,6 +162,8 @@ def example(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     labels = rng.integers(1, 17, (3, 5)) if case.model == "t5" else ids
     labels = np.where(rng.random(labels.shape) < 0.3, -100, labels)
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if case.config is peft.CPTConfig:  # of the example before the input, and the answers of two
+        return {**given, "input_type_mask": rng.choice([0, 1, 2, 3, 4, 4, 8, 8], (3, 6))}
     return given | ({"task_ids": np.asarray([1, 0, 1])} if case.config is peft.MultitaskPromptTuningConfig else {})
 
 
@@ -213,7 +225,7 @@ def compare(live: Any, training: Training, state: State) -> None:
     if training.learner.prompt is not None:
         theirs = {name: p.detach().numpy() for name, p in live.prompt_encoder["default"].named_parameters()}
         all_close(dict(state.params.prompt), theirs, CLOSE)
-    with warnings.catch_warnings():
+    with float64(), warnings.catch_warnings():  # saving projects CPT's once more
         warnings.simplefilter("ignore")
         saved = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
     got = {key: np.asarray(value) for key, value in all_tensors(file_of(training, state)).items()}
