@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft_ref.layers import Embedding as Embedding
     from peft_ref.layers import Layer as Layer
     from peft_ref.layers import Linear as Linear
-    from peft_ref.methods import *  # noqa: F403 - METHODS and every class in it, by `__all__` over there
+    from peft_ref.methods import *  # noqa: F403 - METHODS and every class in it
     from peft_ref.methods import method_class as method_class
     from peft_ref.methods import register_method as register_method
     from peft_ref.registry import PeftType as PeftType
@@ -53,23 +53,18 @@ _HOME = {
 }
 
 
-def _method_classes() -> dict[str, Any]:
-    from peft_ref.methods import METHODS
-
-    return {cls.__name__: cls for cls in METHODS.values()}
-
-
 def _load(name: str) -> Any:
-    if name == "__all__":  # for `from peft_ref import *`; a written list would be one more row for every method
-        return [*_HOME, "__version__", *_method_classes()]
     if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-    elif name[:1].isupper() and name in (classes := _method_classes()):  # a submodule's name is lower case: leave that to `import`
-        return classes[name]  # not kept: a registered class may be taken out again
-    else:
-        raise AttributeError(f"module 'peft_ref' has no attribute {name!r}. Its public names: peft_ref.__all__.")
-    globals()[name] = value
-    return value
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
+    if name == "__all__" or name[:1].isupper():  # a submodule's name is lower case: leave that to `import`
+        from peft_ref.methods import METHODS
+
+        if name == "__all__":  # for `from peft_ref import *`; a written list would be one more row for every method
+            return [*_HOME, "__version__", *METHODS.class_names]
+        if (cls := METHODS.class_called(name)) is not None:
+            return cls  # not kept: a registered class may be taken out again
+    raise AttributeError(f"module 'peft_ref' has no attribute {name!r}. Its public names: peft_ref.__all__.")
 
 
 def __dir__() -> list[str]:

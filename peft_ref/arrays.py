@@ -144,3 +144,43 @@ def sum_to(d: Array, shape: tuple[int, ...]) -> Array:
         if n == 1 and d.shape[axis] != 1:
             d = xp.sum(d, axis=axis, keepdims=True)
     return d
+
+
+def tile(V: Array, shape: tuple[int, int]) -> Array:
+    """`V` repeated along both axes and cut to `shape`: entry (i, j) is V[i mod rows, j mod columns]."""
+    xp = namespace(V)
+    for axis in (0, 1):
+        V = xp.concat([V] * -(-shape[axis] // V.shape[axis]), axis=axis) if shape[axis] > V.shape[axis] else V
+    return V[: shape[0], : shape[1]]
+
+
+def tile_vjp(d: Array, shape: tuple[int, int]) -> Array:
+    """The gradient of `tile` for a V of `shape`: the sum of all its copies."""
+    xp, (rows, columns) = namespace(d), shape
+    d = pad(pad(d, 0, 0, -d.shape[0] % rows), 1, 0, -d.shape[1] % columns)
+    d = xp.sum(xp.reshape(d, (d.shape[0] // rows, rows, d.shape[1])), axis=0)
+    return xp.sum(xp.reshape(d, (rows, d.shape[1] // columns, columns)), axis=1)
+
+
+def right_divide(Y: Array, M: Array) -> Array:
+    """X with X M = Y, for a stack of Y (..., n, r) and square M (..., r, r): elimination, each pivot the largest of its column."""
+    xp, r = namespace(Y, M), M.shape[-1]
+    left, right = xp.matrix_transpose(M), xp.matrix_transpose(Y)
+    rows = xp.arange(r, device=device(M))
+    for j in range(r):
+        sizes = xp.where(rows < j, -1 + 0 * left[..., j], abs(left[..., j]))
+        chosen = xp.expand_dims(xp.expand_dims(xp.argmax(sizes, axis=-1), axis=-1) == rows, axis=-1)
+        here = xp.expand_dims(rows == j, axis=-1)
+        column = left[..., j : j + 1]
+        pivot = xp.sum(xp.where(chosen, column, 0 * column), axis=-2, keepdims=True)
+        factors = xp.where(here, 0 * column, xp.where(chosen, column[..., j : j + 1, :], column))
+        left, right = (_eliminated(V, j, here, chosen, pivot, factors) for V in (left, right))
+    return xp.matrix_transpose(right)
+
+
+def _eliminated(V: Array, j: int, here: Array, chosen: Array, pivot: Array, factors: Array) -> Array:
+    """Rows j and `chosen` exchanged, row j divided by the pivot and taken `factors` times off every other."""
+    xp = namespace(V)
+    top = xp.sum(xp.where(chosen, V, 0 * V), axis=-2, keepdims=True)
+    row = top / pivot
+    return xp.where(here, row, xp.where(chosen, V[..., j : j + 1, :], V) - factors * row)

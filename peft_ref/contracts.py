@@ -41,7 +41,7 @@ class Key:
     """Where a parameter lives in a checkpoint: its key, its stored shape if that is not its shape, on which layer kinds.
 
     A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
-    for as many ones. `when` names the hyper-parameter that switches the parameter on.
+    for as many ones. `when` names what switches the parameter on: a hyper-parameter, or one of `dims` that depends on the layer.
     """
 
     key: str
@@ -82,8 +82,22 @@ class Method(ABC):
     """
 
     peft_type: ClassVar[str]
-    flag: ClassVar[str | None] = None  # the config switch that selects this class among those of one peft_type
+    flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
+    flag_value: ClassVar[bool | str] = True  # and what that key says: any true value, or this very text
     tuner_prefix: ClassVar[str]
+
+    @final
+    @classmethod
+    def switch(cls) -> str | None:
+        """How a configuration selects it, as text: "use_dora", "init_weights='bat'"; None for the plain method of its type."""
+        return cls.flag if cls.flag is None or cls.flag_value is True else f"{cls.flag}={cls.flag_value!r}"
+
+    @final
+    @classmethod
+    def is_selected(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration switches this class on; never for a plain method."""
+        value = None if cls.flag is None else config.get(cls.flag)
+        return bool(value) if cls.flag_value is True else bool(value == cls.flag_value)
 
 
 class WeightMethod(Method, Generic[P]):
@@ -91,6 +105,7 @@ class WeightMethod(Method, Generic[P]):
 
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
+    dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
     @abstractmethod
     def dims(self, layer: Layer) -> Mapping[str, int]:
@@ -139,13 +154,16 @@ class WeightMethod(Method, Generic[P]):
         letters = {"out": out, "in": n_in, "groups": layer.groups, "channels": layer.channels, **self.dims(layer)}
         specs = []
         for name, (shape, keys) in declared(self.params_type).items():
-            key = next((k for k in keys if layer.kind in k.kinds), None)
-            if key is None or (key.when is not None and not getattr(self, key.when)):
+            key = next((k for k in keys if layer.kind in k.kinds and self._is_on(k.when, letters)), None)
+            if key is None:
                 continue
             size = shape_of(shape, letters, ())
             stored = size if key.stored is None else shape_of(key.stored, letters, layer.kernel_size)
             specs.append(ParamSpec(name, key.key, size, stored))
         return tuple(specs)
+
+    def _is_on(self, when: str | None, letters: Mapping[str, int]) -> bool:
+        return when is None or bool(letters[when] if when in letters else getattr(self, when))
 
     @final
     def pack(self, layer: Layer, params: P) -> dict[str, Array]:

@@ -88,7 +88,7 @@ def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
 def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
     config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
-    return {**config, method.flag: True} if method.flag else config
+    return {**config, method.flag: method.flag_value} if method.flag else config
 
 
 # ---- JSON

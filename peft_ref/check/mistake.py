@@ -22,6 +22,7 @@ import numpy as np
 from peft_ref import stack
 from peft_ref.arrays import Array
 from peft_ref.check import tape
+from peft_ref.check.asked import Files, Fresh
 from peft_ref.check.attending import AttentionVariant
 from peft_ref.check.case import BACKWARD_OPERATIONS, Answer, Case, NDArray
 from peft_ref.check.oracle import Problem, answer, name_gradients, pose, solve
@@ -52,6 +53,8 @@ class Suite:
     mistakes: tuple[Mistake, ...]
     prompts: tuple[PromptVariant, ...] = ()  # what is asked of a method of prompts, which has no layers
     attention: tuple[AttentionVariant, ...] = ()  # what is asked of a method that adds to attention
+    fresh: Fresh | None = None  # how its fresh adapters start
+    files: Files | None = None  # what its configurations mean, under which keys it is saved
     cases: tuple[Case, ...] = ()  # questions that are about no layer
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 

@@ -18,20 +18,14 @@ import numpy as np
 from peft_ref.attending import AttentionMethod
 from peft_ref.check.attending_text import grade_blocks, right_added, right_blocks
 from peft_ref.check.case import Case, decode, encode, layer_from_json
+from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompt_saved import grade_saved, right_saved
 from peft_ref.check.prompt_sizes import grade_sizes, right_sizes
 from peft_ref.check.text_mistakes import KEY_MISTAKES, TARGET_MISTAKES, config_mistakes
 from peft_ref.errors import TargetError
 from peft_ref.files.adapter import AdapterModule, state_dict
-from peft_ref.files.config import AdapterConfig, from_dict
+from peft_ref.files.config import from_dict
 from peft_ref.methods import METHODS
-
-# What a module has of a method without rank and scale.
-MEANING: Mapping[str, tuple[str, ...]] = {
-    "HRA": ("r", "apply_GS"),
-    "OFT": ("r", "oft_block_size", "coft", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
-    "ROAD": ("variant", "group_size"),
-}
 
 
 def right_text(case: Case) -> dict[str, Any]:
@@ -40,7 +34,7 @@ def right_text(case: Case) -> dict[str, Any]:
         return _RIGHT_OF_PROMPTS[case.operation](case)
     if case.method in METHODS.attention and case.operation == "config":
         return right_blocks(case)
-    return _RIGHT[case.operation](case.question)
+    return right_config(case, case.question) if case.operation == "config" else _RIGHT[case.operation](case.question)
 
 
 def grade_text(case: Case, answer: Mapping[str, Any]) -> str:
@@ -59,20 +53,12 @@ def right_targets(question: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def right_config(question: Mapping[str, Any]) -> dict[str, Any]:
-    config = from_dict(question["adapter_config"])
-    return {"modules": {name: meaning(config, name) for name in question["modules"]}}
-
-
-def meaning(config: AdapterConfig, name: str) -> dict[str, Any]:
-    """What a configuration says about one module: its rank and scale, or what its method has instead."""
-    method = config.method_for(name)
-    if fields := MEANING.get(type(method).peft_type):
-        return {field: getattr(method, field) for field in fields}
-    scale, r = getattr(method, "scale", None), getattr(method, "r", None)
-    if scale is None:
-        return {"is_feedforward": getattr(method, "is_feedforward", False)}
-    return {"r": r, "scaling": scale}
+def right_config(case: Case, question: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says about each module: its rank and scale, or what its method has instead."""
+    files, config = SUITES[case.method].files, from_dict(question["adapter_config"])
+    assert files is not None
+    methods = {name: config.method_for(name) for name in question["modules"]}
+    return {"modules": {name: {word: getattr(method, held) for word, held in files.told.items()} for name, method in methods.items()}}
 
 
 def right_state_dict(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,13 +92,13 @@ def _grade_targets(case: Case, answer: Mapping[str, Any]) -> str:
 
 
 def _grade_config(case: Case, answer: Mapping[str, Any]) -> str:
-    right, got = right_config(case.question)["modules"], answer.get("modules")
+    right, got = right_config(case, case.question)["modules"], answer.get("modules")
     if not isinstance(got, dict):
         return 'the answer must hold "modules", an object of what each module has'
     if _same_meaning(right, got):
         return ""
     for name, (sentence, question) in config_mistakes(case.question).items():
-        if _same_meaning(right_config(question)["modules"], got):
+        if _same_meaning(right_config(case, question)["modules"], got):
             return f"{name}: {sentence}"
     for module, want in right.items():
         if not _same_meaning({module: want}, {module: got.get(module)}):
@@ -159,7 +145,6 @@ def _listed(what: str, names: list[str]) -> str:
 
 _RIGHT: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "targets": right_targets,
-    "config": right_config,
     "state_dict": right_state_dict,
 }
 _GRADE: dict[str, Callable[[Case, Mapping[str, Any]], str]] = {

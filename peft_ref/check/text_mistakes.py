@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeAlias
+
+from peft_ref.methods import METHODS
+from peft_ref.registry.complete import keys_of
 
 Question: TypeAlias = Mapping[str, Any]
 
@@ -53,6 +58,12 @@ TARGET_MISTAKES: dict[str, tuple[str, Callable[[Question], set[str]]]] = {
 }
 
 
+def _numerator(peft_type: str) -> tuple[str, Any]:
+    """What the numerator of the scale is called, and its default; nothing where there is no scale."""
+    fields = {f.name: f.default for cls in METHODS.siblings(peft_type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # as every method
+    return next(((name, fields[name]) for name in ("lora_alpha", "alpha") if name in fields), ("", None))
+
+
 def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     """For a question about a configuration, the questions that a port may have answered instead."""
     config = dict(question["adapter_config"])
@@ -60,7 +71,7 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     def asked(**changes: Any) -> Question:
         return {**question, "adapter_config": {**config, **changes}}
 
-    alpha = "alpha" if config.get("peft_type") in ("LOHA", "LOKR") else "lora_alpha"
+    alpha, default = _numerator(str(config.get("peft_type")))
     mistakes: dict[str, tuple[str, Question]] = {}
     if config.get("rank_pattern"):
         mistakes["rank-pattern-ignored"] = ("rank_pattern is not read", asked(rank_pattern={}))
@@ -68,10 +79,10 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
         mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
         mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
     rank = config.get("r", config.get("init_r"))
-    if alpha not in config and rank is not None:
+    if alpha and alpha not in config and rank is not None:
         for value, text in ((0, "0"), (1, "1"), (rank, "r"), (16, "16"), (32, "32")):
             mistakes[f"missing-alpha-default-{text}"] = (
-                f"a missing {alpha} is taken for {text}; its default is 8",
+                f"a missing {alpha} is taken for {text}; its default is {default}",
                 asked(**{alpha: value}),
             )
     if config.get("use_rslora"):
@@ -79,6 +90,12 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     if config.get("feedforward_modules"):
         mistakes["feedforward-ignored"] = ("feedforward_modules is not read", asked(feedforward_modules=[]))
     return mistakes
+
+
+@cache
+def _own_words() -> str:
+    """The first words of all methods' keys, as alternatives: after them PEFT keeps the adapter's name in memory."""
+    return "|".join(sorted({re.escape(key.partition(".")[0]) for cls in METHODS.values() for key in keys_of(cls)}))
 
 
 KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
@@ -89,12 +106,7 @@ KEY_MISTAKES: dict[str, tuple[str, Callable[[str, str], str]]] = {
     ),
     "adapter-name-in-key": (
         "the adapter's name stays in the keys; a saved file has none",
-        lambda key, name: re.sub(
-            r"(adaption_prompt|adaption_gate|lora_[ABE]|hada_w\d_[ab]|hra_u|oft_(?:embedding_)?R|road_(?:theta|alpha)|ia3_l|lora_embedding_[AB]|lora_magnitude_vector)",
-            rf"\1.{name}",
-            key,
-            count=1,
-        ),
+        lambda key, name: re.sub(rf"\.({_own_words()})(?=\.|$)", rf".\1.{name}", key, count=1),
     ),
     "weight-suffix-missing": ("the keys lack the ending .weight", lambda key, name: key.removesuffix(".weight")),
     "weight-suffix-added": ("bare parameters have no ending .weight", lambda key, name: key.removesuffix(".weight") + ".weight"),

@@ -41,6 +41,10 @@ LAYERS: dict[str, Layer] = {
     "conv2d-groups": Conv(in_channels=6, out_channels=10, kernel_size=(3, 2), stride=(1, 2), groups=2),
     "conv1d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2,), padding=(2,), dilation=(3,)),
     "linear-large": Linear(in_features=13, out_features=11),
+    "linear-both": Linear(in_features=8, out_features=12),
+    "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
+    "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), stride=(2,), padding=(1,)),
+    "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), padding=(1, 0)),
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
@@ -57,6 +61,10 @@ INPUTS: dict[str, tuple[int, ...]] = {
     "conv2d-groups": (2, 4, 5),
     "conv1d-dilation": (2, 7),
     "linear-large": (3, 2),
+    "linear-both": (2, 3),
+    "transposed-both": (2, 3),
+    "conv1d-both": (2, 5),
+    "conv2d-both": (2, 2, 4),
 }
 
 

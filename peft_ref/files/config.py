@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
-from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, switch_as_saved
+from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, start_as_saved, switch_as_saved
 from peft_ref.graph.patterns import pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
@@ -33,6 +33,7 @@ from peft_ref.prompts import Prompt
 DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
 
@@ -59,6 +60,8 @@ class AdapterConfig:
             where = "it goes before its inputs" if isinstance(self.method, Prompt) else "it adds to attention blocks, alike to all of them"
             raise ConfigError(f"{type(self.method).__name__} adapts no layer of a model: {where}.")
         p, names = self.patterns, field_names(type(self.method))
+        if self.method.peft_type in PATTERNS_UNREAD:
+            return self.method
         changes: dict[str, Any] = {}
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
@@ -125,9 +128,10 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
 def _split(data: Any, where: str) -> AdapterConfig:
     if not isinstance(data, Mapping) or not isinstance(data.get("peft_type"), str):
         raise ConfigError(f"{where} has no peft_type, the name of the method.\n  Built: {METHODS.names()}.")
-    flags = frozenset(cls.flag for cls in METHODS.siblings(data["peft_type"]))
+    siblings = METHODS.siblings(data["peft_type"])
+    flags = frozenset(cls.flag for cls in siblings)
     check(data, where, flags)
-    cls = method_class(data["peft_type"], [flag for flag in flags if flag is not None and data.get(flag)], where)
+    cls = method_class(data["peft_type"], [str(cls.switch()) for cls in siblings if cls.is_selected(data)], where)
     if issubclass(cls, Prompt) and cls.only_task not in (None, task := data.get("task_type")):
         raise ConfigError(f"{where}: {cls.__name__} with task_type={task!r}: it is for {cls.only_task} alone (HF PEFT refuses it too).")
     own = [name for name in field_names(cls) if name in data and name not in DERIVED]
@@ -144,7 +148,8 @@ def _split(data: Any, where: str) -> AdapterConfig:
             f"{where}: target_modules={targets.target_modules!r:.80} of {cls.peft_type}, which takes the last part of a name (HF PEFT finds"
             " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
         )
-    taken = {"peft_type", *flags, *own, *given, *field_names(Patterns)}
+    spoken = {c.flag for c in siblings if c.flag_value is True or c is cls}  # a text that selects nothing stays as it is
+    taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,
         targets=targets,
@@ -156,12 +161,18 @@ def _split(data: Any, where: str) -> AdapterConfig:
 def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
     if name == "init_lora_weights" and cls.peft_type == "LORA":
         return init_as_saved(value, where)
-    return switch_as_saved(value) if get_type_hints(cls)[name] is bool else value
+    hint = get_type_hints(cls)[name]
+    if hint == bool | str and name == "init_weights":
+        return start_as_saved(value, cls.peft_type)
+    return switch_as_saved(value) if hint is bool else value
 
 
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
-    switches = {other.flag: other is cls for other in METHODS.values() if other.peft_type == cls.peft_type and other.flag}
+    family = [other for other in METHODS.values() if other.peft_type == cls.peft_type]
+    switches: dict[str, Any] = {other.flag: other is cls for other in family if other.flag and other.flag_value is True}
+    if cls.flag:
+        switches[cls.flag] = cls.flag_value
     fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets

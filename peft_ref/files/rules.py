@@ -47,11 +47,10 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
         "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
-    "LOHA": {"use_effective_conv2d": "use_effective_conv2d factorises the kernel"},
 }
 
-PATTERNED = ("LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
-BIASED = ("HRA", "LORA", "OFT")  # whose frozen biases may be trained
+PATTERNED = ("HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+BIASED = ("GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {
@@ -76,6 +75,15 @@ def init_as_saved(init: Any, where: str) -> Any:
         return "pissa"
     lower = init.lower() if init.lower() in INITS_OF_ANY_CASE else init
     return INITS_AS_SAVED.get(lower, lower)
+
+
+def start_as_saved(init: Any, kind: str) -> Any:
+    """What an `init_weights` that may be a name means."""
+    if init is None or init == 0 or init == "":
+        return False
+    if kind == "HIRA":  # it asks whether the value is True, and takes any other for a name, in any case
+        return init.lower() if isinstance(init, str) and init.lower() == "gaussian" else init
+    return switch_as_saved(init)
 
 
 def switch_as_saved(value: Any) -> Any:

@@ -1,61 +1,74 @@
-"""Every method, one file each, and the table of them, which `register_method` opens to methods of other packages (peft_ref/registry)."""
+"""Every method, one file each, and the table of them, which `register_method` opens to methods of other packages (peft_ref/registry).
+
+A method's file is imported when it is first asked for: 45 of them would make every import slow.
+"""
 
 from __future__ import annotations
 
-from peft_ref.contracts import Method
-from peft_ref.methods.adalora import AdaLoRA
-from peft_ref.methods.adaption_prompt import AdaptionPrompt
-from peft_ref.methods.cartridge import Cartridge
-from peft_ref.methods.cpt import CPT
-from peft_ref.methods.dora import DoRA
-from peft_ref.methods.hra import HRA
-from peft_ref.methods.ia3 import IA3
-from peft_ref.methods.loha import LoHa
-from peft_ref.methods.lora import LoRA
-from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning
-from peft_ref.methods.oft import OFT
-from peft_ref.methods.p_tuning import PTuning
-from peft_ref.methods.prefix_tuning import PrefixTuning
-from peft_ref.methods.prompt_tuning import PromptTuning
-from peft_ref.methods.road import RoAd
+from typing import TYPE_CHECKING, Any
+
 from peft_ref.registry import Registry
 
-_BUILT: dict[str, type[Method]] = {
-    "adalora": AdaLoRA,
-    "adaption_prompt": AdaptionPrompt,
-    "cartridge": Cartridge,
-    "cpt": CPT,
-    "dora": DoRA,
-    "hra": HRA,
-    "ia3": IA3,
-    "loha": LoHa,
-    "lora": LoRA,
-    "multitask_prompt_tuning": MultitaskPromptTuning,
-    "oft": OFT,
-    "p_tuning": PTuning,
-    "prefix_tuning": PrefixTuning,
-    "prompt_tuning": PromptTuning,
-    "road": RoAd,
-}
+if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
+    from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.cartridge import Cartridge as Cartridge
+    from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.gralora import GraLoRA as GraLoRA
+    from peft_ref.methods.hira import HiRA as HiRA
+    from peft_ref.methods.hra import HRA as HRA
+    from peft_ref.methods.ia3 import IA3 as IA3
+    from peft_ref.methods.loha import LoHa as LoHa
+    from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
+    from peft_ref.methods.lokr import LoKr as LoKr
+    from peft_ref.methods.lora import LoRA as LoRA
+    from peft_ref.methods.miss import MiSS as MiSS
+    from peft_ref.methods.miss_bat import MiSSBat as MiSSBat
+    from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
+    from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
+    from peft_ref.methods.oft import OFT as OFT
+    from peft_ref.methods.p_tuning import PTuning as PTuning
+    from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
+    from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.road import RoAd as RoAd
 
-METHODS = Registry(_BUILT)  # an ordinary mapping to whoever reads it
+METHODS = Registry(  # an ordinary mapping to whoever reads it
+    {
+        "adalora": "AdaLoRA",
+        "adaption_prompt": "AdaptionPrompt",
+        "cartridge": "Cartridge",
+        "cpt": "CPT",
+        "dora": "DoRA",
+        "gralora": "GraLoRA",
+        "hira": "HiRA",
+        "hra": "HRA",
+        "ia3": "IA3",
+        "loha": "LoHa",
+        "loha_effective": "LoHaEffective",
+        "lokr": "LoKr",
+        "lora": "LoRA",
+        "miss": "MiSS",
+        "miss_bat": "MiSSBat",
+        "miss_mini": "MiSSMini",
+        "multitask_prompt_tuning": "MultitaskPromptTuning",
+        "oft": "OFT",
+        "p_tuning": "PTuning",
+        "prefix_tuning": "PrefixTuning",
+        "prompt_tuning": "PromptTuning",
+        "road": "RoAd",
+    }
+)
 register_method, method_class = METHODS.register, METHODS.method_class
 
-__all__ = [
-    "CPT",
-    "HRA",
-    "IA3",
-    "METHODS",
-    "OFT",
-    "AdaLoRA",
-    "AdaptionPrompt",
-    "Cartridge",
-    "DoRA",
-    "LoHa",
-    "LoRA",
-    "MultitaskPromptTuning",
-    "PTuning",
-    "PrefixTuning",
-    "PromptTuning",
-    "RoAd",
-]
+
+def _load(name: str) -> Any:
+    if name == "__all__":
+        return ["METHODS", *METHODS.class_names]
+    if (cls := METHODS.class_called(name)) is None:
+        raise AttributeError(f"module 'peft_ref.methods' has no attribute {name!r}. Methods: {', '.join(METHODS.class_names)}.")
+    return cls
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would take every misspelt name for a method
+    __getattr__ = _load

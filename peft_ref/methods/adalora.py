@@ -62,6 +62,7 @@ class AdaLoRA(LowRank[Params]):
     tuner_prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
         if self.init_r <= 0:

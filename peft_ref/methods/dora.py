@@ -59,6 +59,7 @@ class DoRA(Reweight[Params]):
     flag: ClassVar[str | None] = "use_dora"
     tuner_prefix: ClassVar[str] = "lora_"
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
         check_rank(self)

@@ -10,7 +10,7 @@ A fresh W2b is zero, so a fresh adapter changes nothing.  The rank of the delta 
 
 Paper   FedPara: Hyeon-Woo et al. 2021, arXiv:2108.06098; the name and the form are LyCORIS's
 HF      peft.LoHaConfig, on linear layers and 1-d and 2-d convolutions. The start differs from LyCORIS on purpose: all four
-        uniform within 1/sqrt(columns), but for W2b. use_effective_conv2d is a parametrisation of its own, and not built yet.
+        uniform within 1/sqrt(columns), but for W2b. With use_effective_conv2d it is LoHaEffective.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class LoRA(LowRank[Params]):
     peft_type: ClassVar[str] = "LORA"
     tuner_prefix: ClassVar[str] = "lora_"
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
         check_rank(self)

@@ -84,6 +84,8 @@ def _class_variables(cls: type[Any]) -> list[str]:
         found.append(f"tuner_prefix={cls.tuner_prefix!r}: lower-case letters, ending with an underscore, like 'mine_'")
     if not (cls.flag is None or (isinstance(cls.flag, str) and cls.flag.isidentifier())):
         found.append(f"flag={cls.flag!r}: None, or the name of a switch in the config")
+    if cls.flag_value is not True and not isinstance(cls.flag_value, str):
+        found.append(f"flag_value={cls.flag_value!r}: True, or the text that the switch says")
     if issubclass(cls, Prompt):
         keys = cls.file_keys
         if not keys or not all(isinstance(key, str) and not key.startswith("base_model.") for key in keys):

@@ -10,6 +10,7 @@ first configuration is read and by the command line: never by an import.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
 from typing import Any, TypeVar, final
 
 from peft_ref.attending import AttentionMethod
@@ -28,13 +29,18 @@ M = TypeVar("M", bound=Method)
 class Registry(Mapping[str, type[Method]]):
     """Methods by name, in alphabetical order."""
 
-    def __init__(self, built: Mapping[str, type[Method]]) -> None:
+    def __init__(self, built: Mapping[str, str]) -> None:
+        """`built` says the class of every method that comes with the package: {"lora": "LoRA"} is LoRA in peft_ref/methods/lora.py."""
         self._built = dict(built)
         self._registered: dict[str, type[Method]] = {}
         self._discovered: tuple[str, ...] | None = None
 
     def __getitem__(self, name: str) -> type[Method]:
-        return self._registered[name] if name in self._registered else self._built[name]
+        if name in self._registered:
+            return self._registered[name]
+        class_name = self._built[name]
+        cls: type[Method] = getattr(import_module(f"peft_ref.methods.{name}"), class_name)
+        return cls
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted([*self._built, *self._registered]))
@@ -49,6 +55,17 @@ class Registry(Mapping[str, type[Method]]):
     def registered(self) -> frozenset[str]:
         """The names that did not come with the package."""
         return frozenset(self._registered)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes' names, without importing one."""
+        return tuple(sorted([*self._built.values(), *(cls.__name__ for cls in self._registered.values())]))
+
+    def class_called(self, class_name: str) -> type[Method] | None:
+        """The class of that name, built in or registered; no other is imported for it."""
+        if (name := next((n for n, c in self._built.items() if c == class_name), None)) is not None:
+            return self[name]
+        return next((cls for cls in self._registered.values() if cls.__name__ == class_name), None)
 
     @property
     def weights(self) -> dict[str, type[WeightMethod[Any]]]:
@@ -79,7 +96,7 @@ class Registry(Mapping[str, type[Method]]):
         del self._registered[name]
 
     def method_class(self, peft_type: str, flags: Collection[str] = (), where: str = "") -> type[Method]:
-        """The class for a peft_type and the switches that are on, such as ("LORA", {"use_dora"}).
+        """The class for a peft_type and the switches that are on, such as ("LORA", {"use_dora"}) or ("MISS", {"init_weights='bat'"}).
 
         Raises `ConfigError` where it is not built here, which lists what is.
         """
@@ -87,12 +104,12 @@ class Registry(Mapping[str, type[Method]]):
         siblings = self.siblings(peft_type)
         if not siblings:
             raise ConfigError(f"{at}{self._absent(peft_type)}")
-        if unknown := sorted(set(flags) - {str(cls.flag) for cls in siblings}):
+        if unknown := sorted(set(flags) - {str(cls.switch()) for cls in siblings}):
             raise ConfigError(f"{at}{peft_type} with {' and '.join(unknown)} is not built here.\n  Built: {self.names()}.")
         if len(flags) > 1:
             raise ConfigError(f"{at}{' and '.join(sorted(flags))} are both on, which no method here is.\n  Switch one off.")
         wanted = next(iter(flags), None)
-        if (found := next((cls for cls in siblings if cls.flag == wanted), None)) is None:
+        if (found := next((cls for cls in siblings if cls.switch() == wanted), None)) is None:
             raise ConfigError(f"{at}plain {peft_type} is not built here.\n  Built: {self.names()}.")
         return found
 
@@ -103,7 +120,7 @@ class Registry(Mapping[str, type[Method]]):
 
     def names(self) -> str:
         """What is built, as adapter_config.json says it: "IA3, LOHA, LORA, LORA with use_dora"."""
-        return ", ".join(sorted(cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}" for cls in self.values()))
+        return ", ".join(sorted(cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.switch()}" for cls in self.values()))
 
     def discover(self) -> tuple[str, ...]:
         """Register what installed packages announce, once; returns what did not work, one sentence each."""
@@ -135,8 +152,8 @@ class Registry(Mapping[str, type[Method]]):
         theirs = {c: c.peft_type for c in self.values()}
         if twin := next((c for c in theirs if c.__name__ == cls.__name__), None):
             refuse(f"the class name {cls.__name__} is taken, by {twin.__module__}", "Rename the class: it becomes peft_ref's attribute.")
-        if twin := next((c for c in theirs if (c.peft_type, c.flag) == (cls.peft_type, cls.flag)), None):
-            mine = cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.flag}"
+        if twin := next((c for c in theirs if (c.peft_type, c.switch()) == (cls.peft_type, cls.switch())), None):
+            mine = cls.peft_type if cls.flag is None else f"{cls.peft_type} with {cls.switch()}"
             refuse(f"peft_type {mine} is taken, by {twin.__name__}", "Take another peft_type, or a flag that a config can switch on.")
         others = [c for c, kind in theirs.items() if not _related(kind, cls.peft_type)]
         for c in others:

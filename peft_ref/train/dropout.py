@@ -1,6 +1,7 @@
 """Dropout masks drawn by a NumPy generator, for a batch of a model whose modules all see (batch, T, in).
 
-HF      draws anew at every forward: lora_dropout on what enters an adapter, encoder_dropout between the layers of P-tuning's LSTM
+HF      draws anew at every forward: lora_dropout, or what a method calls it, on what enters an adapter; encoder_dropout between the
+        layers of P-tuning's LSTM
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from peft_ref.prompts import Context
 from peft_ref.stack import Dropout
 from peft_ref.train.learner import Batch, Learner, context_of
 
-PROBABILITY = "lora_dropout"
-
 
 def with_dropout(learner: Learner, batch: Batch, rng: np.random.Generator, like: Array) -> Batch:
     """`batch` with fresh masks in `like`'s library, where the methods ask for dropout."""
     ids = batch.inputs.input_ids
     masks: dict[str, Dropout] = {}
     for name, method in learner.methods.items():
-        p, layer = float(getattr(method, PROBABILITY, 0.0)), learner.net.layers[name]
+        p, layer = 0.0 if method.dropout is None else float(getattr(method, method.dropout)), learner.net.layers[name]
         if p > 0 and layer.kind != "embedding" and ids is not None:
             masks[name] = Dropout(_drawn(rng, (*ids.shape, layer.fan_in), p, like), p)
     return replace(batch, dropout=masks, context=_of_encoder(learner, batch, rng, like))

@@ -17,6 +17,7 @@ from peft_ref.check.exact import Exact, Undecided, as_exact, exact_array
 from peft_ref.check.oracle import exact_answer, pose, right_answer
 from peft_ref.check.tolerance import PRECISION, compare, expect
 from tests.check.honest.arithmetic import DTYPES, ORDERS, Arithmetic
+from tests.methods import facts
 
 Host = np.ndarray[Any, Any]
 NARROW = ("float32", "float16", "bfloat16")
@@ -132,6 +133,7 @@ def _operator(name: str) -> Any:
 
 for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__"):
     setattr(Rational, _name, _operator(_name))
+Rational.__pos__ = lambda self: self  # type: ignore[method-assign]
 Rational.__neg__ = lambda self: Rational(-Fraction(self))  # type: ignore[method-assign]
 Rational.__abs__ = lambda self: Rational(abs(Fraction(self)))  # type: ignore[method-assign]
 
@@ -150,8 +152,10 @@ def _transcends(case: Case) -> bool:
     encodes = case.operation != "splice" and not config.get("inference_mode")
     through_tanh = config.get("prefix_projection") or config.get("encoder_reparameterization_type") == "LSTM"
     return (
-        case.method in ("dora", "hra", "adaption_prompt")
+        case.method == "adaption_prompt"
+        or facts(case.method).irrational
         or case.operation == "aux_loss"
+        or bool(config.get("coft"))
         or bool(encodes and (through_tanh or case.method == "cpt"))
     )
 

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from peft_ref.check.case import Case
-
-Host: TypeAlias = Any  # an array
-Draw = dict[str, Host]
-Wrong = Callable[[Case, Draw, np.random.Generator], Draw]
-
-
-def _key(draw: Draw, part: str) -> str:
-    return next(k for k in draw if part in k)
-
-
-def replaced(part: str, number: Callable[[Case, Host, np.random.Generator], Host]) -> Wrong:
-    """The tensor whose key has `part`, drawn otherwise."""
-
-    def wrong(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
-        key = _key(draw, part)
-        return {**draw, key: number(case, draw[key], rng)}
-
-    return wrong
+from peft_ref.methods import METHODS
+from tests.methods import facts
+from tests.methods.wrong import Draw, Host, Wrong, key_with, replaced
 
 
 def fan_in(case: Case) -> int:
@@ -48,12 +33,12 @@ def no_base_sent(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
 
 
 def swapped(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
-    a, b = _key(draw, "_A"), _key(draw, "_B")
+    a, b = key_with(draw, "_A"), key_with(draw, "_B")
     return {**draw, a: rng.normal(size=draw[a].shape), b: np.zeros_like(draw[b])}
 
 
 def singular_values_in_B(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
-    a, b = _key(draw, "_A"), _key(draw, "_B")
+    a, b = key_with(draw, "_A"), key_with(draw, "_B")
     root = np.linalg.norm(draw[a], axis=1)
     return {**draw, a: draw[a] / root[:, None], b: draw[b] * root}
 
@@ -61,13 +46,13 @@ def singular_values_in_B(case: Case, draw: Draw, rng: np.random.Generator) -> Dr
 def scale_not_taken_out(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
     """B A is the best part of W, instead of s B A."""
     s = case.adapters[0].config["lora_alpha"] / rank(case)
-    a, b = _key(draw, "_A"), _key(draw, "_B")
+    a, b = key_with(draw, "_A"), key_with(draw, "_B")
     return {**draw, a: draw[a] * math.sqrt(s), b: draw[b] * math.sqrt(s)}
 
 
 def orthogonal_apart(case: Case, draw: Draw, rng: np.random.Generator) -> Draw:
     """A and B each orthogonal, and not to each other."""
-    a, b = _key(draw, "_A"), _key(draw, "_B")
+    a, b = key_with(draw, "_A"), key_with(draw, "_B")
     return {**draw, a: np.linalg.qr(rng.normal(size=draw[a].shape[::-1]))[0].T, b: np.linalg.qr(rng.normal(size=draw[b].shape))[0]}
 
 
@@ -322,16 +307,7 @@ WRONG: dict[str, tuple[str, Wrong, str]] = {
     "words moved at once": ("cpt.init-words", replaced("delta", lambda c, v, rng: rng.normal(size=v.shape)), "init-words-moved"),
     "the first words for the words": ("cpt.init-words", words_at(lambda c, rng: range(3)), "init-token-ids: the rows are the first"),
     "words drawn": ("cpt.init-words", words_at(lambda c, rng: rng.integers(0, 9, 3)), "init-token-ids: the rows are not"),
-    "HRA's vectors not in pairs": (
-        "hra.linear.init-default-r-4",
-        replaced("hra_u", lambda c, v, rng: rng.uniform(-1, 1, v.shape) / math.sqrt(2)),
-        "init-not-in-pairs",
-    ),
-    "HRA's vectors of the bound of all columns": (
-        "hra.linear.init-default-r-4",
-        replaced("hra_u", lambda c, v, rng: v / math.sqrt(2)),
-        "init-wrong-law",
-    ),
     "IA3 zeros": ("ia3.linear.init-default", replaced("ia3_l", lambda c, v, rng: v * 0), "ia3-init-not-one"),
     "IA3 nearly one": ("ia3.linear.init-default-feedforward", replaced("ia3_l", lambda c, v, rng: v * 1.25), "ia3-init-not-one"),
+    **{label: row for name in METHODS for label, row in facts(name).wrong_starts.items()},
 }

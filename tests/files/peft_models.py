@@ -17,7 +17,9 @@ transformers = pytest.importorskip("transformers")
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.files.adapter import FILES, AdapterModule  # noqa: E402
 from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
+from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
+from tests.methods import facts  # noqa: E402
 
 nn = torch.nn
 
@@ -79,17 +81,6 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     # PEFT keeps LoHa's scale as a float32, so only a dyadic one can be compared in float64
     "loha": (Net, lambda: peft.LoHaConfig(r=4, alpha=6, rank_pattern={"q": 2}, target_modules=["q", "up", "conv1", "conv2"])),
     "loha conv of one": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.LoHaConfig(r=4, target_modules=["c"])),
-    "hra": (Net, lambda: peft.HRAConfig(r=3, target_modules=["q", "up"], modules_to_save=["head"])),
-    "hra conv": (
-        lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 2)}),
-        lambda: peft.HRAConfig(r=2, apply_GS=True, init_weights=False, target_modules=["c"]),
-    ),
-    "oft": (Net, lambda: peft.OFTConfig(oft_block_size=3, target_modules=["q", "up", "table"], modules_to_save=["head"])),
-    "oft by number": (Net, lambda: peft.OFTConfig(r=3, oft_block_size=0, use_cayley_neumann=False, target_modules=["q"], bias="all")),
-    "oft conv": (lambda: nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)}), lambda: peft.OFTConfig(oft_block_size=2, target_modules=["c"])),
-    "oft shared": (Net, lambda: peft.OFTConfig(oft_block_size=3, block_share=True, target_modules=["q"])),
-    "road": (Net, lambda: peft.RoadConfig(group_size=2, target_modules=["q"], modules_to_save=["head"])),
-    "road four": (Net, lambda: peft.RoadConfig(variant="road_4", group_size=10, target_modules=["q"])),
     "ia3": (
         Net,
         lambda: peft.IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"], modules_to_save=["head"]),
@@ -103,6 +94,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "llama embeddings": (llama, lambda: peft.LoraConfig(target_modules=["embed_tokens", "lm_head", "q_proj"])),
     "llama tied": (lambda: llama(tie_word_embeddings=True), lambda: peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True)),
     "classifier": (classifier, lambda: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])),
+    **{label: (base or Net, config) for name in METHODS for label, (base, config) in facts(name).models.items()},
 }
 
 

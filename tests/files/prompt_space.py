@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.files.config_space import NUMBERS, SWITCH
+from tests.methods.config_words import NUMBERS, SWITCH
 
 # Files that the tests make, under the names that a configuration calls them by.
 TOKENIZER, SOURCE, PICKLED, NOWHERE = "tokenizer", "source.safetensors", "source.bin", "nowhere.safetensors"

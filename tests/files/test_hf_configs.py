@@ -25,7 +25,7 @@ from peft_ref.files.rules import TASK_TYPES, field_names  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from tests.files.peft_models import Net, random_peft_config  # noqa: E402
-from tests.required import REQUIRED  # noqa: E402
+from tests.methods import facts  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
 nn = torch.nn
@@ -35,8 +35,8 @@ nn = torch.nn
 def test_an_absent_key_has_peft_s_default(name: str) -> None:
     method = METHODS[name]
     theirs = getattr(peft, CONFIG_NAMES[method.peft_type])
-    needed = {**REQUIRED.get(name, {}), **({"task_type": "CAUSAL_LM"} if name == "cpt" else {})}
-    ours = from_dict({"peft_type": method.peft_type, **needed, **({method.flag: True} if method.flag else {})})
+    needed = {**facts(name).required, **({"task_type": "CAUSAL_LM"} if name == "cpt" else {})}
+    ours = from_dict({"peft_type": method.peft_type, **needed, **({method.flag: method.flag_value} if method.flag else {})})
     default = theirs(**needed)
     for field in field_names(method):
         if field not in DERIVED:

@@ -27,9 +27,10 @@ from peft_ref.files.config import flatten, from_dict, parse, render  # noqa: E40
 from peft_ref.files.safetensors import open_file, serialize  # noqa: E402
 from peft_ref.methods.cpt import DELTA  # noqa: E402
 from peft_ref.prompts import EMBEDDING, Prompt, Sources  # noqa: E402
-from tests.files.config_space import Difference, explained  # noqa: E402
+from tests.files.config_space import explained  # noqa: E402
 from tests.files.prompt_models import base  # noqa: E402
 from tests.files.prompt_space import PICKLED, SOURCE, STARTS, TOKENIZER, every_single_prompt_change, random_prompt_config  # noqa: E402
+from tests.methods.facts import Difference  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("quiet")]
 RANDOM = 450

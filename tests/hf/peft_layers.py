@@ -13,7 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.methods import METHODS
 from peft_ref.stack import Adapter
+from tests.methods import facts
+from tests.methods.facts import Facts
 
 LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=5, out_features=7),
@@ -26,6 +29,10 @@ LAYERS: dict[str, Layer] = {
     "conv2d-pointwise": Conv(in_channels=6, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
     "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
+    "linear-both": Linear(in_features=8, out_features=12),
+    "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
+    "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), padding=(1,)),
+    "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), stride=(2, 1)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
 }
 INPUTS = {
@@ -39,6 +46,10 @@ INPUTS = {
     "conv2d-pointwise": (2, 6, 7, 4),
     "conv2d-groups": (2, 4, 5, 6),
     "conv2d-dilation": (2, 3, 8, 7),
+    "linear-both": (2, 3, 8),
+    "transposed-both": (2, 3, 8),
+    "conv1d-both": (2, 6, 5),
+    "conv2d-both": (2, 6, 4, 5),
     "conv3d": (2, 2, 4, 3, 5),
 }
 
@@ -53,6 +64,10 @@ class Pair(NamedTuple):
     b: np.ndarray[Any, Any] | None
     adapters: list[Adapter]
     parameters: list[dict[str, Any]]  # per adapter: torch parameter by checkpoint key
+
+
+def own_facts(method: WeightMethod[Any]) -> Facts:
+    return next(facts(name) for name, cls in METHODS.weights.items() if cls is type(method))
 
 
 def torch_layer(layer: Layer, bias: bool) -> torch.nn.Module:
@@ -105,11 +120,7 @@ def pair(
         for spec in method.spec(layer):
             assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
             parameter = _parameter(model, spec.key, name)
-            values = rng.normal(size=spec.stored_shape)
-            if spec.field == "R":
-                values = values / 8  # OFT's series is nearly orthogonal only near zero
-            if spec.field in ("m", "l"):
-                values = np.abs(values) + 0.5
+            values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             parameter.data = torch.tensor(values).reshape(parameter.shape)
             parameter.requires_grad_(True)
             tensors[spec.key], own[spec.key] = values, parameter

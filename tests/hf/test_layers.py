@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from typing import Any
 
@@ -14,59 +13,23 @@ peft = pytest.importorskip("peft")
 from peft_ref import stack  # noqa: E402
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.errors import UnsupportedLayerError  # noqa: E402
-from peft_ref.methods import HRA, IA3, METHODS, OFT, AdaLoRA, DoRA, LoHa, LoRA, RoAd  # noqa: E402
+from peft_ref.methods import METHODS, AdaLoRA, LoRA  # noqa: E402
 from peft_ref.stack import Dropout  # noqa: E402
-from tests.hf.peft_layers import INPUTS, LAYERS, Pair, pair  # noqa: E402
+from tests.hf.peft_layers import INPUTS, LAYERS, Pair, own_facts, pair  # noqa: E402
+from tests.methods import facts  # noqa: E402
 
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-12  # relative to the largest number of the array
 
-SETTINGS: dict[str, WeightMethod[Any]] = {
-    "lora": LoRA(r=4, lora_alpha=6, init_lora_weights=False),
-    "lora-rslora": LoRA(r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False),
-    "lora-bias": LoRA(r=4, lora_alpha=6, lora_bias=True, init_lora_weights=False),
-    "dora": DoRA(r=4, lora_alpha=6),
-    "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True),
-    "adalora": AdaLoRA(init_r=4, lora_alpha=6, total_step=10),
-    "adalora-alpha-zero": AdaLoRA(init_r=4, lora_alpha=0, total_step=10),
-    "loha": LoHa(r=4, alpha=6, init_weights=False),
-    "hra": HRA(r=4),
-    "hra-odd": HRA(r=3),
-    "hra-orthogonal": HRA(r=4, apply_GS=True),
-    **{f"road-{n}": RoAd(variant=f"road_{n}", group_size=4) for n in (1, 2, 4)},
-    "oft": OFT(oft_block_size=5),
-    "oft-two": OFT(oft_block_size=2),
-    "oft-r": OFT(r=3, oft_block_size=0, num_cayley_neumann_terms=3),
-    "oft-solved": OFT(oft_block_size=5, use_cayley_neumann=False),
-    "oft-shared": OFT(oft_block_size=2, block_share=True, num_cayley_neumann_terms=7),
-    "oft-coft": OFT(oft_block_size=6, coft=True, eps=0.5, block_share=True),
-    "road-pairs": RoAd(group_size=2),
-    "ia3": IA3(),
-    "ia3-feedforward": IA3(is_feedforward=True),
-}
-# Where PEFT 0.21.2 itself crashes: LoRA's A is built without the layer's dilation.
-CRASHES = {(name, "conv2d-dilation") for name in SETTINGS if name.startswith(("lora", "dora"))}
+SETTINGS: dict[str, WeightMethod[Any]] = {label: m for name in METHODS.weights for label, m in facts(name).settings.items()}
+CRASHES = {(label, layer) for name in METHODS.weights for label in facts(name).settings for layer in facts(name).crashes}
 
 
 def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
     """PEFT's configuration of the same hyper-parameters."""
-    values = dataclasses.asdict(method)  # type: ignore[call-overload]
-    if isinstance(method, IA3):
-        targets = {"target_modules": ["target"], "feedforward_modules": ["target"] if method.is_feedforward else []}
-        return peft.IA3Config(**targets, init_ia3_weights=method.init_ia3_weights)
-    cls = {
-        "ADALORA": peft.AdaLoraConfig,
-        "LORA": peft.LoraConfig,
-        "LOHA": peft.LoHaConfig,
-        "HRA": peft.HRAConfig,
-        "ROAD": peft.RoadConfig,
-        "OFT": peft.OFTConfig,
-    }[method.peft_type]
-    values.pop("live_r", None)
-    switch = {method.flag: True} if method.flag else {}
-    if dropout:
-        values["lora_dropout"] = dropout
-    return cls(target_modules=["target"], **values, **switch)
+    cls: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
+    more = {method.dropout: dropout} if dropout else {}
+    return cls(target_modules=["target"], **{**own_facts(method).peft_options(method), **more})
 
 
 def supported() -> list[tuple[str, str]]:
@@ -109,7 +72,7 @@ def check_forward_and_gradients(p: Pair, x: Any, dy: Any) -> None:
     if tx.is_floating_point():
         tx.requires_grad_(True)
     y = p.model(tx)
-    if isinstance(p.adapters[0].method, OFT) and p.layer.kind != "embedding":  # OFT-Q3
+    if own_facts(p.adapters[0].method).chained_backwards(p.layer):
         p = p._replace(adapters=p.adapters[::-1], parameters=p.parameters[::-1])
     y.backward(torch.tensor(dy))
     close(stack.forward(p.layer, p.W, p.b, p.adapters, x), y.detach().numpy())
@@ -127,11 +90,11 @@ def test_output_and_every_gradient_equal_pefts(name: str, layer_name: str, adapt
     check_forward_and_gradients(*make(name, layer_name, adapters))
 
 
-@pytest.mark.parametrize("name", [n for n in SETTINGS if n.startswith(("lora", "dora", "adalora"))])
-@pytest.mark.parametrize("layer_name", ["linear", "transposed_linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("name", [n for n, m in SETTINGS.items() if m.dropout])
+@pytest.mark.parametrize("layer_name", ["linear", "linear-both", "transposed_linear", "transposed-both", "conv1d", "conv2d"])
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adapters: int) -> None:
-    if LAYERS[layer_name].kind not in SETTINGS[name].kinds:
+    if (name, layer_name) not in supported():
         pytest.skip(f"{name} refuses a {layer_name} layer")
     p, x, dy = make(name, layer_name, adapters, dropout=0.25)
     rng = np.random.default_rng(7)
@@ -143,17 +106,19 @@ def test_dropout_with_a_given_mask_equals_pefts(name: str, layer_name: str, adap
             self.mask = torch.tensor(mask / 0.75)
 
         def forward(self, v: Any) -> Any:
-            return v * self.mask
+            return v * torch.nn.functional.pad(self.mask, (0, v.shape[-1] - self.mask.shape[-1]))  # MiSS drops what it has padded
 
     for n, mask in enumerate(masks):
-        p.tuner.lora_dropout[f"a{n}"] = Masked(mask)
+        getattr(p.tuner, str(SETTINGS[name].dropout))[f"a{n}"] = Masked(mask)
     p.model.train()
     dropped = [a._replace(dropout=Dropout(m, 0.25)) for a, m in zip(p.adapters, masks, strict=True)]
     check_forward_and_gradients(p._replace(adapters=dropped), x, dy)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
-@pytest.mark.parametrize(("name", "layer_name"), [s for s in supported() if s[1] != "conv2d-groups" or s[0].startswith(("ia3", "loha"))])
+@pytest.mark.parametrize(
+    ("name", "layer_name"), [s for s in supported() if s[1] != "conv2d-groups" or not s[0].startswith(("lora", "dora", "adalora"))]
+)
 def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str, adapters: int) -> None:
     p, _, _ = make(name, layer_name, adapters)
     W, b = stack.merge(p.layer, p.W, p.b, p.adapters)
@@ -169,7 +134,8 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
 
 @pytest.mark.parametrize("name", [n for n in SETTINGS if n != "lora-bias"])
 def test_a_layer_without_bias_equals_pefts(name: str) -> None:
-    check_forward_and_gradients(*make(name, "linear-even" if name.startswith("road") else "linear", bias=False))
+    layer_name = next(layer_name for label, layer_name in supported() if label == name and layer_name.startswith("linear"))
+    check_forward_and_gradients(*make(name, layer_name, bias=False))
 
 
 def test_lora_bias_on_a_layer_without_one_acts_forward_and_cannot_be_merged() -> None:

@@ -30,15 +30,12 @@ from tests.hf_api.sides import (  # noqa: E402
     their_state,
     to_torch,
 )
+from tests.methods import facts  # noqa: E402
 
 PROMPT = {"num_virtual_tokens": 2}
 # The name of the configuration's class in both, and its options for what an adapter goes to
 METHOD: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LoraConfig", {"r": 2, "lora_alpha": 5}),
-    "dora": ("LoraConfig", {"r": 2, "use_dora": True}),
-    "adalora": ("AdaLoraConfig", {"init_r": 3, "target_r": 2, "total_step": 9}),
-    "ia3": ("IA3Config", {"feedforward_modules": []}),
-    "loha": ("LoHaConfig", {"r": 2, "alpha": 3}),
+    **{name: (tour.config, dict(tour.options)) for name in METHODS.weights if (tour := facts(name).tour)},
     "prompt_tuning": ("PromptTuningConfig", PROMPT),
     "prefix_tuning": ("PrefixTuningConfig", PROMPT),
     "p_tuning": ("PromptEncoderConfig", {**PROMPT, "encoder_hidden_size": 4}),
@@ -47,7 +44,7 @@ METHOD: dict[str, tuple[str, dict[str, Any]]] = {
     "multitask_prompt_tuning": ("MultitaskPromptTuningConfig", {**PROMPT, "num_tasks": 2, "num_ranks": 2}),
 }
 UNABLE = {
-    *((method, "gpt2") for method in ("loha",)),  # no Conv1D
+    *((name, model) for name in METHODS.weights if (tour := facts(name).tour) for model in tour.unable),
     *(("cpt", model) for model in ("classifier", "tokens", "questions", "bert", "t5")),  # it is for causal models alone
     # PEFT: no past key values
     *((method, model) for method in ("cartridge", "prefix_tuning") for model in ("classifier", "tokens", "questions")),

@@ -1,7 +1,7 @@
 """What the laws are tried on: a method, a layer it supports, a shape of input, and a seed for the numbers.
 
 Methods and kinds of layer come from METHODS. A method's hyper-parameters are drawn from its own fields: booleans by type, the usual names
-from BY_NAME, everything else keeps its default. A method whose defaults fit no small layer gets a row in BY_METHOD.
+from BY_NAME, everything else keeps its default. A method whose defaults fit no small layer says its own in tests/methods.
 What the method or the layer refuses (ConfigError, UnsupportedLayerError) is drawn again.
 """
 
@@ -20,6 +20,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
 from peft_ref.stack import Adapter
+from tests.methods import facts
 
 Host = np.ndarray[Any, Any]
 
@@ -31,31 +32,6 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "alpha": st.sampled_from((2, 1, 3.5, 0.25)),
     "lora_alpha": st.sampled_from((2, 1, 3.5, 0.25)),
 }
-# Starts that promise to change nothing; every other field whose name begins with "init" is left at its default.
-FRESH_BY_NAME: dict[str, st.SearchStrategy[Any]] = {
-    "init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora")),
-}
-FRESH_BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "hra": {"r": st.sampled_from((2, 4))},  # only pairs cancel
-}
-BY_METHOD: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    # Gram-Schmidt on any vectors is too ill conditioned for differences; tests/hf compares its gradient with PEFT's.
-    "hra": {"apply_GS": st.just(False)},
-    "oft": {
-        "r": st.just(0),
-        "oft_block_size": st.sampled_from((2, 4)),
-        "eps": st.sampled_from((0.5, 8.0)),
-        "num_cayley_neumann_terms": st.sampled_from((5, 1, 2, 3, 6)),
-    },
-    "road": {"variant": st.sampled_from(("road_1", "road_2", "road_4")), "group_size": st.sampled_from((2, 4))},
-    "adalora": {
-        "init_r": st.sampled_from((3, 2, 4)),
-        "live_r": st.sampled_from((None, 1, 2, 0)),  # a rank of zero is left where everything was pruned
-        "lora_alpha": st.sampled_from((2, 3.5)),  # zero or less stands for init_r
-        "total_step": st.just(10),
-    },
-}
-
 _HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 LAW = settings(deadline=None, max_examples=10, suppress_health_check=_HEALTH)
 LAW_ON_BACKEND = settings(deadline=None, max_examples=2, suppress_health_check=_HEALTH)
@@ -120,14 +96,14 @@ def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
 
 @st.composite
 def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool = False, dyadic: bool = False) -> Case:
-    layer = draw(_FEW_BY_METHOD.get((name, kind), _FEW[kind]) if few else BY_LAYER.get((name, kind), layers(kind)))
+    layer = draw(_few_layers(name, kind) if few else facts(name).layers.get(kind, layers(kind)))
     try:
         method = draw(methods(name, fresh, few))
         method.check_layer(layer)
     except (ConfigError, UnsupportedLayerError):
         reject()
     bias = kind != "embedding" and draw(st.booleans())
-    return Case(method, layer, bias, draw(_FEW_INPUTS[kind] if few else inputs(layer)), draw(st.integers(0, 2**20)), dyadic)
+    return Case(method, layer, bias, _few_inputs(layer) if few else draw(inputs(layer)), draw(st.integers(0, 2**20)), dyadic)
 
 
 @st.composite
@@ -136,13 +112,8 @@ def methods(draw: st.DrawFn, name: str, fresh: bool = False, few: bool = False) 
     hints = get_type_hints(cls)
     options = {}
     for f in fields(cls):  # type: ignore[arg-type]  # every method is a dataclass; the table's type cannot say so
-        rows = (
-            FRESH_BY_METHOD.get(name, {}) if fresh else {},
-            _FEW_BY_NAME if few else {},
-            BY_METHOD.get(name, {}),
-            FRESH_BY_NAME if fresh else {},
-            BY_NAME,
-        )
+        own = facts(name)
+        rows = (own.fresh if fresh else {}, {**_FEW_BY_NAME, **own.few} if few else {}, own.fields, BY_NAME)
         if row := next((row for row in rows if f.name in row), None):
             options[f.name] = draw(row[f.name])
         elif hints[f.name] is bool and not f.name.startswith("init"):
@@ -201,7 +172,7 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
 
 
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
-_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2), "init_r": st.just(2), "live_r": st.just(None)}
+_FEW_BY_NAME: dict[str, st.SearchStrategy[Any]] = {"r": st.just(2)}
 _FEW: dict[str, st.SearchStrategy[Layer]] = {
     "linear": st.just(Linear(in_features=5, out_features=4)),
     "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),
@@ -221,37 +192,16 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
         for d in (1, 2, 3)
     },
 }
-# A method that takes only some convolutions.
-BY_LAYER: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
-    ("road", "linear"): st.builds(
-        lambda n_in, pairs: Linear(in_features=n_in, out_features=4 * pairs), st.integers(1, 6), st.integers(1, 3)
-    ),
-    ("oft", "conv2d"): st.builds(
-        lambda n_in, out, s: Conv(in_channels=n_in, out_channels=out, kernel_size=(1, 1), stride=(s, 1)),
-        st.integers(1, 6),
-        st.integers(1, 4),
-        st.integers(1, 3),
-    ),
-    # With few inputs a vector may be short, and differences of its direction inexact.
-    ("hra", "linear"): st.builds(Linear, in_features=st.integers(5, 7), out_features=st.integers(1, 6)),
-    ("hra", "conv2d"): st.builds(
-        lambda n_in, out, s, p: Conv(in_channels=n_in, out_channels=out, kernel_size=(2, 2), stride=(s, s), padding=(p, p)),
-        st.integers(2, 4),
-        st.integers(1, 4),
-        st.integers(1, 3),
-        st.integers(0, 2),
-    ),
-}
-_FEW_BY_METHOD: dict[tuple[str, str], st.SearchStrategy[Layer]] = {
-    ("oft", "embedding"): st.just(Embedding(num_embeddings=5, embedding_dim=4)),
-    ("oft", "linear"): st.just(Linear(in_features=4, out_features=5)),
-    ("oft", "conv2d"): st.just(Conv(in_channels=4, out_channels=3, kernel_size=(1, 1), stride=(1, 2), padding=(1, 0))),
-    ("road", "linear"): st.just(Linear(in_features=5, out_features=8)),
-    ("hra", "conv2d"): st.just(Conv(in_channels=2, out_channels=4, kernel_size=(2, 2), stride=(2, 2), padding=(1, 1))),
-}
-_FEW_INPUTS: dict[str, st.SearchStrategy[tuple[int, ...]]] = {
-    "linear": st.just((2, 3, 5)),
-    "transposed_linear": st.just((2, 3, 5)),
-    "embedding": st.just((2, 3)),
-    **{f"conv{d}d": st.just((2, 2, *(3, 3, 1)[:d])) for d in (1, 2, 3)},
-}
+_FEW_LEADING: dict[str, tuple[int, ...]] = {"linear": (2, 3), "transposed_linear": (2, 3), "embedding": (2, 3)}
+
+
+def _few_layers(name: str, kind: str) -> st.SearchStrategy[Layer]:
+    own = facts(name).few_layers.get(kind)
+    return _FEW[kind] if own is None else st.just(own)
+
+
+def _few_inputs(layer: Layer) -> tuple[int, ...]:
+    if isinstance(layer, Conv):
+        return (2, layer.in_channels, *(3, 3, 1)[: len(layer.kernel_size)])
+    leading = _FEW_LEADING[layer.kind]
+    return leading if isinstance(layer, Embedding) else (*leading, layer.shape[1])

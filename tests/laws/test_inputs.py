@@ -124,7 +124,7 @@ def test_an_object_array_of_floats_gives_the_same_numbers(name: str, kind: str, 
 
 
 class Boxed:
-    """A float that knows only +, -, *, /, the square root, sine and cosine; NumPy's object arrays call these."""
+    """A float that knows only +, -, *, /, the square root, sine, cosine and its order; NumPy's object arrays call these."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -137,6 +137,15 @@ class Boxed:
 
     def __float__(self) -> float:
         return float(self.value)
+
+    def __lt__(self, other: Any) -> bool:
+        return self.value < float(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.value > float(other)
+
+    def __abs__(self) -> Boxed:
+        return Boxed(abs(self.value))
 
     def __neg__(self) -> Boxed:
         return Boxed(-self.value)

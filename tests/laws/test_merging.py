@@ -17,7 +17,7 @@ from peft_ref.methods import METHODS, DoRA, LoRA
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.compare import assert_close, assert_same_bits
 from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion
-from tests.required import made
+from tests.methods import made
 
 ADDITIVE = [(name, kind) for name, kind in PAIRS if issubclass(METHODS[name], LowRank | Additive)]
 SCALED = [(name, kind) for name, kind in ADDITIVE if {f.name for f in fields(METHODS[name])} & {"alpha", "lora_alpha"}]  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from peft_ref.methods import METHODS, LoRA
 from peft_ref.stack import Adapter
 from tests.laws.compare import assert_close, assert_same_bits
 from tests.laws.strategies import LAW, PAIRS, STRANGERS, Case, Host, cases, layers
-from tests.required import made
+from tests.methods import made
 
 # Methods whose default start is not the identity in HF PEFT either.
 NOT_THE_IDENTITY: frozenset[str] = frozenset()

@@ -32,7 +32,7 @@ from peft_ref.model.status import count, layer_status
 from peft_ref.model.storing import load, save, state_dict
 from peft_ref.model.switching import activate, disable, enable
 from peft_ref.stack import Adapter
-from tests.required import made
+from tests.methods import made
 
 LAYERS: dict[str, Layer] = {
     "layers.0.q": Linear(in_features=4, out_features=3),

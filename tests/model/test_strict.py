@@ -24,8 +24,8 @@ from peft_ref.model.status import layer_status
 from peft_ref.model.storing import load, save
 from peft_ref.model.swapping import padded
 from peft_ref.model.switching import activate, rescaled
+from tests.methods import made
 from tests.model.test_states import BASE, LAYERS, X
-from tests.required import made
 
 strict = pytest.importorskip("array_api_strict")
 

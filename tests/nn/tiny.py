@@ -24,7 +24,7 @@ from peft_ref.nn import (
     Net,
 )
 from peft_ref.stack import Adapter
-from tests.required import made
+from tests.methods import made
 
 Host = np.ndarray[Any, Any]
 LLAMA = Llama(

@@ -1,4 +1,4 @@
-"""A method has its four files, and every file is short enough to read."""
+"""A method has its five files, and every file is short enough to read."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_no_file_has_more_than_four_hundred_lines() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_four_files(name: str) -> None:
+def test_a_method_is_five_files(name: str) -> None:
     assert home(name).name == f"{name}.py", f"METHODS[{name!r}] is in {home(name).name}, expected peft_ref/methods/{name}.py"
-    four = [home(name), ROOT / f"spec/methods/{name}.md", ROOT / f"peft_ref/check/mistakes/{name}.py"]
-    missing = [str(p.relative_to(ROOT)) for p in four if not p.is_file()]
+    five = [home(name), ROOT / f"spec/methods/{name}.md", ROOT / f"peft_ref/check/mistakes/{name}.py", ROOT / f"tests/methods/{name}.py"]
+    missing = [str(p.relative_to(ROOT)) for p in five if not p.is_file()]
     assert not missing, f"{name}: write {', '.join(missing)}"
 
 

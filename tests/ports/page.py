@@ -9,7 +9,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PORTS = ROOT / "spec/ports"
-TEXT = (ROOT / "spec/protocol.md").read_text(encoding="utf-8")
+PAGE = ROOT / "spec/protocol.md"
+TEXT = PAGE.read_text(encoding="utf-8")
 _BLOCK = re.compile(r"^```(\w+) ([\w ]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

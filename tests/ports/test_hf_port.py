@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -19,22 +20,16 @@ from peft_ref.check.prompting import INTEGERS, PromptVariant, make_prompt_case
 from peft_ref.check.result import Report
 from peft_ref.methods import METHODS
 from peft_ref.splice import SEQ_2_SEQ, TASKS
+from tests.methods import facts
+from tests.methods.facts import Facts
 from tests.ports.page import PORTS
 
 pytestmark = pytest.mark.hf
 
-# PEFT does not pass a convolution's dilation on to lora_A and crashes in the forward pass; merging works.
-DILATION = {f"{method}.conv1d-dilation.plain.{operation}" for method in ("lora", "dora") for operation in ("forward", "backward")}
-# These two it works out in float32 and refuses in float64.
-COMPUTED_STARTS = {"lora.linear.init-pissa.init", "lora.linear.init-olora.init"}
 # Two tasks' forward does not hand task_ids on, without which the encoder of multitask prompt tuning raises.
 WITHOUT_TASK_IDS = {f"multitask_prompt_tuning.splice-{task}.splice" for task in ("answering", "features")}
-# The smallest of no scores is nothing: where no triplet is to go, PEFT's allocator crashes.
-NOTHING_GOES = {"adalora.allocator.nothing-goes.allocate"}
 # Heads whose widths do not add up to the model's.
 HEAD_DIM = {f"adaption_prompt.wide.{operation}" for operation in ("attention", "attention_backward")}  # ADAPTIONPROMPT-Q2
-# It divides by l + 1e-8; in float32 that is l.
-EPSILON = {c.id for c in corpus("ia3") if c.operation == "unmerge"}
 
 
 @pytest.fixture(scope="module", params=["float64", "float32"])
@@ -53,15 +48,20 @@ def test_peft_is_right_or_a_named_dialect_in_every_case_it_can_answer(report: Re
     assert report.exit_code == 0
 
 
+def of(asked: Callable[[Facts], Callable[[str, str], bool] | None], dtype: str) -> set[str]:
+    found = ((c.id, asked(facts(c.method))) for c in corpus() if c.method in METHODS.weights)
+    return {case for case, says in found if says is not None and says(case, dtype)}
+
+
 def test_only_what_peft_is_known_not_to_do_is_skipped(report: Report) -> None:
-    assert ids(report, "skipped") == DILATION | WITHOUT_TASK_IDS | NOTHING_GOES | HEAD_DIM | (
-        COMPUTED_STARTS if report.port.dtype == "float64" else set()
-    )
+    assert ids(report, "skipped") == WITHOUT_TASK_IDS | HEAD_DIM | of(lambda own: own.unable, report.port.dtype)
 
 
-def test_the_only_dialect_is_ia3s_unmerge_and_float32_hides_it(report: Report) -> None:
-    assert ids(report, "dialect") == (EPSILON if report.port.dtype == "float64" else set())
-    assert {d.mistakes for d in report.diagnoses} == ({("ia3-unmerge-epsilon",)} if report.port.dtype == "float64" else set())
+def test_only_the_dialects_are_seen_that_are_known(report: Report) -> None:
+    known = {name for method in METHODS.weights for name in facts(method).dialects}
+    cases = {name: of(lambda own, name=name: own.dialects.get(name), report.port.dtype) for name in known}  # type: ignore[misc]
+    assert ids(report, "dialect") == set().union(*cases.values())
+    assert {name for d in report.diagnoses for name in d.mistakes} == {name for name, found in cases.items() if found}
 
 
 def test_what_a_model_receives_is_pefts_for_every_task_and_number_of_submodules() -> None:

@@ -14,17 +14,15 @@ import pytest
 
 from peft_ref.check import program
 from peft_ref.check.answers import AnswersPort
-from peft_ref.check.case import Case, build_attention, build_method, build_prompt, config_of, from_json, layer_to_json
+from peft_ref.check.case import Case, build_attention, build_prompt, config_of, from_json, layer_to_json
 from peft_ref.check.corpus import corpus
 from peft_ref.check.judge import judge
 from peft_ref.check.protocol import VERSION, schema_document, violation
 from peft_ref.check.variants import LAYERS
-from peft_ref.errors import UnsupportedLayerError
-from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
 from peft_ref.prompts import Prompt
 from tests.ports.page import ROOT, TEXT, blocks, examples, names, rows
-from tests.required import REQUIRED, made
+from tests.ports.tables import with_tables
 
 EXAMPLES = examples()
 
@@ -93,62 +91,8 @@ def test_the_port_of_prompts_is_right(tmp_path: Path) -> None:
     assert report.exit_code == 0
 
 
-def _sizes(cell: str, layer: Layer, r: int) -> tuple[int, ...]:
-    """The shape that a cell such as "(out, r/groups, *1)" or "(r, in/groups k)" stands for on a layer."""
-    k = tuple(layer.kernel_size)
-    linear_in, out = (layer.shape[1], layer.shape[0]) if not k else (layer.channels, layer.shape[0])
-    letters = {"r": r, "in": linear_in, "out": out, "num": linear_in, "dim": out, "1": 1, "2": 2, "k": math.prod(k), "groups": layer.groups}
-    size = out if layer.kind == "embedding" else layer.shape[1]
-    letters |= {"n": 1, "numbers": size * (size - 1) // 2}  # OFT, all in one block
-    sizes: list[int] = []
-    for entry in cell.strip("()").split(", "):
-        if entry in ("*k", "*1"):
-            sizes.extend(k if entry == "*k" else (1,) * len(k))
-            continue
-        size = 1
-        for factor in entry.split():
-            top, *bottom = factor.split("/")
-            size *= letters[top] // (letters[bottom[0]] if bottom else 1)
-        sizes.append(size)
-    return tuple(sizes)
-
-
-def _tensors_on_page(method: str, layer: Layer, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    column = 4 if layer.kernel_size else 3 if layer.kind == "embedding" else 2
-    current = ""
-    found: dict[str, tuple[int, ...]] = {}
-    for cells in rows("### Tensors"):
-        current = names(cells[0])[0] if cells[0] else current
-        text, _, condition = cells[1].partition(", with ")
-        if current != method or cells[column] == "-":
-            continue
-        if condition and not (config.get(names(condition)[0]) or names(condition)[0] in config.values()):
-            continue
-        found |= {key: _sizes(cells[column], layer, config.get("r", config.get("init_r", 0))) for key in names(text)}
-    return found
-
-
-# The configurations in which a method's tensors differ.
-SWITCHED: dict[str, tuple[dict[str, Any], ...]] = {
-    "ia3": ({"is_feedforward": False}, {"is_feedforward": True}),
-    "lora": ({"lora_bias": False}, {"lora_bias": True}),
-    "oft": tuple({"r": 0, "oft_block_size": 1000, "block_share": on} for on in (False, True)),
-    "road": tuple({"variant": f"road_{n}", "group_size": 4} for n in (1, 2, 4)),
-}
-
-
-@pytest.mark.parametrize("layer_name", LAYERS)
-@pytest.mark.parametrize("method", METHODS.weights)
-def test_the_table_of_tensors_is_the_methods_own(method: str, layer_name: str) -> None:
-    layer = LAYERS[layer_name]
-    for option in SWITCHED.get(method, ({},)):
-        given = {"r": 4} if "r" in config_of(made(method)) else {}
-        built = build_method(method, {**REQUIRED.get(method, {}), **given, **option})
-        try:
-            built.check_layer(layer)
-        except UnsupportedLayerError:
-            continue
-        assert _tensors_on_page(method, layer, config_of(built)) == {s.key: s.stored_shape for s in built.spec(layer)}
+def test_the_tables_of_weight_methods_are_what_the_code_says() -> None:
+    assert with_tables(TEXT) == TEXT, "run: python -m tests.ports.tables"
 
 
 def _configurations(heading: str) -> dict[str, set[str]]:
@@ -159,8 +103,7 @@ def _configurations(heading: str) -> dict[str, set[str]]:
     return said
 
 
-def test_the_tables_of_configurations_are_the_methods_own() -> None:
-    assert _configurations("### Configurations") == {name: set(config_of(made(name))) for name in METHODS.weights}
+def test_the_table_of_prompt_configurations_is_the_methods_own() -> None:
     sizes = {f.name for f in fields(Prompt)}
     assert sizes <= set(names(TEXT.split("### Prompt configurations")[1].split("|")[0]))
     own = {name: set(config_of(build_prompt(name, {}))) - sizes for name in METHODS.prompts}

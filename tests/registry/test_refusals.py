@@ -84,7 +84,7 @@ def test_what_is_taken_is_refused_by_its_owner(what: str, own: ModuleType) -> No
 def test_what_is_free_is_taken_and_can_be_given_back(changes: dict[str, Any], own: ModuleType) -> None:
     cls = another(own, **changes)
     assert METHODS.register("mine", cls) is cls
-    assert method_class(cls.peft_type, [cls.flag] if cls.flag else []) is cls
+    assert method_class(cls.peft_type, [str(cls.switch())] if cls.flag else []) is cls
     METHODS.unregister("mine")
     assert "mine" not in METHODS
     with pytest.raises(ConfigError, match=r"no registered method 'mine'.*\n.*Registered: outer"):
@@ -202,7 +202,7 @@ def test_what_is_not_built_says_so(kind: str, flags: tuple[str, ...], message: s
 
 
 def test_a_type_that_is_built_only_with_its_flag_says_so() -> None:
-    registry = Registry({"dora": METHODS["dora"]})
+    registry = Registry({"dora": "DoRA"})
     with pytest.raises(ConfigError, match=r"plain LORA is not built here\.\n  Built: LORA with use_dora"):
         registry.method_class("LORA")
 

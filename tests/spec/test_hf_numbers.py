@@ -13,19 +13,11 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from peft_ref.registry import CONFIG_NAMES  # noqa: E402
+from tests.hf.peft_layers import torch_layer  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
-
-CONFIGS = {
-    "ADALORA": "AdaLoraConfig",
-    "LORA": "LoraConfig",
-    "LOHA": "LoHaConfig",
-    "HRA": "HRAConfig",
-    "ROAD": "RoadConfig",
-    "OFT": "OFTConfig",
-    "IA3": "IA3Config",
-}
 
 
 class Worked(NamedTuple):
@@ -52,7 +44,7 @@ def worked() -> list[Any]:
 
 
 def hf_model(w: Worked) -> Any:
-    """HF PEFT's model of the example's one linear layer, in float64, with the example's adapter."""
+    """HF PEFT's model of the example's one layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
     method: Any = adapter.method
     config = {f.name: getattr(method, f.name) for f in fields(method)}
@@ -60,12 +52,12 @@ def hf_model(w: Worked) -> Any:
     if "is_feedforward" in config:
         config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
     if method.flag:
-        config[method.flag] = True
+        config[method.flag] = method.flag_value
     base = torch.nn.Sequential()
-    base.add_module("linear", torch.nn.Linear(w.W.shape[1], w.W.shape[0], dtype=torch.float64))
-    base.linear.weight.data = torch.tensor(w.W)
+    base.add_module("linear", torch_layer(w.layer, bias=True).double())
+    base.linear.weight.data = torch.tensor(w.layer.unfold(w.W))
     base.linear.bias.data = torch.tensor(w.b)
-    made = getattr(peft, CONFIGS[method.peft_type])(target_modules=["linear"], **config)
+    made = getattr(peft, CONFIG_NAMES[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
     tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
     peft.set_peft_model_state_dict(model, tensors)
@@ -110,7 +102,7 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     model.merge_adapter()
     W, b = merge(w.layer, w.W, w.b, w.adapters)
     assert b is not None
-    alike(linear.base_layer.weight, W, w)
+    alike(linear.base_layer.weight, w.layer.unfold(W), w)
     alike(linear.base_layer.bias, b, w)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
@@ -118,5 +110,5 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     ours = unmerge(w.layer, W, b, w.adapters, w.W)
     assert ours[1] is not None
     # IA3-Q1: HF divides by l + 1e-8, which at l = 1/2 is off by 2e-8.
-    np.testing.assert_allclose(linear.base_layer.weight.detach(), ours[0], rtol=0, atol=5e-8 * np.max(np.abs(w.W)))
+    np.testing.assert_allclose(linear.base_layer.weight.detach(), w.layer.unfold(ours[0]), rtol=0, atol=5e-8 * np.max(np.abs(w.W)))
     np.testing.assert_allclose(linear.base_layer.bias.detach(), ours[1], rtol=0, atol=5e-8 * np.max(np.abs(w.b)))

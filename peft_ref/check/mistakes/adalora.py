@@ -10,7 +10,9 @@ from typing import Any
 from peft_ref.arrays import Array
 from peft_ref.check import lora_family as lora
 from peft_ref.check.allocator_mistakes import ALLOCATOR
+from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import LAYER_OPERATIONS, Answer, Case
+from peft_ref.check.distributions import Law, constant, normal
 from peft_ref.check.mistake import (
     Formula,
     Mistake,
@@ -224,8 +226,47 @@ DIAGONAL = (
     ),
 )
 
+
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    if config["init_lora_weights"] is False:
+        return {key: normal(1.0) for key in ("lora_A", "lora_E", "lora_B")}
+    return {"lora_A": normal(0.02), "lora_E": constant(0.0, "init-E-random"), "lora_B": normal(0.02)}
+
+
+ALLOCATED = {"init_r": 4, "target_r": 2, "total_step": 10}
+FRESH = Fresh(
+    clause="ADALORA-C30",
+    starts={
+        "default": Start(ALLOCATED, ("linear", "transposed_linear", "conv2d")),
+        "false": Start({**ALLOCATED, "init_lora_weights": False}),
+    },
+    laws=laws,
+)
+FILES = Files(
+    configs_clause="ADALORA-C32",
+    keys_clause="ADALORA-C35",
+    configs={
+        "plain": {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+        "alpha-missing": {"init_r": 4, "target_r": 2, "total_step": 10},
+        "alpha-zero": {"init_r": 4, "target_r": 2, "lora_alpha": 0, "total_step": 10},
+        "rank-missing": {"lora_alpha": 6, "total_step": 10},
+        "rank-pattern": {
+            "init_r": 4,
+            "lora_alpha": 6,
+            "total_step": 10,
+            "rank_pattern": {
+                "model.layers.1.self_attn.v_proj.lora_E": [True, False, True, False],
+                "model.layers.10.mlp.up_proj.lora_E": [False, True, True, True],
+            },
+        },
+        "alpha-pattern": {"init_r": 4, "lora_alpha": 6, "total_step": 10, "alpha_pattern": {"q_proj": 20}},
+    },
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         *SCALING,
         *DIAGONAL,

@@ -8,7 +8,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, row_norm
 from peft_ref.check import lora_family as lora
+from peft_ref.check.asked import Files, Fresh, Start
 from peft_ref.check.case import Answer, Case, NDArray
+from peft_ref.check.lora_starts import WITH_TABLE, identity, laws
 from peft_ref.check.mistake import Formula, Mistake, Suite, autograd, dropped, one_by_one, only, stored
 from peft_ref.check.oracle import Problem, pose
 from peft_ref.check.tape import constant
@@ -248,8 +250,26 @@ DORA_MISTAKES = (
     ),
 )
 
+FRESH = Fresh(
+    clause="DORA-C21",
+    starts={"default": Start(lora.PLAIN, ("linear", "embedding", "conv1d"))},
+    laws=laws,
+    identity=identity,
+)
+FILES = Files(
+    configs_clause="DORA-C22",
+    keys_clause="DORA-C23",
+    configs={
+        "plain": {"r": 4, "lora_alpha": 6, "use_dora": True},
+        "alpha-pattern": {"r": 4, "use_dora": True, "alpha_pattern": {"q_proj": 20}},
+    },
+    saved_on=WITH_TABLE,
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         *DORA_MISTAKES,
         *lora.SCALING,

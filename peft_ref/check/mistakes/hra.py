@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array, outer, row_norm
+from peft_ref.check.asked import Config, Draw, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case
+from peft_ref.check.distributions import Law, uniform
 from peft_ref.check.dyadic_vectors import orthonormal_start, whole_norms
 from peft_ref.check.mistake import (
     Formula,
@@ -140,8 +143,47 @@ def _switched(on: bool) -> Replay:
     return as_if(lambda case: with_config(case, lambda config: {**config, "apply_GS": on}))
 
 
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    drawn = config["r"] // 2 if _in_pairs(config) else config["r"]
+    return {"hra_u": uniform(1 / math.sqrt(drawn))}
+
+
+def paired(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
+    if not _in_pairs(case.adapters[0].config) or np.array_equal(draw["hra_u"][:, ::2], draw["hra_u"][:, 1::2]):
+        return ""
+    return "init-not-in-pairs: with r even every second column of hra_u must repeat the one before it"
+
+
+def _in_pairs(config: Config) -> bool:
+    return bool(config["init_weights"] and config["r"] % 2 == 0)
+
+
+FRESH = Fresh(
+    clause="HRA-C19",
+    starts={
+        "default": Start({"r": 4}, ("linear", "conv2d-square")),
+        "odd": Start({"r": 3}),
+        "false": Start({"r": 4, "init_weights": False}),
+        "orthogonal": Start({"r": 4, "apply_GS": True}),
+    },
+    laws=laws,
+    identity=paired,
+)
+FILES = Files(
+    configs_clause="HRA-C21",
+    keys_clause="HRA-C22",
+    configs={
+        "plain": {"r": 4},
+        "rank-missing": {},
+        "odd-orthogonal": {"r": 5, "apply_GS": True},
+    },
+    told={"r": "r", "apply_GS": "apply_GS"},
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         Mistake(
             name="reflections-reversed",

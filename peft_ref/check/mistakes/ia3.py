@@ -9,7 +9,9 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array
+from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case
+from peft_ref.check.distributions import Law, constant
 from peft_ref.check.mistake import (
     Formula,
     Mistake,
@@ -23,6 +25,7 @@ from peft_ref.check.mistake import (
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
 from peft_ref.check.variants import RUN, Variant
+from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
 
 OUT = {"is_feedforward": False}
@@ -124,8 +127,27 @@ def _multiplied_again(case: Case) -> Answer:
     return stored(p.layer, *stack.merge(p.layer, p.merged_W, p.merged_b, p.adapters))
 
 
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    return {"ia3_l": constant(1.0, "ia3-init-not-one")}
+
+
+FRESH = Fresh(
+    clause="IA3-C18",
+    starts={"default": Start({"is_feedforward": False}, ("linear", "conv2d")), "default-feedforward": Start({"is_feedforward": True})},
+    laws=laws,
+)
+FILES = Files(
+    configs_clause="IA3-C5",
+    keys_clause="IA3-C20",
+    configs={"feedforward": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}},
+    told={"is_feedforward": "is_feedforward"},
+    modules=("v_proj", "down_proj"),
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         Mistake(
             name="ia3-one-plus-l",

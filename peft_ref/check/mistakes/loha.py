@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 
 from peft_ref.arrays import Array
+from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case
+from peft_ref.check.distributions import Law, constant, uniform
 from peft_ref.check.mistake import (
     Formula,
     Mistake,
@@ -67,8 +69,30 @@ def other_delta(delta: Callable[[float, Params], Array]) -> Callable[[Case], Ans
     return replay
 
 
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    into, of_r = uniform(1 / math.sqrt(layer.shape[1])), uniform(1 / math.sqrt(config["r"]))
+    return {"hada_w1_a": of_r, "hada_w1_b": into, "hada_w2_a": of_r, "hada_w2_b": constant(0.0, "init-not-identity")}
+
+
+FRESH = Fresh(
+    clause="LOHA-C17",
+    starts={"default": Start(PLAIN, ("linear", "conv2d"))},
+    laws=laws,
+)
+FILES = Files(
+    configs_clause="LOHA-C19",
+    keys_clause="LOHA-C21",
+    configs={
+        "plain": {"r": 4, "alpha": 6},
+        "alpha-missing": {"r": 4},
+        "rank-pattern": {"r": 4, "alpha": 6, "rank_pattern": {"v_proj": 16}},
+    },
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         Mistake(
             name="scale-is-alpha",

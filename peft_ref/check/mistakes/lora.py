@@ -10,8 +10,10 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array
+from peft_ref.check.asked import Files, Fresh, Start
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.lora_family import DROPOUT, GRADIENTS, KINDS, LAYOUT, LINEAR_AND_TABLE, MERGING, PLAIN, RSLORA, SCALING, scale_of
+from peft_ref.check.lora_starts import WITH_TABLE, identity, laws
 from peft_ref.check.mistake import (
     AsIf,
     Formula,
@@ -155,8 +157,44 @@ def _no_bias(case: Case) -> Answer | None:
     return None if case.bias is None else answer(replace(case, bias=None))
 
 
+DRAWN: Mapping[str, bool | str] = {"gaussian": "gaussian", "false": False, "orthogonal": "orthogonal"}
+FRESH = Fresh(
+    clause="LORA-C25",
+    starts={
+        **{label: Start({**PLAIN, "init_lora_weights": init}) for label, init in DRAWN.items()},
+        **{label: Start({**PLAIN, "init_lora_weights": label}, draws=1) for label in ("pissa", "olora")},
+        "default": Start(PLAIN, ("linear", "transposed_linear", "embedding", "conv2d", "conv2d-groups")),
+        "default-bias": Start(BIASED),
+        "false-bias": Start({**BIASED, "init_lora_weights": False}, ("linear", "conv2d-groups")),
+    },
+    laws=laws,
+    identity=identity,
+)
+FILES = Files(
+    configs_clause="LORA-C33",
+    keys_clause="LORA-C35",
+    configs={
+        "plain": {"r": 4, "lora_alpha": 6},
+        "alpha-missing": {"r": 4},
+        "rank-missing": {"lora_alpha": 6},
+        "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+        "rank-pattern": {"r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 16, r"layers\.1\..*q_proj": 2}},
+        "alpha-pattern": {"r": 4, "lora_alpha": 6, "alpha_pattern": {"q_proj": 20}},
+        "both-patterns": {
+            "r": 4,
+            "lora_alpha": 6,
+            "rank_pattern": {"mlp.up_proj": 16, "up_proj": 2},
+            "alpha_pattern": {"up_proj": 24, "down_proj": 1},
+            "use_rslora": True,
+        },
+    },
+    saved_on=WITH_TABLE,
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         *SCALING,
         *LAYOUT,

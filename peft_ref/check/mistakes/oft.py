@@ -9,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.check import distributions
+from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import (
     Formula,
@@ -204,8 +206,35 @@ def _negative(key: str, v: NDArray, config: object) -> NDArray:
     return -v
 
 
+def laws(config: Config, layer: Layer) -> dict[str, distributions.Law]:
+    key = "oft_embedding_R.weight" if layer.kind == "embedding" else "oft_R.weight"
+    return {key: distributions.constant(0.0, "init-not-identity") if config["init_weights"] else distributions.normal(0.1)}
+
+
+FRESH = Fresh(
+    clause="OFT-C22",
+    starts={
+        "default": Start({"oft_block_size": 4}, ("linear-blocks", "embedding-blocks", "conv2d-pointwise")),
+        "false": Start({"oft_block_size": 4, "init_weights": False}, ("linear-blocks",)),
+    },
+    laws=laws,
+)
+FILES = Files(
+    configs_clause="OFT-C23",
+    keys_clause="OFT-C25",
+    configs={
+        "plain": {"oft_block_size": 4},
+        "block-size-missing": {"num_cayley_neumann_terms": 3},
+        "by-number": {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False, "block_share": True},
+        "held": {"oft_block_size": 8, "coft": True},
+    },
+    told={word: word for word in ("r", "oft_block_size", "coft", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")},
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         Mistake(
             name="turned-backwards",

@@ -10,7 +10,9 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.arrays import Array, column
+from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case, NDArray
+from peft_ref.check.distributions import Law, constant, normal
 from peft_ref.check.mistake import (
     Formula,
     Mistake,
@@ -30,7 +32,7 @@ from peft_ref.check.mistake import (
 )
 from peft_ref.check.oracle import Problem, answer, pose
 from peft_ref.check.variants import RUN, Variant
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter
 
 ONE = {"variant": "road_1", "group_size": 4}
@@ -166,8 +168,40 @@ def _with_bias(replay: Replay) -> Replay:
     return lambda case: None if case.bias is None else replay(case)
 
 
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    if config["init_weights"]:
+        return {"road_theta": constant(0.0, "init-not-identity"), "road_alpha": constant(1.0, "init-not-identity")}
+    return {"road_theta": normal(0.5), "road_alpha": normal(0.5, mean=1.0)}
+
+
+FRESH = Fresh(
+    clause="ROAD-C17",
+    starts={
+        **{f"road-{n}": Start({"variant": f"road_{n}", "group_size": 4}, ("linear-even",)) for n in (1, 2, 4)},
+        "false": Start({"group_size": 4, "init_weights": False}, ("linear-even",)),
+    },
+    laws=laws,
+)
+FILES = Files(
+    configs_clause="ROAD-C19",
+    keys_clause="ROAD-C20",
+    configs={
+        "small-groups": {"group_size": 2},
+        "variant-missing": {"group_size": 4},
+        "group-size-missing": {"variant": "road_2"},
+        "both": {"variant": "road_4", "group_size": 2},
+    },
+    told={"variant": "variant", "group_size": "group_size"},
+    saved_on={
+        "model.layers.0.self_attn.v_proj": Linear(in_features=5, out_features=8),
+        "model.layers.1.mlp.down_proj": Linear(in_features=7, out_features=6),
+    },
+)
+
 SUITE = Suite(
     variants=VARIANTS,
+    fresh=FRESH,
+    files=FILES,
     mistakes=(
         Mistake(
             name="turned-backwards",

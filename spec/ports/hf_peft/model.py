@@ -13,33 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import (
-    AdaLoraConfig,
-    HRAConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    OFTConfig,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     PeftConfig,
-    RoadConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from told import DROPOUTS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 Json = Mapping[str, Any]
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CONFIGS: Mapping[str, type[PeftConfig]] = {
-    "ADALORA": AdaLoraConfig,
-    "HRA": HRAConfig,
-    "IA3": IA3Config,
-    "LOHA": LoHaConfig,
-    "LORA": LoraConfig,
-    "OFT": OFTConfig,
-    "ROAD": RoadConfig,
-}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
 PREFIX = "base_model.model.layer."
@@ -57,7 +43,8 @@ class Mask(nn.Module):
         self.mask, self.p = mask, p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.mask / (1 - self.p)
+        mask = nn.functional.pad(self.mask, (0, x.shape[-1] - self.mask.shape[-1]))  # MiSS drops out of an input it has padded
+        return x * mask / (1 - self.p)
 
 
 class Model(nn.Module):
@@ -93,7 +80,8 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
             drop = adapter["dropout"]
-            layer.lora_dropout[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
+            modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
 
 
@@ -141,9 +129,10 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
-    if config["peft_type"] in ("ADALORA", "LORA", "IA3"):
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
-    return CONFIGS[config["peft_type"]](target_modules=["layer"], **own)
+    return cls(target_modules=["layer"], **own)
 
 
 def build(layer: Json, dtype: torch.dtype) -> nn.Module:

@@ -46,6 +46,8 @@ def backward(case: Json, dtype: torch.dtype) -> Json:
 
 def delta(case: Json, dtype: torch.dtype) -> Json:
     layer = adapted(case, dtype).layer
+    if case["method"] in ("miss", "miss_mini"):  # a function of the whole weight there
+        return {"weight": nested(layer.get_delta_weight_miss(layer.active_adapters[0], torch.zeros_like(layer.base_layer.weight)))}
     return {"weight": nested(layer.get_delta_weight(layer.active_adapters[0]))}
 
 

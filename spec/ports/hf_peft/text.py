@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONFIGS, CONVOLUTIONS, array, nested
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from model import CONVOLUTIONS, array, nested
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
+from told import TOLD, rank_and_scale
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,7 +43,7 @@ def targets(case: Json) -> dict[str, Any]:
     model = Named(modules, case["model"].get("model_type"), case["model"].get("output_head"))
     own = {key: value for key, value in case["config"].items() if key != "peft_type"}
     try:
-        tuner: Any = get_peft_model(model, CONFIGS[case["config"].get("peft_type", "LORA")](**own)).base_model
+        tuner: Any = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[case["config"].get("peft_type", "LORA")](**own)).base_model
     except (ValueError, TypeError) as refusal:
         return {"error": f"{type(refusal).__name__}: {refusal}"}
     return {"modules": list(tuner.targeted_module_names)}
@@ -53,24 +54,11 @@ def config(case: Json) -> dict[str, Any]:
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
+    tell = TOLD.get(case["adapter_config"]["peft_type"], rank_and_scale)
     answer: dict[str, Any] = {}
     for name in case["modules"]:
         layer: Any = model.get_base_model().get_submodule(name)
-        if case["adapter_config"]["peft_type"] == "IA3":
-            answer[name] = {"is_feedforward": layer.is_feedforward}
-        elif case["adapter_config"]["peft_type"] == "HRA":
-            answer[name] = {"r": layer.hra_r["default"], "apply_GS": layer.hra_apply_GS["default"]}
-        elif case["adapter_config"]["peft_type"] == "ROAD":
-            answer[name] = {"variant": layer.variant["default"], "group_size": layer.group_size["default"]}
-        elif case["adapter_config"]["peft_type"] == "OFT":
-            module = layer.oft_R["default"]
-            words = ("r", "oft_block_size", "num_cayley_neumann_terms", "use_cayley_neumann", "coft", "block_share")
-            made: Any = model.peft_config["default"]
-            answer[name] = {w: getattr(made if w in ("r", "oft_block_size") else module, w) for w in words}
-        elif adalora:  # its `scaling` is not yet divided
-            answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
-        else:
-            answer[name] = {"r": layer.r["default"], "scaling": layer.scaling["default"]}
+        answer[name] = tell(layer, model.peft_config["default"])
     return {"modules": answer}
 
 
@@ -96,7 +84,7 @@ TEXT_OPERATIONS: Mapping[str, Callable[[Json], dict[str, Any]]] = {"targets": ta
 def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str) -> Any:
     """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
-    peft_config: PeftConfig = CONFIGS[given["peft_type"]](**own)
+    peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
     return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
 
 

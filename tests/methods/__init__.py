@@ -1,0 +1,25 @@
+"""What the tests need to know about each method: tests/methods/<name>.py says it in `FACTS`. Without such a file all is by default."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from peft_ref.contracts import WeightMethod
+from peft_ref.methods import METHODS
+from tests.methods.facts import Facts
+
+
+@cache
+def facts(name: str) -> Facts:
+    if find_spec(f"tests.methods.{name}") is None:
+        return Facts()
+    found: Facts = import_module(f"tests.methods.{name}").FACTS
+    return found
+
+
+def made(name: str, **options: Any) -> WeightMethod[Any]:
+    """The method with its defaults; where a hyper-parameter has none, with the least that it needs."""
+    return METHODS.weights[name](**{**facts(name).required, **options})

@@ -1,0 +1,28 @@
+"""DoRA, as the tests need to know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from peft_ref.methods.dora import DoRA
+from tests.methods.facts import Facts, Tour
+
+
+def numbers(name: str, values: Any) -> Any:
+    """A magnitude is a norm."""
+    return np.abs(values) + 0.5 if name == "m" else values
+
+
+FACTS = Facts(
+    unable=lambda case, dtype: case in {f"dora.conv1d-dilation.plain.{operation}" for operation in ("forward", "backward")},
+    settings={"dora": DoRA(r=4, lora_alpha=6), "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True)},
+    numbers=numbers,
+    crashes=frozenset({"conv2d-dilation"}),
+    fresh={"init_lora_weights": st.sampled_from((True, "gaussian", "orthogonal", "pissa", "olora"))},
+    bits=None,  # it divides by a norm
+    irrational=True,
+    tour=Tour("LoraConfig", {"r": 2, "use_dora": True}),
+)
