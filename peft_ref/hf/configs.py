@@ -61,7 +61,6 @@ class LoraConfig(PeftConfig):
     kind: ClassVar[PeftType | None] = PeftType.LORA
     unused: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "ensure_weight_tying",
         "loftq_config",
         "eva_config",
         "corda_config",

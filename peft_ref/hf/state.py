@@ -18,7 +18,6 @@ from peft_ref.arrays import Array, namespace
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import AdapterFile, from_state_dict
 from peft_ref.files.config import AdapterConfig
-from peft_ref.files.keys import parameter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import Ready, model_in, net_of, run
 from peft_ref.methods import AdaLoRA
@@ -26,7 +25,7 @@ from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, 
 from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
 from peft_ref.model.running import acting_alone, run_rows
-from peft_ref.model.storing import brought_to, read_blocks
+from peft_ref.model.storing import beside, brought_to, read_blocks
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
@@ -157,8 +156,7 @@ class Layered(State):
         for module, found in read.modules.items():
             like = self.adapted.frozen(weight_name(self.adapted, module))
             params[module] = type(found.params)(*(None if p is None else brought(p, like) for p in found.params))
-        saved = {parameter_name(key): tensor for key, tensor in read.modules_to_save.items()}
-        frozen = {parameter_name(key): tensor for key, tensor in {**read.biases, **read.embeddings}.items()}
+        saved, frozen = beside(read, adapter.tied)
         biases = {self.base.resolve(key): self._like(key, tensor) for key, tensor in frozen.items()}
         return Layered(adapted=update(self.adapted, name, params, saved={k: self._like(k, t) for k, t in saved.items()}, biases=biases))
 

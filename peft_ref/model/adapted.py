@@ -49,6 +49,7 @@ class Attached:
     blocks: Mapping[str, AttentionAdapter] = field(default_factory=dict)  # of a method that adds to attention blocks, in place of modules
     saved: Mapping[str, Array] = field(default_factory=dict)  # copies of whole modules, by the parameters' own names
     whole: tuple[str, ...] = ()  # those modules
+    tied: Mapping[str, str] = field(default_factory=dict)  # parameters whose copy is that of another name
     trainable: bool = False
     multiplier: float = 1.0  # of its scale, for a while: no part of the configuration
 
@@ -115,8 +116,8 @@ class Adapted(Graph):
 
     def weight(self, name: str) -> Array:
         """The numbers of the parameter `name` as the model uses them now."""
-        if name in self.copies:
-            return self.copies[name]
+        if (copied := self._tied.get(name, name)) in self.copies:
+            return self.copies[copied]
         first = self.resolve(name)
         return self.merged.weights[first] if self.enabled and first in self.merged.weights else self.frozen(first)
 
@@ -200,7 +201,8 @@ class Adapted(Graph):
     def _tied(self) -> Mapping[str, str]:
         own = self.untied | (self.merged.untied if self.enabled else frozenset())
         ties = self.base.tied().items()
-        return MappingProxyType({s: first for s, first in ties if s not in own and s not in self.copies and first not in self.copies})
+        kept = {s for name in self.active_names if self.enabled for s in self.adapters[name].tied}
+        return MappingProxyType({s: first for s, first in ties if s in kept or (s not in own and not {s, first} & self.copies.keys())})
 
     @cached_property
     def _parameters(self) -> Mapping[str, Parameter]:

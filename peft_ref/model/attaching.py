@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
@@ -75,14 +75,16 @@ def joined(
     check_adapter_name(name)
     check_new(model, name, placed.config)
     check_apart(model, name, placed)
-    copied = {key: model.frozen(key) for module in placed.saved for key in parameters_below(model.base, module)}
+    keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
+    copies = {**{key: model.frozen(key) for key in keys}, **one_copy(saved or {}, placed.tied)}
     first = not model.adapters
     adapter = Attached(
         config=placed.config,
         modules=modules,
         blocks=blocks,
-        saved={**copied, **(saved or {})},
+        saved=copies,
         whole=placed.saved,
+        tied=placed.tied,
         trainable=trainable and first,
     )
     free = biases_of(model.base, placed) if first and trainable else frozenset[str]()
@@ -124,12 +126,22 @@ def update(
             if came != spec.shape:
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
-    if unknown := sorted((saved or {}).keys() - adapter.saved.keys()):
+    saved = one_copy(saved or {}, adapter.tied)
+    if unknown := sorted(saved.keys() - adapter.saved.keys()):
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
-    changed = replace(adapter, modules=modules, blocks=blocks, saved={**adapter.saved, **(saved or {})})
+    changed = replace(adapter, modules=modules, blocks=blocks, saved={**adapter.saved, **saved})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
+
+
+def one_copy(saved: Mapping[str, Array], tied: Mapping[str, str]) -> dict[str, Array]:
+    """The copies without those that are another's, with which they must agree."""
+    for second, first in tied.items():
+        xp = namespace(*(saved[name] for name in (first, second) if name in saved) or (np.zeros(0),))
+        if second in saved and first in saved and not bool(xp.all(saved[second] == saved[first])):
+            raise KeyMismatchError(f"{second} and {first} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
+    return {name: copy for name, copy in saved.items() if name not in tied}
 
 
 def delete(model: Adapted, name: str) -> Adapted:

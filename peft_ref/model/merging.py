@@ -61,7 +61,8 @@ def unload(model: Adapted) -> Adapted:
     copies: Mapping[str, Array] = {k: v for n in model.active_names for k, v in model.adapters[n].saved.items() if _known(model, k)}
     bare = overlaid(model, model.merged.weights, model.merged.untied)
     ties = model.base.tied()
-    apart = frozenset(s for s, first in ties.items() if s in copies or first in copies)
+    kept = {s for n in model.active_names for s in model.adapters[n].tied}
+    apart = frozenset(s for s, first in ties.items() if (s in copies or first in copies) and s not in kept)
     bare = overlaid(bare, copies, apart)
     return Adapted(base=bare.base, changed=bare.changed, untied=bare.untied, mixed=bare.mixed)
 

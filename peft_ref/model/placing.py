@@ -19,9 +19,11 @@ from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
+from peft_ref.graph.tying import Tie, asks, embedding_tie, with_table
 from peft_ref.layers import Layer
 from peft_ref.model.adapted import NOTHING, Adapted
 
+TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
 MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
 
@@ -30,6 +32,7 @@ class Placed(NamedTuple):
     config: AdapterConfig
     layers: Mapping[str, Layer]  # the modules that get an adapter, in the model's order
     saved: tuple[str, ...] = ()  # the modules that are trained in full
+    tied: Mapping[str, str] = NOTHING  # the parameters of those whose copy is that of another name
     blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
@@ -44,6 +47,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
         raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
+    tied = shared_copies(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
@@ -54,7 +58,8 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     layers = {name: model.layer(name) for name in matched.modules}
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
-    return Placed(config, layers, matched.saved)
+    saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
+    return Placed(config, layers, saved, tied)
 
 
 def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
@@ -75,6 +80,8 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     task = config.housekeeping.get("task_type")
     written = rules_for(targets, graph, method.peft_type, task).target
     saved = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))
+    if (tie := tie_of(config, graph)) is not None and asks(saved):
+        saved = with_table(saved, tie)
     if written != targets.target_modules:
         targets = replace(targets, target_modules=written)
     if saved != (targets.modules_to_save or ()):
@@ -82,6 +89,24 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     if "is_feedforward" in field_names(type(method)) and patterns.feedforward_modules is None:
         patterns = replace(patterns, feedforward_modules=default_feedforward(graph))
     return config if targets is config.targets and patterns is config.patterns else replace(config, targets=targets, patterns=patterns)
+
+
+def tie_of(config: AdapterConfig, graph: Graph) -> Tie | None:
+    """The tie of embeddings that the configuration asks to keep."""
+    wanted = config.method.peft_type in ("LORA", "ADALORA") and bool(config.housekeeping.get(TYING))
+    return embedding_tie(graph) if wanted else None
+
+
+def shared_copies(config: AdapterConfig, graph: Graph) -> dict[str, str]:
+    """The second names whose copy is that of the first."""
+    tie, task = tie_of(config, graph), config.housekeeping.get("task_type")
+    if tie is None or not asks((*(config.targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))):
+        return {}
+    if tables := [name for name in tie.others if graph.modules()[name].kind == "embedding"]:
+        raise UnsupportedLayerError(
+            f"{TYING} with {tables[0]!r}: it is a table too, in whose place HF PEFT puts a linear layer, which then fails.\n  Leave it out."
+        )
+    return {second: first for second, first in graph.tied().items() if second.rpartition(".")[0] in tie.others}
 
 
 def check_new(model: Adapted, name: str, config: AdapterConfig) -> None:

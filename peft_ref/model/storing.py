@@ -92,12 +92,13 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     """The adapter `name` as its file holds it."""
     adapter = model.attached(name)
     config = replace(adapter.config, housekeeping={**adapter.config.housekeeping, "inference_mode": True})
+    copies = {**adapter.saved, **{second: adapter.saved[first] for second, first in adapter.tied.items()}}
     return AdapterFile(
         config=config,
         modules=adapter.modules,
         attention=adapter.blocks,
-        modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in adapter.saved.items()},
-        biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, adapter.saved)},
+        modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in copies.items()},
+        biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, copies)},
         embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
     )
 
@@ -125,8 +126,8 @@ def _attached(
         if _may_change_weight(placed.config):
             model, _ = started(model, module, layer, placed.config, np.random.default_rng(0), ties)
     blocks = {block: brought_to(model, block, found) for block, found in file.attention.items()}
-    saved = {parameter_name(key): _like(model, parameter_name(key), tensor) for key, tensor in file.modules_to_save.items()}
-    frozen = {parameter_name(key): tensor for key, tensor in {**file.biases, **file.embeddings}.items()}
+    saved, frozen = beside(file, placed.tied)
+    saved = {name: _like(model, name, tensor) for name, tensor in saved.items()}
     loaded = joined(
         model,
         name,
@@ -159,6 +160,14 @@ def _read(placed: Placed, tensors: Mapping[str, Tensor]) -> AdapterFile:
             f"{PREFIX}{module}.{min(own)}: the model adapts no such module.\n  The file was made for other target modules."
         )
     return AdapterFile(**{**found._asdict(), "config": placed.config})
+
+
+def beside(file: AdapterFile, tied: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a file holds beside the adapter, by the parameters' own names: copies, those that are tied too, and frozen weights."""
+    saved = {parameter_name(key): tensor for key, tensor in file.modules_to_save.items()}
+    other = {parameter_name(key): tensor for key, tensor in {**file.biases, **file.embeddings}.items()}
+    copies = {name: tensor for name, tensor in other.items() if name in tied}
+    return {**saved, **copies}, {name: tensor for name, tensor in other.items() if name not in tied}
 
 
 def read_blocks(config: AdapterConfig, tensors: Mapping[str, Tensor], blocks: Collection[str]) -> AdapterFile:

@@ -66,6 +66,7 @@ T5 = {
 }
 SIZES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", LLAMA),
+    "tied llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "bert": ("BertForSequenceClassification", BERT),
     "t5": ("T5ForConditionalGeneration", T5),
@@ -118,6 +119,9 @@ CASES: Mapping[str, Case] = {
     "cartridge, none frozen": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 0}, accumulate=2),
     "adaption prompt": Case(peft.AdaptionPromptConfig, {"adapter_len": 3, "adapter_layers": 2}),
     "adaption prompt on gpt2": Case(peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 1}, "gpt2", accumulate=2),
+    "a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": Q, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
