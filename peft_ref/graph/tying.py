@@ -3,13 +3,16 @@
 Where `embed_tokens` or `lm_head` are among modules_to_save, or else among target_modules, the table takes the place of what is tied to it
 there, and what is tied to it shares the table's copy, or the table's factors.
 
-HF      LoraModel._add_modules_to_save_to_tie. Only these two names ask for it: "wte" ties nothing. Where nothing is tied HF warns.
+HF      LoraModel._add_modules_to_save_to_tie, _add_targets_to_tie. Only these two names ask for it: "wte" ties nothing. Where nothing is
+        tied HF warns. A merge adds the factors' delta to the one weight twice, for the table and for the head: see peft_ref.model.ties.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
+from peft_ref.graph.patterns import Matcher
 from peft_ref.graph.protocol import Graph
 
 ASKING = ("embed_tokens", "lm_head")
@@ -29,8 +32,11 @@ def embedding_tie(graph: Graph) -> Tie | None:
     return None
 
 
-def asks(names: tuple[str, ...]) -> bool:
-    return any(name.rpartition(".")[2] in ASKING for name in names)
+def asks(names: str | tuple[str, ...] | None) -> bool:
+    if isinstance(names, str):
+        matcher = Matcher()
+        return any(matcher.full(names, name) for name in ASKING)
+    return any(name.rpartition(".")[2] in ASKING for name in names or ())
 
 
 def with_table(names: tuple[str, ...], tie: Tie) -> tuple[str, ...]:
@@ -40,3 +46,7 @@ def with_table(names: tuple[str, ...], tie: Tie) -> tuple[str, ...]:
         if gone := next((name for name in kept if f".{name}." in f".{other}."), None):
             kept.remove(gone)
     return tuple(kept)
+
+
+def targets_with_table(names: str | tuple[str, ...], tie: Tie) -> str | tuple[str, ...]:
+    return rf"(?:{names}|^{re.escape(tie.table)}$)" if isinstance(names, str) else with_table(names, tie)

@@ -50,6 +50,7 @@ class Attached:
     saved: Mapping[str, Array] = field(default_factory=dict)  # copies of whole modules, by the parameters' own names
     whole: tuple[str, ...] = ()  # those modules
     tied: Mapping[str, str] = field(default_factory=dict)  # parameters whose copy is that of another name
+    shared: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
     trainable: bool = False
     multiplier: float = 1.0  # of its scale, for a while: no part of the configuration
 

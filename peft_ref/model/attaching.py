@@ -25,6 +25,7 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
+from peft_ref.methods.lora import LoRA, transposed
 from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
@@ -45,6 +46,10 @@ def add(model: Adapted, name: str, config: AdapterConfig, rng: np.random.Generat
     for module, layer in placed.layers.items():
         model, params = started(model, module, layer, placed.config, rng, ties)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
+    for head, table in placed.shared.items():  # HF starts the head last, in the memory that both have
+        lora = modules[head].method
+        source, target = (table, head) if isinstance(lora, LoRA) and lora.init_lora_weights is False else (head, table)
+        modules[target] = modules[target]._replace(params=transposed(modules[source].params))
     return joined(model, name, placed, modules, blocks=blocks, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
@@ -74,6 +79,7 @@ def joined(
     """`model` with an adapter whose parameters are there. What is not given of the modules saved in full is copied from the model."""
     check_adapter_name(name)
     check_new(model, name, placed.config)
+    check_shared_factors(modules, placed.shared)
     check_apart(model, name, placed)
     keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
     copies = {**{key: model.frozen(key) for key in keys}, **one_copy(saved or {}, placed.tied)}
@@ -85,6 +91,7 @@ def joined(
         saved=copies,
         whole=placed.saved,
         tied=placed.tied,
+        shared=placed.shared,
         trainable=trainable and first,
     )
     free = biases_of(model.base, placed) if first and trainable else frozenset[str]()
@@ -126,6 +133,7 @@ def update(
             if came != spec.shape:
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
+    check_shared_factors(modules, adapter.shared)
     saved = one_copy(saved or {}, adapter.tied)
     if unknown := sorted(saved.keys() - adapter.saved.keys()):
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
@@ -135,10 +143,19 @@ def update(
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
 
 
+def check_shared_factors(modules: Mapping[str, AdapterModule], shared: Mapping[str, str]) -> None:
+    for head, table in shared.items():
+        A, B, _ = transposed(modules[table].params)
+        if any(bool(namespace(x).any(x != y)) for x, y in zip((A, B), modules[head].params[:2], strict=True)):
+            raise KeyMismatchError(
+                f"the factors of {head!r} are not those of {table!r}, to which it is tied (HF PEFT takes the last ones)."
+            )
+
+
 def one_copy(saved: Mapping[str, Array], tied: Mapping[str, str]) -> dict[str, Array]:
     """The copies without those that are another's, with which they must agree."""
     for second, first in tied.items():
-        xp = namespace(*(saved[name] for name in (first, second) if name in saved) or (np.zeros(0),))
+        xp = namespace(*(saved[name] for name in (first, second) if name in saved))
         if second in saved and first in saved and not bool(xp.all(saved[second] == saved[first])):
             raise KeyMismatchError(f"{second} and {first} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
     return {name: copy for name, copy in saved.items() if name not in tied}

@@ -19,8 +19,9 @@ from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
-from peft_ref.graph.tying import Tie, asks, embedding_tie, with_table
+from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
 from peft_ref.layers import Layer
+from peft_ref.methods.lora import LoRA
 from peft_ref.model.adapted import NOTHING, Adapted
 
 TYING = "ensure_weight_tying"
@@ -33,6 +34,7 @@ class Placed(NamedTuple):
     layers: Mapping[str, Layer]  # the modules that get an adapter, in the model's order
     saved: tuple[str, ...] = ()  # the modules that are trained in full
     tied: Mapping[str, str] = NOTHING  # the parameters of those whose copy is that of another name
+    shared: Mapping[str, str] = NOTHING  # the modules whose factors are those of another one, transposed
     blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
@@ -47,7 +49,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
         raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
-    tied = shared_copies(config, graph)
+    tied, table = shared_copies(config, graph), shared_factors(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
@@ -55,11 +57,13 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         raise UnsupportedLayerError(
             f"target_parameters: {', '.join(matched.parameters)}: adapters on single parameters are not built here."
         )
-    layers = {name: model.layer(name) for name in matched.modules}
+    shared = {} if table is None else dict.fromkeys(table.others, table.table)
+    layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *shared))}
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
     saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
-    return Placed(config, layers, saved, tied)
+    check_shared(config, layers, shared)
+    return Placed(config, layers, saved, tied, shared)
 
 
 def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
@@ -82,6 +86,8 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     saved = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))
     if (tie := tie_of(config, graph)) is not None and asks(saved):
         saved = with_table(saved, tie)
+    if (table := shared_factors(config, graph)) is not None and written is not None:
+        written = targets_with_table(written, table)
     if written != targets.target_modules:
         targets = replace(targets, target_modules=written)
     if saved != (targets.modules_to_save or ()):
@@ -107,6 +113,27 @@ def shared_copies(config: AdapterConfig, graph: Graph) -> dict[str, str]:
             f"{TYING} with {tables[0]!r}: it is a table too, in whose place HF PEFT puts a linear layer, which then fails.\n  Leave it out."
         )
     return {second: first for second, first in graph.tied().items() if second.rpartition(".")[0] in tie.others}
+
+
+def shared_factors(config: AdapterConfig, graph: Graph) -> Tie | None:
+    """The table and what has its factors, transposed. A table that is trained in full, or said to be, asks for none."""
+    tie, targets = tie_of(config, graph), config.targets
+    return tie if tie is not None and not shared_copies(config, graph) and asks(targets.target_modules) else None
+
+
+def check_shared(config: AdapterConfig, layers: Mapping[str, Layer], shared: Mapping[str, str]) -> None:
+    for name, table in shared.items():
+        method = config.method_for(name)
+        if (
+            type(method) is not LoRA
+            or method.lora_bias
+            or (isinstance(method.init_lora_weights, str) and method.init_lora_weights != "gaussian")
+        ):
+            raise UnsupportedLayerError(
+                f"{TYING} at {name!r} with {method}: a plain LoRA with a plain start is shared here.\n  Leave it out."
+            )
+        if method != config.method_for(table) or layers[name].kind != "linear":
+            raise UnsupportedLayerError(f"{TYING}: {name!r} is no linear layer with the rank and scale of {table!r}, whose factors it has.")
 
 
 def check_new(model: Adapted, name: str, config: AdapterConfig) -> None:

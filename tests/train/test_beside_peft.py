@@ -29,7 +29,7 @@ from peft_ref.nn.tree import leaves  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
 from peft_ref.train.dropout import with_dropout  # noqa: E402
-from tests.nn.beside_hf import all_close, close, float64, pair, scatter, to_torch  # noqa: E402
+from tests.nn.beside_hf import all_close, close, float64, pair, scatter, share_again, to_torch  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
 LLAMA = {
@@ -122,6 +122,9 @@ CASES: Mapping[str, Case] = {
     "a table and its head, tied": Case(
         peft.LoraConfig, {**R, "target_modules": Q, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "tied llama"
     ),
+    "factors of a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": [*Q, "lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
@@ -143,6 +146,7 @@ def both(case: Case, folder: Path) -> Both:
         warnings.simplefilter("ignore")
         live = peft.get_peft_model(base.live, case.config(task_type=case.task, **case.options)).eval()  # without the base's dropout
         scatter(live.prompt_encoder if hasattr(live, "prompt_encoder") else live, 2)
+        share_again(live)
         live.save_pretrained(folder, save_embedding_layers=False)
     config = load_config(folder)
     if not isinstance(config.method, Prompt):
