@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, final
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionBlock
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import OTHER, Module
@@ -120,6 +120,10 @@ class Model(ABC):
     def forward(self, net: Net, inputs: Inputs) -> Output: ...
 
     @abstractmethod
+    def loss_vjp(self, logits: Array, inputs: Inputs, dloss: Array | float) -> Array:
+        """The gradient of the loss for the logits, if there are labels."""
+
+    @abstractmethod
     def vjp(self, net: Net, inputs: Inputs, d: OutputGradient) -> ModelGradients:
         """The gradients of `forward` for all that `net` trains, for the embedded inputs and for the past."""
 
@@ -150,6 +154,21 @@ class Model(ABC):
         """The network of these weights, with no adapter."""
         blocks = {name: part.block for name, part in self.parts().items() if part.block is not None}
         return Net(weights=weights, layers=self.layers(), ties=self.ties(), blocks=blocks)
+
+
+def without_loss(model: Model, output: Output, inputs: Inputs, d: OutputGradient) -> OutputGradient:
+    """The loss's gradient handed on to the logits."""
+    for name in ("logits", "loss", "hidden", "pooled"):
+        if getattr(d, name) is not None and getattr(output, name) is None:
+            why = "the inputs have no labels" if name == "loss" else f"{type(model).__name__} returns none"
+            raise ConfigError(f"a gradient came for the {name}, and {why}.")
+    dlogits = d.logits
+    if d.loss is not None:
+        of_loss = model.loss_vjp(output.logits, inputs, d.loss)
+        dlogits = of_loss if dlogits is None else dlogits + of_loss
+    if dlogits is None and output.logits is not None:
+        dlogits = namespace(output.logits).zeros_like(output.logits)
+    return replace(d, logits=dlogits, loss=None)
 
 
 def embed(net: Net, name: str, inputs: Inputs) -> Array:
