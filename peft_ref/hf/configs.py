@@ -61,7 +61,6 @@ class LoraConfig(PeftConfig):
     kind: ClassVar[PeftType | None] = PeftType.LORA
     unused: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "loftq_config",
         "eva_config",
         "corda_config",
         "lora_ga_config",

@@ -1,6 +1,7 @@
 """Adapters come onto a model, get new numbers, and leave it.
 
-add       fresh parameters. The first adapter becomes active; a later one waits for `activate`. What is merged is unmerged first, as in HF
+add       fresh parameters. The first adapter becomes active; a later one waits for `activate`. What is merged is unmerged first, as in HF.
+          `starts` has those that were made of data (corda, eva, lora_ga), module by module
 attach    parameters from a file; the init runs once more where it changes the frozen weight (pissa, olora), as when HF loads
 update    other numbers: what a training made of parameters, of modules_to_save, of biases
 delete    of an active adapter: what remains active stays so, else the first by name on the first module that was adapted; it is trainable
@@ -19,46 +20,77 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
+from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
+from peft_ref.methods.loftq_init import loftq, loftq_of
 from peft_ref.methods.lora import LoRA, transposed
 from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
+from peft_ref.model.sharing import common, shared
 from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
 
 
-def add(model: Adapted, name: str, config: AdapterConfig, rng: np.random.Generator, *, ties: Ties = "refuse") -> Adapted:
+def add(
+    model: Adapted,
+    name: str,
+    config: AdapterConfig,
+    rng: np.random.Generator,
+    *,
+    ties: Ties = "refuse",
+    starts: Mapping[str, Start[Any]] | None = None,
+) -> Adapted:
     """`model` with a fresh adapter. `ties` says what an init does that changes a tied weight."""
     check_ties(ties)
     check_new(model, name, config)
     placed = place(model, config)
+    if unknown := sorted((starts or {}).keys() - placed.layers.keys()):
+        raise KeyMismatchError(f"a start for {unknown[0]!r}, which the adapter is not on.\n  It is on {', '.join(placed.layers)}.")
     modules: dict[str, AdapterModule] = {}
     blocks: dict[str, AttentionAdapter] = {}
     for name_of_block, block in placed.blocks.items():
         method = attention_method(placed.config)
         blocks[name_of_block] = AttentionAdapter(method, method.init(block.hidden_size, weight_in(model, name_of_block), rng))
+    made = common(model, placed, rng)
     for module, layer in placed.layers.items():
-        model, params = started(model, module, layer, placed.config, rng, ties)
+        given = None if starts is None else starts.get(module)
+        model, params = started(model, module, layer, placed.config, rng, ties, made=made.get(module), given=given)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
-    for head, table in placed.shared.items():  # HF starts the head last, in the memory that both have
+    for head, table in placed.mirrored.items():  # HF starts the head last, in the memory that both have
         lora = modules[head].method
         source, target = (table, head) if isinstance(lora, LoRA) and lora.init_lora_weights is False else (head, table)
         modules[target] = modules[target]._replace(params=transposed(modules[source].params))
     return joined(model, name, placed, modules, blocks=blocks, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
-def started(model: Adapted, module: str, layer: Layer, config: AdapterConfig, rng: np.random.Generator, ties: Ties) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, and the model with the frozen weight that the init leaves."""
+def started(
+    model: Adapted,
+    module: str,
+    layer: Layer,
+    config: AdapterConfig,
+    rng: np.random.Generator,
+    ties: Ties,
+    *,
+    made: Any = None,
+    given: Start[Any] | None = None,
+) -> tuple[Adapted, Any]:
+    """Fresh parameters at `module`, those `given` or of what was `made` for all, and the model with the frozen weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
-    W = wide(layer.fold(frozen))
-    start = config.method_for(module).init(layer, W, rng)
+    W, method = wide(layer.fold(frozen)), config.method_for(module)
+    if given is not None:
+        method.unpack(layer, method.pack(layer, given.params), where=module)  # in the method's own shapes, or an error
+        start = given
+    elif isinstance(method, LoRA) and method.init_lora_weights == "loftq":
+        start = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+    else:
+        start = method.start(layer, W, rng, made)
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
@@ -79,7 +111,7 @@ def joined(
     """`model` with an adapter whose parameters are there. What is not given of the modules saved in full is copied from the model."""
     check_adapter_name(name)
     check_new(model, name, placed.config)
-    check_shared_factors(modules, placed.shared)
+    check_mirrored(modules, placed.mirrored)
     check_apart(model, name, placed)
     keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
     copies = {**{key: model.frozen(key) for key in keys}, **one_copy(saved or {}, placed.tied)}
@@ -91,7 +123,7 @@ def joined(
         saved=copies,
         whole=placed.saved,
         tied=placed.tied,
-        shared=placed.shared,
+        mirrored=placed.mirrored,
         trainable=trainable and first,
     )
     free = biases_of(model.base, placed) if first and trainable else frozenset[str]()
@@ -133,18 +165,19 @@ def update(
             if came != spec.shape:
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
-    check_shared_factors(modules, adapter.shared)
+    check_mirrored(modules, adapter.mirrored)
     saved = one_copy(saved or {}, adapter.tied)
     if unknown := sorted(saved.keys() - adapter.saved.keys()):
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
+    shared(modules)
     changed = replace(adapter, modules=modules, blocks=blocks, saved={**adapter.saved, **saved})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
 
 
-def check_shared_factors(modules: Mapping[str, AdapterModule], shared: Mapping[str, str]) -> None:
-    for head, table in shared.items():
+def check_mirrored(modules: Mapping[str, AdapterModule], mirrored: Mapping[str, str]) -> None:
+    for head, table in mirrored.items():
         A, B, _ = transposed(modules[table].params)
         if any(bool(namespace(x).any(x != y)) for x, y in zip((A, B), modules[head].params[:2], strict=True)):
             raise KeyMismatchError(

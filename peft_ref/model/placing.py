@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from peft_ref.attending import AttentionBlock, AttentionMethod
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.files.adapter import spanned
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
 from peft_ref.graph.blocks import blocks_of
@@ -34,7 +35,7 @@ class Placed(NamedTuple):
     layers: Mapping[str, Layer]  # the modules that get an adapter, in the model's order
     saved: tuple[str, ...] = ()  # the modules that are trained in full
     tied: Mapping[str, str] = NOTHING  # the parameters of those whose copy is that of another name
-    shared: Mapping[str, str] = NOTHING  # the modules whose factors are those of another one, transposed
+    mirrored: Mapping[str, str] = NOTHING  # the modules whose factors are those of another one, transposed
     blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
@@ -49,7 +50,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
         raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
-    tied, table = shared_copies(config, graph), shared_factors(config, graph)
+    tied, table = shared_copies(config, graph), mirrored_by(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
@@ -57,13 +58,13 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         raise UnsupportedLayerError(
             f"target_parameters: {', '.join(matched.parameters)}: adapters on single parameters are not built here."
         )
-    shared = {} if table is None else dict.fromkeys(table.others, table.table)
-    layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *shared))}
+    mirrored = {} if table is None else dict.fromkeys(table.others, table.table)
+    layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *mirrored))}
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
     saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
-    check_shared(config, layers, shared)
-    return Placed(config, layers, saved, tied, shared)
+    check_mirrors(config, layers, mirrored)
+    return Placed(spanned(config, layers, {}), layers, saved, tied, mirrored)
 
 
 def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
@@ -86,7 +87,7 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     saved = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))
     if (tie := tie_of(config, graph)) is not None and asks(saved):
         saved = with_table(saved, tie)
-    if (table := shared_factors(config, graph)) is not None and written is not None:
+    if (table := mirrored_by(config, graph)) is not None and written is not None:
         written = targets_with_table(written, table)
     if written != targets.target_modules:
         targets = replace(targets, target_modules=written)
@@ -115,14 +116,14 @@ def shared_copies(config: AdapterConfig, graph: Graph) -> dict[str, str]:
     return {second: first for second, first in graph.tied().items() if second.rpartition(".")[0] in tie.others}
 
 
-def shared_factors(config: AdapterConfig, graph: Graph) -> Tie | None:
+def mirrored_by(config: AdapterConfig, graph: Graph) -> Tie | None:
     """The table and what has its factors, transposed. A table that is trained in full, or said to be, asks for none."""
     tie, targets = tie_of(config, graph), config.targets
     return tie if tie is not None and not shared_copies(config, graph) and asks(targets.target_modules) else None
 
 
-def check_shared(config: AdapterConfig, layers: Mapping[str, Layer], shared: Mapping[str, str]) -> None:
-    for name, table in shared.items():
+def check_mirrors(config: AdapterConfig, layers: Mapping[str, Layer], mirrored: Mapping[str, str]) -> None:
+    for name, table in mirrored.items():
         method = config.method_for(name)
         if (
             type(method) is not LoRA

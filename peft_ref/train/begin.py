@@ -71,7 +71,7 @@ def learner_of(model: Model, adapted: Adapted, name: str = "default") -> Trainin
         net=replace(net_of(model, adapted), adapters={}, attention={}),
         methods={module: found.method for module, found in adapter.modules.items()},
         attention={block: found.method for block, found in adapter.blocks.items()},
-        shared=adapter.shared,
+        mirrored=adapter.mirrored,
         task_type=adapter.config.housekeeping.get("task_type") or "",
         penalty=method if isinstance(method, AdaLoRA) else None,
     )

@@ -64,7 +64,7 @@ class Learner:
     net: Net  # frozen
     methods: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)  # by module
     attention: Mapping[str, AttentionMethod[Any]] = field(default_factory=dict)  # by attention block
-    shared: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
+    mirrored: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
     prompt: Prompt | None = None
     task_type: str = "CAUSAL_LM"
     penalty: AdaLoRA | None = None  # the method that adds one

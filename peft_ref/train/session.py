@@ -51,7 +51,7 @@ def named_config(name: str, given: Mapping[str, Any], steps: int) -> dict[str, A
     if issubclass(cls, AttentionMethod) and isinstance(targets, list) and len(targets) == 1:
         given = {**given, "target_modules": targets[0]}  # the last part of a name, and no list
     length = {"total_step": steps} if "total_step" in field_names(cls) else {}
-    return {"peft_type": cls.peft_type, **({} if cls.flag is None else {cls.flag: cls.flag_value}), **length, **given}
+    return {"peft_type": cls.peft_type, **cls.switched_on(), **length, **given}
 
 
 def prepared(model: Path | None, data: Path, config: Mapping[str, Any], plan: Plan, out: Path, *, ids: bool = False) -> Session:

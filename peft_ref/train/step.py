@@ -61,7 +61,7 @@ def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch
     loss, grads = learner.loss_vjp(start, batches)
     clipped = (grads, global_norm(grads)) if recipe.max_grad_norm is None else clip_by_global_norm(grads, recipe.max_grad_norm)
     optimizer, params = recipe.optimizer.update(state.optimizer, start, clipped[0], recipe.lr * recipe.factor(state.step))
-    for head, table in learner.shared.items():
+    for head, table in learner.mirrored.items():
         moved = params._replace(adapters={**params.adapters, head: transposed(params.adapters[table])})
         rate = recipe.lr * recipe.factor(state.step)
         twice = recipe.optimizer.update(state.optimizer, moved, clipped[0], rate)[1].adapters[head]
