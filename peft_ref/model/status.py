@@ -125,7 +125,8 @@ def model_status(model: Adapted) -> ModelStatus:
 def _numbers(model: Adapted, adapter: Attached) -> int:
     """How many an adapter trains: what several modules share once."""
     once: dict[str, int] = {}
-    own, keys = 0, adapter.config.method.shared_keys(tuple(adapter.modules))  # type: ignore[attr-defined]  # it is on a model
+    method = adapter.config.method
+    own, keys = 0, method.shared_keys(tuple(adapter.modules)) if isinstance(method, WeightMethod) else {}
     for name in adapter.modules:
         for s in _specs(model, adapter.config.method_for(name), name):
             if s.trained and s.shared:
