@@ -84,6 +84,10 @@ class Graph(ABC):
         """The second names of parameters, each with the first."""
         return MappingProxyType({})
 
+    def buffers(self) -> Mapping[str, Array]:
+        """What a model keeps beside its parameters, a running mean say: nothing but `modules_to_save` looks at it."""
+        return MappingProxyType({})
+
     def aliases(self) -> Mapping[str, str]:
         """The second names of modules, each with the first."""
         return MappingProxyType({})

@@ -106,6 +106,9 @@ class Adapted(Graph):
     def modules(self) -> Mapping[str, Module]:
         return self.base.modules()
 
+    def buffers(self) -> Mapping[str, Array]:
+        return self.base.buffers()
+
     def aliases(self) -> Mapping[str, str]:
         return self.base.aliases()
 

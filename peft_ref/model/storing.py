@@ -4,7 +4,7 @@ load    the adapter in a folder comes onto the model, under any name; with `lazy
 save    the folder that HF's PeftModel.save_pretrained writes: the adapter "default" into it, any other into a folder below, by its name
 
 A file holds, beside the adapter's parameters:
-    copies of modules_to_save               under the modules' own names; their buffers (a running mean) only where a file brought them
+    copies of modules_to_save               under the modules' own names, with their buffers (a running mean)
     biases, for bias="all" or "lora_only"   those of adapted layers as base_layer.bias; loading puts them into the frozen weights
     embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts; the same
 
