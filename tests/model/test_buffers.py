@@ -1,4 +1,4 @@
-"""Buffers of modules_to_save beside live PEFT: a norm's running numbers are copied, stored, read and come back, and count as no parameters."""
+"""Buffers of modules_to_save beside live PEFT: running numbers are copied, stored, read and come back, and count as no parameters."""
 
 from __future__ import annotations
 
