@@ -49,6 +49,7 @@ from peft_ref.hf.configs import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from peft_ref.hf.configs_kin import GraloraConfig, HiraConfig, LoKrConfig, MissConfig
 from peft_ref.hf.mapping import (
     get_layer_status,
     get_model_status,
@@ -86,9 +87,13 @@ __all__ = [
     "BaseModel",
     "CPTConfig",
     "CartridgeConfig",
+    "GraloraConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
     "ModelOutput",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
