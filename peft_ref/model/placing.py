@@ -15,6 +15,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
 from peft_ref.graph.protocol import Graph
+from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
 from peft_ref.layers import Layer
@@ -45,6 +46,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
             else "it adds to attention blocks: give it to a network as `Net.attention`"
         )
         raise ConfigError(f"{type(method).__name__} adapts no layer: {where}.")
+    check_replicated(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
@@ -56,6 +58,17 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
     return Placed(config, layers, matched.saved)
+
+
+def check_replicated(config: AdapterConfig, graph: Graph) -> None:
+    """Raise `ConfigError` where the configuration's layers are not those of the model."""
+    wanted = config.housekeeping.get("layer_replication")
+    given = graph.layer_replication if isinstance(graph, ReplicatedGraph) else ()
+    if wanted and tuple(tuple(pair) for pair in wanted) != given:
+        raise ConfigError(
+            f"layer_replication={wanted!r:.80}, and the model's layers are {given or 'its own'}.\n"
+            "  Adapt ReplicatedGraph(graph, layer_replication) instead of the graph (peft_ref.graph)."
+        )
 
 
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
