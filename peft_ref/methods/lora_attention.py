@@ -8,8 +8,8 @@ outputs. In a file the output projection is one "base_layer" further in.
 
 HF      peft.tuners.lora.MultiheadAttention. It merges before every call and unmerges after it, so that lora_dropout does nothing.
         Followed: it merges the output projection twice, once by itself and once through the layer, whose part has no gradient. So what acts
-        is twice the delta, and its gradient that of one; right is once, for both. It refuses DoRA, mixed rows, and keys or values of another
-        size than the queries; "pissa" and its like find no weight: refused here
+        is twice the delta, and its gradient that of one; right is once, for both. It refuses DoRA, mixed rows, and keys of another size
+        than the queries; "pissa" and its like find no weight: refused here
 """
 
 from __future__ import annotations
