@@ -5,10 +5,12 @@ A method is a map of the frozen weight:   (W, b)  --T_theta-->  (W', b').   It n
     contract    a method writes                           derived here, once and final
     LowRank     factors(p) -> B, A and its vjp            delta, weight, merge, unmerge, a forward that never forms B A
     Additive    delta(p) -> dW, db and its vjp             weight, merge, unmerge, forward
+    Conditioned change(p, W0, b0) -> dW, db and its vjp    weight, merge, unmerge, forward
     Reweight    weight(p, W, b, W0) and its vjp           merge, forward; unmerge through `inverse` where one exists
 
 Several active adapters act one after the other on the weight: T_2 receives what T_1 returned. A reweighting method also receives
 W0, the weight under the whole stack, because DoRA measures its norm there. Additive methods commute, so for them this is a sum.
+A conditioned one computes what it adds from the frozen W0 and b0 alone, whatever stands below it: also a sum.
 
 Dropout reaches only what an adapter adds:  y = layer(x; W, b') + layer(drop(x); T(W0) - W0).  The mask is an argument.
 
@@ -18,10 +20,10 @@ Gradients come in the type of the parameters, and `f_vjp` takes the arguments of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
 
 import numpy as np
 
@@ -42,12 +44,18 @@ class Key:
 
     A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
     for as many ones. `when` names what switches the parameter on: a hyper-parameter, or one of `dims` that depends on the layer.
+
+    What is `shared` is one array that every layer of the adapter is given, and stands in a file once, as base_model.<key>: see `common`.
     """
 
     key: str
     stored: str | None = None
     kinds: frozenset[str] = KINDS - CONV_KINDS
     when: str | None = None
+    trained: bool = True  # places in a weight are saved with the rest, are integers, and have no gradient
+    shared: bool = False
+    saved: str | None = None  # the hyper-parameter that says whether a file holds it; what it does not hold, the seed makes again
+    repeated: bool = False  # a file holds what is shared beside every layer too
 
 
 def conv_key(key: str, stored: str, when: str | None = None) -> Key:
@@ -59,6 +67,10 @@ class ParamSpec(NamedTuple):
     key: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
+    trained: bool = True
+    shared: bool = False
+    saved: bool = True
+    repeated: bool = False
 
 
 class Start(NamedTuple, Generic[P]):
@@ -72,6 +84,7 @@ class WeightGradients(NamedTuple, Generic[P]):
     params: P
     W: Array
     b: Array | None
+    b0: Array | None = None  # of the frozen bias, where a conditioned method read it beside b
 
 
 class Method(ABC):
@@ -83,21 +96,31 @@ class Method(ABC):
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
-    flag_value: ClassVar[bool | str] = True  # and what that key says: any true value, or this very text
+    flag_value: ClassVar[bool | str | type] = (
+        True  # and what that key says: any true value, this very text, or a map that is this dataclass
+    )
     tuner_prefix: ClassVar[str]
 
     @final
     @classmethod
     def switch(cls) -> str | None:
         """How a configuration selects it, as text: "use_dora", "init_weights='bat'"; None for the plain method of its type."""
-        return cls.flag if cls.flag is None or cls.flag_value is True else f"{cls.flag}={cls.flag_value!r}"
+        return f"{cls.flag}={cls.flag_value!r}" if cls.flag is not None and isinstance(cls.flag_value, str) else cls.flag
 
     @final
     @classmethod
     def is_selected(cls, config: Mapping[str, Any]) -> bool:
         """Whether a configuration switches this class on; never for a plain method."""
         value = None if cls.flag is None else config.get(cls.flag)
+        if isinstance(cls.flag_value, type):
+            return value is not None and value is not False  # an empty map has every default
         return bool(value) if cls.flag_value is True else bool(value == cls.flag_value)
+
+    @final
+    @classmethod
+    def switched_on(cls) -> dict[str, Any]:
+        """The word that selects it, and the least it says."""
+        return {} if cls.flag is None else {cls.flag: {} if isinstance(cls.flag_value, type) else cls.flag_value}
 
 
 class WeightMethod(Method, Generic[P]):
@@ -127,6 +150,35 @@ class WeightMethod(Method, Generic[P]):
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         """The weight and bias that `weight` maps to (W, b). W0 is the frozen weight."""
 
+    def spanning(self, layers: Mapping[str, Layer]) -> Self:
+        """The method with the sizes of what all layers share, where those depend on the layers; by module, in the model's order."""
+        return self
+
+    def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The same, told by the shapes of what a file shares, by key."""
+        return self
+
+    def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> Mapping[str, P]:
+        """What is made for all layers together, by module, the other fields None: what they share as one array, and what is drawn in turn.
+
+        Whatever a file may leave out comes from the configuration's own seed, and is the same again. `weights` are the frozen matrices.
+        """
+        return {}
+
+    def shared_keys(self, modules: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        """For every module, which key of a file each shared field refers to: one for all, unless they share in groups."""
+        keys = {name: key.key for name, (_, given) in declared(self.params_type).items() for key in given if key.shared}
+        return dict.fromkeys(modules, keys) if keys else {}
+
+    def start(self, layer: Layer, W: Array, rng: np.random.Generator, common: P | None) -> Start[P]:
+        """`init` of one layer among others, given what was made for all of them."""
+        return self.init(layer, W, rng)
+
+    @final
+    def start_alone(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:
+        """`init` of a method whose layers share something: here by a layer that has nobody to share it with."""
+        return self.start(layer, W, rng, self.common({"": layer}, {"": W}, rng)[""])
+
     @final
     def check_layer(self, layer: Layer, where: str = "") -> None:
         if layer.kind not in self.kinds:
@@ -138,6 +190,10 @@ class WeightMethod(Method, Generic[P]):
 
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
+
+    def on_module(self, name: str) -> Self:
+        """The method as it is on the module of this name, where its configuration names modules."""
+        return self
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """The layer that stored tensors of these shapes tell; None where their sizes are plainly those of the layer."""
@@ -159,7 +215,8 @@ class WeightMethod(Method, Generic[P]):
                 continue
             size = shape_of(shape, letters, ())
             stored = size if key.stored is None else shape_of(key.stored, letters, layer.kernel_size)
-            specs.append(ParamSpec(name, key.key, size, stored))
+            saved = key.saved is None or bool(getattr(self, key.saved))
+            specs.append(ParamSpec(name, key.key, size, stored, key.trained, key.shared, saved, key.repeated))
         return tuple(specs)
 
     def _is_on(self, when: str | None, letters: Mapping[str, int]) -> bool:
@@ -167,21 +224,37 @@ class WeightMethod(Method, Generic[P]):
 
     @final
     def pack(self, layer: Layer, params: P) -> dict[str, Array]:
-        """Parameters (or their gradients) under their checkpoint keys, in their stored shapes."""
-        return {s.key: namespace(getattr(params, s.field)).reshape(getattr(params, s.field), s.stored_shape) for s in self.spec(layer)}
+        """Parameters (or their gradients, which what is not trained has none of) under their checkpoint keys, in their stored shapes."""
+        given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
+        return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
 
     @final
-    def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "") -> P:
-        """Parameters from `tensors` under their checkpoint keys; undoes `pack`. Every key must be there, and no other."""
+    def untrained(self, layer: Layer) -> dict[str, np.ndarray[Any, Any]]:
+        """What of a fresh adapter is not trained, under its checkpoint key."""
+        keys = [s.key for s in self.spec(layer) if not s.trained]
+        if not keys:
+            return {}
+        fresh = self.pack(layer, self.init(layer, np.zeros(layer.shape), np.random.default_rng(0)).params)
+        return {key: fresh[key] for key in keys}
+
+    @final
+    def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "", *, own: bool = False) -> P:
+        """Parameters from `tensors` under their checkpoint keys; undoes `pack`. Every key must be there, and no other.
+
+        With `own` they are what a file holds beside a layer: what is shared, or not saved, may be missing and is None then.
+        """
         specs = self.spec(layer)
         at = f"{type(self).__name__}{where and f' at {where!r}'}"
         expected = {s.key for s in specs}
-        if missing := sorted(expected - tensors.keys()):
+        free = {s.key for s in specs if s.shared or not s.saved} if own else set[str]()
+        if missing := sorted(expected - free - tensors.keys()):
             raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(tensors)) or 'nothing'}.")
         if extra := sorted(tensors.keys() - expected):
             raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
         values: dict[str, Array | None] = dict.fromkeys(declared(self.params_type))
         for s in specs:
+            if s.key in free and s.key not in tensors:
+                continue
             tensor = tensors[s.key]
             if tuple(tensor.shape) != s.stored_shape:
                 letters, sizes = declared(self.params_type)[s.field][0], s.stored_shape
@@ -267,6 +340,39 @@ class Additive(WeightMethod[P]):
     @final
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         return _subtract(self, Delta(W, b), self.delta(layer, p))
+
+
+class Conditioned(WeightMethod[P]):
+    """W' = W + dW(W0, b0), b' = b + db(W0, b0): what is added is computed from the frozen weight and bias.
+
+    Where no `b0` is given, b is the frozen one.
+    """
+
+    @abstractmethod
+    def change(self, layer: Layer, p: P, W0: Array, b0: Array | None) -> Delta: ...
+
+    @abstractmethod
+    def change_vjp(self, layer: Layer, p: P, W0: Array, b0: Array | None, d: Delta) -> tuple[P, Array | None]:
+        """The gradients of p, and of b0 where the change reads it. W0 is frozen, and none is asked of it."""
+
+    @final
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        return _add(self, Delta(W, b), self.change(layer, p, W0, b if b0 is None else b0))
+
+    @final
+    def weight_vjp(
+        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None, b0: Array | None = None
+    ) -> WeightGradients[P]:
+        params, db0 = self.change_vjp(layer, p, W0, b if b0 is None else b0, Delta(dW, db))
+        if b0 is not None or db0 is None or db is None:
+            return WeightGradients(params, dW, db, db0)
+        return WeightGradients(params, dW, db + db0)
+
+    @final
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        if b is not None and b0 is None:
+            raise NotMergeableError(f"{type(self).__name__}: what was added is computed from the frozen bias, and none came.\n  Pass b0.")
+        return _subtract(self, Delta(W, b), self.change(layer, p, W0, b0))
 
 
 class Reweight(WeightMethod[P]):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.contracts import Factors, LowRank, Reweight, WeightMethod
+from peft_ref.contracts import Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 
@@ -63,24 +63,45 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             dx = None if dx is None or side_dx is None else dx + side_dx
             beside = beside if side_db is None else [*beside, side_db]
         else:
-            g = a.method.weight_vjp(layer, a.params, Ws[k], bs[k], W, dW, db)
+            g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
+            beside = beside if g.b0 is None else [*beside, g.b0]
     return StackGradients(dx, tuple(grads), None if b is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
     """The weight and bias that do alone what the frozen ones do with the adapters."""
-    W0 = W
+    W0, b0 = W, b
     for a in adapters:
-        W, b = a.method.weight(layer, a.params, W, b, W0)
+        W, b = step(layer, a, W, b, W0, b0)
     return W, b
 
 
-def unmerge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array) -> tuple[Array, Array | None]:
-    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured."""
+def unmerge(
+    layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array, b0: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias that GLoRA reads."""
     for a in reversed(adapters):
-        W, b = a.method.unmerge(layer, a.params, W, b, W0)
+        if isinstance(a.method, Conditioned):
+            W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
+        else:
+            W, b = a.method.unmerge(layer, a.params, W, b, W0)
     return W, b
+
+
+def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None) -> tuple[Array, Array | None]:
+    """What one adapter makes of the weight and bias below it; W0 and b0 are those under the whole stack."""
+    if isinstance(a.method, Conditioned):
+        return a.method.weight(layer, a.params, W, b, W0, b0)
+    return a.method.weight(layer, a.params, W, b, W0)
+
+
+def _step_vjp(
+    layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None, dW: Array, db: Array | None
+) -> WeightGradients[Any]:
+    if isinstance(a.method, Conditioned):
+        return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db, b0)
+    return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db)
 
 
 def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
@@ -110,7 +131,7 @@ def _folded(
     """The weight and bias under the stack and after each adapter; a side adapter leaves them as they are."""
     Ws, bs = [W], [b]
     for a, side in zip(adapters, sides, strict=True):
-        after = (Ws[-1], bs[-1]) if side else a.method.weight(layer, a.params, Ws[-1], bs[-1], W)
+        after = (Ws[-1], bs[-1]) if side else step(layer, a, Ws[-1], bs[-1], W, b)
         Ws.append(after[0])
         bs.append(after[1])
     return Ws, bs

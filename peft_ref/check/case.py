@@ -88,7 +88,7 @@ def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
 def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
     config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
-    return {**config, method.flag: method.flag_value} if method.flag else config
+    return {**method.switched_on(), **config}
 
 
 # ---- JSON
@@ -191,6 +191,7 @@ def layer_from_json(data: Mapping[str, Any]) -> Layer:
             in_features=data["in_features"],
             out_features=data["out_features"],
             transposed=kind == "transposed_linear",
+            bias=data.get("bias", ()) is not None,
         )
     if kind == "embedding":
         return Embedding(num_embeddings=data["num_embeddings"], embedding_dim=data["embedding_dim"])

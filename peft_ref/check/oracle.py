@@ -85,7 +85,7 @@ def solve(problem: Problem, operation: str) -> dict[str, Array]:
     if operation == "merge":
         return _weights(layer, *stack.merge(layer, W, b, adapters))
     if operation == "unmerge":
-        return _weights(layer, *stack.unmerge(layer, merged_W, merged_b, adapters, W))
+        return _weights(layer, *stack.unmerge(layer, merged_W, merged_b, adapters, W, b))
     raise ValueError(f"no arrays answer the operation {operation!r}")
 
 

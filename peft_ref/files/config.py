@@ -30,9 +30,11 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-DERIVED = frozenset({"is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
+# fields of a method that patterns decide, module by module, or the sizes of all modules together
+DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
+LAMBDAS = ("delora_lambda",)
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
@@ -43,6 +45,7 @@ class Patterns:
 
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    lambda_pattern: Mapping[str, float] = field(default_factory=dict)  # DeLoRA's, of what a fresh adapter starts from
     feedforward_modules: str | tuple[str, ...] | None = None
 
 
@@ -66,12 +69,13 @@ class AdapterConfig:
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
             return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
-        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
+        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
             if (key := pattern_key(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
-        return dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]  # a dataclass
+        method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
+        return method.on_module(module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules
@@ -148,7 +152,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
             f"{where}: target_modules={targets.target_modules!r:.80} of {cls.peft_type}, which takes the last part of a name (HF PEFT finds"
             " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
         )
-    spoken = {c.flag for c in siblings if c.flag_value is True or c is cls}  # a text that selects nothing stays as it is
+    spoken = {c.flag for c in siblings if not isinstance(c.flag_value, str) or c is cls}  # a text that selects nothing stays as it is
     taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns)}
     return AdapterConfig(
         method=method,
@@ -170,10 +174,12 @@ def _as_saved(cls: type[Method], name: str, value: Any, where: str) -> Any:
 def _flat(config: AdapterConfig) -> dict[str, Any]:
     method, cls = config.method, type(config.method)
     family = [other for other in METHODS.values() if other.peft_type == cls.peft_type]
-    switches: dict[str, Any] = {other.flag: other is cls for other in family if other.flag and other.flag_value is True}
-    if cls.flag:
-        switches[cls.flag] = cls.flag_value
-    fields = {name: getattr(method, name) for name in field_names(cls) if name not in DERIVED}
+    switches: dict[str, Any] = {}
+    for other in family:
+        if other.flag and not isinstance(other.flag_value, str):
+            switches[other.flag] = None if isinstance(other.flag_value, type) else False
+    switches |= cls.switched_on()  # a map is one of the fields
+    fields = {name: value for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
@@ -183,7 +189,7 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
 def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
     names = field_names(type(method))
     found: dict[str, Mapping[str, Any]] = {}
-    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
+    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS), ("lambda_pattern", LAMBDAS)):
         pattern = data.get(key) or {}
         found[key] = dict(pattern)
         if "live_r" in names:
@@ -199,7 +205,7 @@ def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
     modules = _feedforward(data.get("feedforward_modules"), where)
-    return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
+    return Patterns(**found, feedforward_modules=modules)
 
 
 def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method) -> str:

@@ -31,11 +31,8 @@ TASK_TYPES = tuple(task.value for task in TaskType)
 # Switches that change what an adapter computes. One that a method of `METHODS` has as its `flag` is built; any other is refused when on.
 SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
-        "use_bdlora": "BD-LoRA makes A or B block diagonal",
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
-        "use_qalora": "QA-LoRA pools the input",
         "velora_config": "VeLoRA has a gradient of its own",
-        "kasa_config": "KaSA adds a diagonal and truncates the frozen weight",
         "monteclora_config": "MonteCLoRA adds noise in training",
         "arrow_config": "Arrow routes between adapters",
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
@@ -48,8 +45,9 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-PATTERNED = ("HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
-BIASED = ("GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
+VARIANTS = ("kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config")
+PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {"mica": "holds B constant in training"}
@@ -103,9 +101,11 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("lora_bias with use_dora", "Choose one.")
         if data.get("megatron_config") and data.get("use_dora"):
             refuse("megatron_config with use_dora", "Choose one.")
-        for name in ("eva_config", "corda_config", "lora_ga_config"):
+        for name in ("eva_config", "corda_config", "lora_ga_config", "kasa_config", "use_bdlora", "velora_config", "arrow_config"):
             if not isinstance(data.get(name), Mapping | None):
                 refuse(f"{name}={data[name]!r:.60}", "There are null and a map.")
+        if data.get("lora_bias") and (on := next((word for word in VARIANTS if data.get(word) not in (None, False)), None)):
+            raise ConfigError(f"{where}: lora_bias with {on} is not built.\n  It would not be right without either.")
         if data.get("init_lora_weights") == "loftq" and not data.get("loftq_config"):
             refuse("init_lora_weights='loftq' without loftq_config", "Give {'loftq_bits': 4, 'loftq_iter': 1}, its defaults.")
         eva = data.get("eva_config") or {}
@@ -120,7 +120,7 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("use_dora with AdaLoRA", "Leave it out.")
         if data.get("init_lora_weights") == "loftq":
             refuse("init_lora_weights='loftq' with AdaLoRA", "Use true; every other name means that too.")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
         if not isinstance(data.get(name, {}), Mapping) and (kind in PATTERNED or data[name] is not None):
             refuse(f"{name} is a {type(data[name]).__name__}, {data[name]!r:.60}", "Give a map from name patterns to numbers, {} for none.")
     feedforward = data.get("feedforward_modules")

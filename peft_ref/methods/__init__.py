@@ -12,13 +12,19 @@ from peft_ref.registry import Registry
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
+    from peft_ref.methods.bdlora import BDLoRA as BDLoRA
+    from peft_ref.methods.boft import BOFT as BOFT
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.deft import DEFT as DEFT
+    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
+    from peft_ref.methods.kasa import KaSA as KaSA
     from peft_ref.methods.loha import LoHa as LoHa
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
@@ -28,22 +34,33 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
+    from peft_ref.methods.osf import OSF as OSF
     from peft_ref.methods.p_tuning import PTuning as PTuning
+    from peft_ref.methods.peanut import PEANuT as PEANuT
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.psoft import PSOFT as PSOFT
+    from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
         "adaption_prompt": "AdaptionPrompt",
+        "bdlora": "BDLoRA",
+        "boft": "BOFT",
         "cartridge": "Cartridge",
         "cpt": "CPT",
+        "deft": "DEFT",
+        "delora": "DeLoRA",
         "dora": "DoRA",
+        "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
         "hra": "HRA",
         "ia3": "IA3",
+        "kasa": "KaSA",
         "loha": "LoHa",
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
@@ -53,10 +70,15 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "miss_mini": "MiSSMini",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
+        "osf": "OSF",
         "p_tuning": "PTuning",
+        "peanut": "PEANuT",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "psoft": "PSOFT",
+        "qalora": "QALoRA",
         "road": "RoAd",
+        "vera": "VeRA",
     }
 )
 register_method, method_class = METHODS.register, METHODS.method_class

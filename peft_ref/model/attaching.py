@@ -31,6 +31,7 @@ from peft_ref.methods.lora import LoRA
 from peft_ref.model.adapted import Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
+from peft_ref.model.sharing import common, shared
 from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
 
@@ -51,9 +52,10 @@ def add(
     if unknown := sorted((starts or {}).keys() - placed.layers.keys()):
         raise KeyMismatchError(f"a start for {unknown[0]!r}, which the adapter is not on.\n  It is on {', '.join(placed.layers)}.")
     modules: dict[str, AdapterModule] = {}
+    made = common(model, placed, rng)
     for module, layer in placed.layers.items():
         given = None if starts is None else starts.get(module)
-        model, params = started(model, module, layer, placed.config, rng, ties, given)
+        model, params = started(model, module, layer, placed.config, rng, ties, made=made.get(module), given=given)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
     return joined(model, name, placed, modules, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
@@ -65,9 +67,11 @@ def started(
     config: AdapterConfig,
     rng: np.random.Generator,
     ties: Ties,
+    *,
+    made: Any = None,
     given: Start[Any] | None = None,
 ) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, and the model with the frozen weight that the init leaves."""
+    """Fresh parameters at `module`, those `given` or from what was `made` for all layers, and the model with the frozen weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W, method = wide(layer.fold(frozen)), config.method_for(module)
@@ -77,7 +81,7 @@ def started(
     elif isinstance(method, LoRA) and method.init_lora_weights == "loftq":
         start = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
     else:
-        start = method.init(layer, W, rng)
+        start = method.start(layer, W, rng, made)
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
@@ -146,6 +150,7 @@ def update(
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
+    shared(modules)
     changed = replace(adapter, modules=modules, saved={**adapter.saved, **(saved or {})})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
 

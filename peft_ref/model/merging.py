@@ -23,6 +23,7 @@ from peft_ref.model.adapted import Adapted, Merged
 from peft_ref.model.attaching import overlaid, weight_name
 from peft_ref.model.numbers import as_stored, is_finite, wide
 from peft_ref.model.ties import Ties, changed_name, check_ties
+from peft_ref.stack import Adapter, step
 
 
 def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = False, ties: Ties = "refuse") -> Adapted:
@@ -78,7 +79,8 @@ def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array],
     stored = weights.get(kept, frozen)
     stored_bias = None if bias is None else weights.get(bias, weights.get(model.base.resolve(bias), model.frozen(bias)))
     b = None if stored_bias is None else wide(stored_bias)
-    W_new, b_new = method.weight(layer, params, wide(layer.fold(stored)), b, wide(layer.fold(frozen)))
+    b0 = None if bias is None else wide(model.frozen(bias))
+    W_new, b_new = step(layer, Adapter(method, params), wide(layer.fold(stored)), b, wide(layer.fold(frozen)), b0)
     if safe and not (is_finite(W_new) and is_finite(b_new)):
         raise NotMergeableError(f"{what}: the merged weight is not finite (HF PEFT refuses it too).\n  The adapter is broken.")
     weights[kept] = as_stored(layer.unfold(W_new), stored)

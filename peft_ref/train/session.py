@@ -47,7 +47,7 @@ def named_config(name: str, given: Mapping[str, Any], steps: int) -> dict[str, A
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"{name} has no {unknown[0]}.\n  It has {', '.join(sorted(known))}.")
     length = {"total_step": steps} if "total_step" in field_names(cls) else {}
-    return {"peft_type": cls.peft_type, **({} if cls.flag is None else {cls.flag: cls.flag_value}), **length, **given}
+    return {"peft_type": cls.peft_type, **cls.switched_on(), **length, **given}
 
 
 def prepared(model: Path | None, data: Path, config: Mapping[str, Any], plan: Plan, out: Path, *, ids: bool = False) -> Session:

@@ -14,7 +14,7 @@ import pytest
 from peft_ref.errors import ConfigError, FileFormatError, TargetError
 from peft_ref.files.config import AdapterConfig, Patterns, flatten, from_dict, parse, render
 from peft_ref.layers import Linear
-from peft_ref.methods import IA3, DoRA, LoHa, LoRA
+from peft_ref.methods import IA3, DoRA, LoHa, LoHaEffective, LoRA
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "v"]}
 
@@ -192,11 +192,8 @@ def test_what_cannot_be_is_a_config_error_that_says_where(what: str) -> None:
 
 
 NOT_BUILT: dict[str, Any] = {
-    "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [1, 2],
-    "use_qalora": True,
     "velora_config": {"scale": 1.0},
-    "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
     "arrow_config": {"top_k": 3},
     "target_parameters": ["experts.weight"],
@@ -260,9 +257,11 @@ def test_an_init_is_read_as_peft_reads_it_and_kept(init: Any, meaning: bool | st
     assert flatten(config)["init_lora_weights"] == init
 
 
-def test_loha_s_effective_conv_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use_effective_conv2d=True is not built yet"):
-        from_dict({"peft_type": "LOHA", "use_effective_conv2d": True})
+def test_loha_with_a_core_is_a_method_of_its_own() -> None:
+    data = {"peft_type": "LOHA", "use_effective_conv2d": True, "r": 4}
+    assert from_dict(data).method == LoHaEffective(r=4)
+    assert flatten(from_dict(data)) == data
+    assert from_dict({"peft_type": "LOHA", "use_effective_conv2d": False}).method == LoHa()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"peft_type": "LORA", "r": 4, "r": 8}'])

@@ -42,7 +42,7 @@ def results(case: Case, given: dict[str, Any]) -> dict[str, Any]:
     found |= {f"d{field}": value for field, value in gradients.params[0]._asdict().items()}
     try:
         W1, b1 = stack.merge(layer, W, b, adapters)
-        W2, b2 = stack.unmerge(layer, W1, b1, adapters, W)
+        W2, b2 = stack.unmerge(layer, W1, b1, adapters, W, b)
         found |= {"merged W": W1, "merged b": b1, "unmerged W": W2, "unmerged b": b2}
     except NotMergeableError:
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from peft_ref.files.adapter import AdapterModule, state_dict  # noqa: E402
+from peft_ref.files.config import DERIVED  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
 from tests.hf.peft_layers import torch_layer  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
@@ -47,19 +48,17 @@ def hf_model(w: Worked) -> Any:
     """HF PEFT's model of the example's one layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
     method: Any = adapter.method
-    config = {f.name: getattr(method, f.name) for f in fields(method)}
-    config.pop("live_r", None)
-    if "is_feedforward" in config:
-        config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
-    if method.flag:
-        config[method.flag] = method.flag_value
+    words = {f.name for f in fields(method)}
+    config = {**method.switched_on(), **{word: getattr(method, word) for word in words if word not in DERIVED}}
+    if "is_feedforward" in words:
+        config["feedforward_modules"] = ["linear"] if method.is_feedforward else []
     base = torch.nn.Sequential()
     base.add_module("linear", torch_layer(w.layer, bias=True).double())
     base.linear.weight.data = torch.tensor(w.layer.unfold(w.W))
     base.linear.bias.data = torch.tensor(w.b)
     made = getattr(peft, CONFIG_NAMES[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
-    tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
+    tensors = {k: torch.tensor(v) for k, v in state_dict({"linear": AdapterModule(method, w.layer, adapter.params)}).items()}
     peft.set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(v, tensors[k]) for k, v in peft.get_peft_model_state_dict(model).items())
     return model
@@ -107,7 +106,7 @@ def test_merged_and_unmerged_weights_are_those_of_hf(w: Worked) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # HF warns that IA3's unmerge is inaccurate
         model.unmerge_adapter()
-    ours = unmerge(w.layer, W, b, w.adapters, w.W)
+    ours = unmerge(w.layer, W, b, w.adapters, w.W, w.b)
     assert ours[1] is not None
     # IA3-Q1: HF divides by l + 1e-8, which at l = 1/2 is off by 2e-8.
     np.testing.assert_allclose(linear.base_layer.weight.detach(), w.layer.unfold(ours[0]), rtol=0, atol=5e-8 * np.max(np.abs(w.W)))

@@ -23,6 +23,7 @@ from peft_ref.methods import METHODS
 from peft_ref.train import checkpoint
 from peft_ref.train.run import Plan
 from peft_ref.train.session import method_keys
+from tests.methods import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = bytes(range(97, 123)) * 8 + b"some words, and again some words. " * 8
@@ -43,6 +44,12 @@ OPTIONS = {
     "prefix_tuning": ("--num-virtual-tokens", "2", "--token-dim", "16", "--num-attention-heads", "2"),
     "prompt_tuning": ("--num-virtual-tokens", "2"),
 }
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The arguments of a method: its row above, or what makes it small."""
+    words = ((f"--{word.replace('_', '-')}", str(value)) for word, value in facts(name).small.items())
+    return OPTIONS.get(name) or ("--target-modules", "q_proj", *(part for pair in words for part in pair))
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +121,7 @@ def train(*arguments: str) -> int:
 
 @pytest.mark.parametrize("name", [*METHODS.weights, *METHODS.prompts])
 def test_every_method_is_trained_and_its_file_is_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--method", name, *OPTIONS[name], "--json") == 0
+    assert train("--method", name, *options(name), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["losses"]) == 3
     assert len(set(told["losses"])) == 3

@@ -7,7 +7,8 @@ functions, so the checkpoint keys of a case are tested too. A dropout mask repla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,10 @@ Json = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
-PREFIX = "base_model.model.layer."
+PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
+SHARED = ("vera_A", "vera_B")
+TAKEN_OVER = ("vera",)
+NARROW = ("deft",)  # computed in float32 whatever came
 
 
 class NotInPeft(Exception):
@@ -48,9 +52,11 @@ class Mask(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, wide: nn.Module | None) -> None:
         super().__init__()
         self.layer = layer
+        if wide is not None:
+            self.wide = wide
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
@@ -71,7 +77,7 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     model = inject(base, case["layer"], adapters)
     layer = model.base_model.model.layer
     for name, adapter in zip(names(case), adapters, strict=True):
-        tensors = {PREFIX + key: array(value, dtype) for key, value in adapter["tensors"].items()}
+        tensors = {place(key): array(value, dtype) for key, value in adapter["tensors"].items()}
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
         if result.unexpected_keys:
             raise KeyError(f"PEFT does not expect {result.unexpected_keys}")
@@ -83,6 +89,17 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
     return Adapted(model, layer)
+
+
+@contextmanager
+def float32_meaning(dtype: torch.dtype, method: str) -> Iterator[None]:
+    """What PEFT works out in float32, in float64 if that is asked for."""
+    narrow = torch.float32
+    torch.float32 = dtype if method in NARROW and dtype == torch.float64 else narrow
+    try:
+        yield
+    finally:
+        torch.float32 = narrow
 
 
 def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
@@ -102,6 +119,10 @@ def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
+    if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
+        raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
+    if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
+        raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")
@@ -112,7 +133,7 @@ def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
     for i, adapter in enumerate(adapters):
         config = config_of(adapter["config"], layer, later=i > 0)
         if model is None:
-            model = get_peft_model(Model(base), config, adapter_name="a0", autocast_adapter_dtype=False)
+            model = get_peft_model(Model(base, wide(adapter["config"], base)), config, adapter_name="a0", autocast_adapter_dtype=False)
         else:
             model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
         if (live := adapter["config"].get("live_r")) is not None:
@@ -122,9 +143,21 @@ def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
     return model
 
 
+def wide(config: Json, base: nn.Module) -> nn.Module | None:
+    """Another adapted layer, as wide as the case's adapter says that the widest is."""
+    if config.get("widest_in") is None:
+        return None
+    return nn.Linear(config["widest_in"], config["widest_out"]).to(base.weight.dtype)
+
+
+def place(key: str) -> str:
+    """The key in a file: what layers share stands there once."""
+    return f"base_model.{key}" if key in SHARED else PREFIX + key
+
+
 def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say, `live_r` what its `rank_pattern` leaves."""
-    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r")}
+    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out")}
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
@@ -132,7 +165,7 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
-    return cls(target_modules=["layer"], **own)
+    return cls(target_modules=["layer", "wide"], **own)
 
 
 def build(layer: Json, dtype: torch.dtype) -> nn.Module:
@@ -161,13 +194,16 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return [{key: nested(value) for key, value in own_tensors(model, name, found).items()} for name in names(case)]
+    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
+    every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]
+    return [{key: nested(value) for key, value in own.items() if value.is_floating_point()} for own in every]
 
 
 def own_tensors(model: Any, adapter: str, state_dict: Any = None) -> dict[str, torch.Tensor]:
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name=adapter, save_embedding_layers=False)
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    own = {key: value for key, value in tensors.items() if not key.startswith(WIDE)}
+    return {key.removeprefix(PREFIX).removeprefix("base_model."): value for key, value in own.items()}
 
 
 def array(value: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -50,7 +50,7 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(2, 64)) for name in case["modules"]], case["adapter_config"], "default")
+    model = adapted([(name, nn.Linear(64, 64)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -91,7 +91,11 @@ def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str)
 def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
     attribute, *rest = key.split(".")
     holder = getattr(layer, attribute)[adapter]
-    return holder if isinstance(holder, torch.Tensor) else getattr(holder, rest[0] if rest else "weight")
+    if isinstance(holder, torch.Tensor):
+        return holder
+    for word in rest or ["weight"]:
+        holder = holder[int(word)] if word.isdigit() else getattr(holder, word)
+    return holder
 
 
 def small(kind: str) -> nn.Module:
@@ -108,6 +112,8 @@ def sized(layer: Json) -> nn.Module:
     """A layer of the case's sizes with any numbers."""
     if layer["kind"] == "linear":
         return nn.Linear(layer["in_features"], layer["out_features"])
+    if layer["kind"] in CONVOLUTIONS:
+        return CONVOLUTIONS[layer["kind"]](layer["in_channels"], layer["out_channels"], tuple(layer["kernel_size"]), groups=layer["groups"])
     if layer["kind"] == "embedding":
         return nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
     raise ValueError(f"state_dict on a {layer['kind']} layer is not asked yet")
