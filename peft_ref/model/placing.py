@@ -53,7 +53,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
     if matched.parameters:
         raise UnsupportedLayerError(
-            f"target_parameters: {', '.join(matched.parameters)}: adapters on single parameters are not built here."
+            f"target_parameters: {', '.join(matched.parameters)}: that acts on no layer.\n  Use peft_ref.model.parameters."
         )
     layers = {name: model.layer(name) for name in matched.modules}
     for name, layer in layers.items():
