@@ -71,7 +71,7 @@ def started(
     made: Any = None,
     given: Start[Any] | None = None,
 ) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, those `given` or of what was `made` for all, and the model with the frozen weight that the init leaves."""
+    """Fresh parameters at `module`, those `given` or from what was `made` for all, and the model with the weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W, method = wide(layer.fold(frozen)), config.method_for(module)
