@@ -323,6 +323,8 @@ class LowRank(WeightMethod[P]):
 class Additive(WeightMethod[P]):
     """W' = W + dW, b' = b + db."""
 
+    adds_bias: ClassVar[bool] = False  # whether it has a db: then a layer without a bias acts as one whose bias is zero
+
     @abstractmethod
     def delta(self, layer: Layer, p: P) -> Delta: ...
 

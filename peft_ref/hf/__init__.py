@@ -48,6 +48,7 @@ from peft_ref.hf.configs import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from peft_ref.hf.configs_kin import GraloraConfig, HiraConfig, LoKrConfig, MissConfig
 from peft_ref.hf.converting import convert_to_lora, save_as_lora
 from peft_ref.hf.mapping import (
     get_layer_status,
@@ -85,9 +86,13 @@ __all__ = [
     "BaseModel",
     "CPTConfig",
     "CartridgeConfig",
+    "GraloraConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
+    "MissConfig",
     "ModelOutput",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",

@@ -13,12 +13,15 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.bdlora import BDLoRA as BDLoRA
+    from peft_ref.methods.beft import BEFT as BEFT
     from peft_ref.methods.boft import BOFT as BOFT
+    from peft_ref.methods.c3a import C3A as C3A
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
     from peft_ref.methods.deft import DEFT as DEFT
     from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.fourierft import FourierFT as FourierFT
     from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.psoft import PSOFT as PSOFT
     from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
@@ -49,12 +53,15 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "adalora": "AdaLoRA",
         "adaption_prompt": "AdaptionPrompt",
         "bdlora": "BDLoRA",
+        "beft": "BEFT",
         "boft": "BOFT",
+        "c3a": "C3A",
         "cartridge": "Cartridge",
         "cpt": "CPT",
         "deft": "DEFT",
         "delora": "DeLoRA",
         "dora": "DoRA",
+        "fourierft": "FourierFT",
         "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
@@ -78,6 +85,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "psoft": "PSOFT",
         "qalora": "QALoRA",
         "road": "RoAd",
+        "shira": "SHiRA",
         "vera": "VeRA",
     }
 )

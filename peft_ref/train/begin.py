@@ -31,6 +31,7 @@ from peft_ref.nn import Model, Net
 from peft_ref.nn.prompted import word_table
 from peft_ref.nn.tree import mapped
 from peft_ref.prompts import NO_SOURCES, Prompt, Sources
+from peft_ref.train.dropout import row_drops
 from peft_ref.train.learner import Learner, Trainable
 from peft_ref.train.step import State
 
@@ -73,6 +74,7 @@ def learner_of(model: Model, adapted: Adapted, name: str = "default") -> Trainin
         methods=methods,
         task_type=adapter.config.housekeeping.get("task_type") or "",
         penalty=method if isinstance(method, AdaLoRA) else None,
+        row_drops=row_drops(adapter.config),
     )
     params = Trainable(
         adapters={module: found.params for module, found in adapter.modules.items()},

@@ -27,7 +27,7 @@ from peft_ref.nn import Decoder, Gradients, Inputs, Model, Net, OutputGradient
 from peft_ref.nn.loss import IGNORED
 from peft_ref.nn.prompted import with_prompt, with_prompt_vjp
 from peft_ref.prompts import Context, Prompt, Tensors
-from peft_ref.stack import Adapter, Dropout
+from peft_ref.stack import Adapter, Dropout, RowDropout
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -44,8 +44,16 @@ class Trainable(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     inputs: Inputs
-    dropout: Mapping[str, Dropout] = field(default_factory=dict)  # module name -> the mask of its adapter
+    dropout: Mapping[str, Dropout | RowDropout] = field(default_factory=dict)  # module name -> the mask of its adapter
     context: Context | None = None  # of a prompt: the examples' tasks, an encoder's masks
+
+
+class RowDrops(NamedTuple):
+    """How often a row of a delta drops out, and a whole delta; whether the rows that stay are divided by how many that is."""
+
+    rank: float
+    module: float
+    scaled: bool
 
 
 class Found(NamedTuple):
@@ -64,8 +72,9 @@ class Learner:
     prompt: Prompt | None = None
     task_type: str = "CAUSAL_LM"
     penalty: AdaLoRA | None = None  # the method that adds one
+    row_drops: RowDrops | None = None
 
-    def net_at(self, p: Trainable, dropout: Mapping[str, Dropout] = NOTHING) -> Net:
+    def net_at(self, p: Trainable, dropout: Mapping[str, Dropout | RowDropout] = NOTHING) -> Net:
         """The network with these numbers."""
         if unknown := sorted(dropout.keys() - self.methods.keys()):
             raise KeyMismatchError(f"a dropout mask for {unknown[0]!r}, where there is no adapter.\n  There are {', '.join(self.methods)}.")

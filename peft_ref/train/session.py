@@ -24,7 +24,6 @@ from peft_ref.train.tiny import write_tiny
 
 TASK = "CAUSAL_LM"
 BESIDE = ("bias", "feedforward_modules")
-DROPOUTS = ("rank_dropout", "module_dropout")  # PEFT's of LoHa and its like
 
 
 class Session(NamedTuple):
@@ -63,8 +62,6 @@ def prepared(model: Path | None, data: Path, config: Mapping[str, Any], plan: Pl
     said = {"task_type": TASK, **config, "base_model_name_or_path": os.fspath(model), "inference_mode": False}
     if said["task_type"] != TASK:
         raise ConfigError(f"task_type={said['task_type']!r}, and what is trained here is a language model: {TASK}.")
-    if dropped := next((name for name in DROPOUTS if said.get(name)), None):
-        raise ConfigError(f"{dropped}={said[dropped]}: this dropout is not built here.\n  Set it to 0.")
     read = from_dict(said)
     training = start(loaded.model, loaded.graph, read, np.random.default_rng([plan.seed, 0]))
     count = sum(int(np.prod(array.shape)) for _, array in leaves(training.params))

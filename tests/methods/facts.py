@@ -80,7 +80,8 @@ class Facts:
     made: Callable[[Any, Any], bool] = ranked
     differences: tuple[Difference, ...] = ()
 
-    # A random configuration of PEFT's for `Net`, given a generator and the words of all, which may be changed (tests/files/peft_models.py).
+    # A random configuration of PEFT's for `Net`, given a generator and the words of all, which may be changed; without it one
+    # of `models` (tests/files/peft_models.py).
     random: Callable[[Any, dict[str, Any]], Any] | None = None
 
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.

@@ -31,8 +31,8 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    *("Adamss", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "Gralora", "HRA", "Hira"),
-    *("LNTuning", "Lily", "LoKr", "Miss", "OFT", "OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira"),
+    *("Adamss", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "HRA"),
+    *("LNTuning", "Lily", "OFT", "OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira"),
     *("Supertuning", "TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Vera", "WaveFT", "XLora"),
 )
 CONFIG = Different(
@@ -50,7 +50,7 @@ NAMES: dict[str, Row] = {
         for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
     },
     # configurations
-    **{f"{name}Config": CONFIG for name in ("AdaLora", "IA3", "LoHa", "Lora")},
+    **{f"{name}Config": CONFIG for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     **{f"{name}Config": CONFIG for name in ("CPT", "Cartridge", "MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
     "PeftConfig": Different(
         "read from a folder only, and what a newer PEFT added is kept for the file, where PEFT drops it with a warning"
@@ -100,7 +100,7 @@ NAMES: dict[str, Row] = {
     "get_layer_status": Same("rows are NamedTuples; a module whose adapters are all gone has none"),
     "get_model_status": Same("a NamedTuple"),
     # what is PEFT's inside
-    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "IA3", "LoHa", "Lora")},
+    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     "PEFT_TYPE_TO_TUNER_MAPPING": Left(TUNER),
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": Left(TUNER),
     **{

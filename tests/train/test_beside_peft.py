@@ -20,7 +20,9 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from peft_ref.errors import ConfigError  # noqa: E402
 from peft_ref.files.adapter import all_tensors, load_config  # noqa: E402
+from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.model import adapt, load  # noqa: E402
 from peft_ref.nn import Inputs  # noqa: E402
 from peft_ref.nn.optim import AdamW  # noqa: E402
@@ -28,7 +30,7 @@ from peft_ref.nn.schedules import linear  # noqa: E402
 from peft_ref.nn.tree import leaves  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
-from peft_ref.train.dropout import with_dropout  # noqa: E402
+from peft_ref.train.dropout import row_drops, with_dropout  # noqa: E402
 from tests.nn.beside_hf import all_close, close, float64, pair, scatter, to_torch  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
@@ -87,6 +89,12 @@ CASES: Mapping[str, Case] = {
     "lora": Case(peft.LoraConfig, {**R, "target_modules": Q}),
     "dora": Case(peft.LoraConfig, {**R, "target_modules": Q, "use_dora": True}),
     "loha": Case(peft.LoHaConfig, {"r": 2, "alpha": 3, "target_modules": Q}),
+    "lokr": Case(peft.LoKrConfig, {"r": 2, "alpha": 3, "decompose_factor": 3, "target_modules": Q}),
+    "hira": Case(peft.HiraConfig, {"r": 3, "target_modules": Q}),
+    "gralora": Case(peft.GraloraConfig, {"r": 4, "alpha": 6, "hybrid_r": 2, "target_modules": Q}),
+    "miss": Case(peft.MissConfig, {"r": 5, "target_modules": Q}),
+    "miss mini": Case(peft.MissConfig, {"r": 5, "mini_r": 2, "init_weights": "mini", "target_modules": Q}),
+    "miss bat": Case(peft.MissConfig, {"r": 2, "init_weights": "bat", "target_modules": Q}),
     "ia3": Case(peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "adalora": Case(
         peft.AdaLoraConfig,
@@ -239,6 +247,34 @@ def test_given_dropout_masks_do_what_pefts_dropout_does(dora: bool, tmp_path: Pa
         close(params.A, module.lora_A["default"].weight.grad, f"{name} A")
         close(params.B, module.lora_B["default"].weight.grad, f"{name} B")
     assert abs(float(found.loss) - float(training.learner.loss(training.params, [batch(given)]))) > 1e-6
+
+
+def test_rows_drop_out_of_deltas_as_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"r": 2, "target_modules": Q, "rank_dropout": 0.3, "module_dropout": 0.4, "rank_dropout_scale": True}
+    live, training = both(Case(peft.LoKrConfig, options), tmp_path)
+    assert training.learner.row_drops == (0.3, 0.4, True)
+    rng = np.random.default_rng(6)
+    given = example(Case(peft.LoKrConfig, options), rng)
+    drawn = with_dropout(training.learner, batch(given), rng, np.zeros(0))
+    factors = {name: drop.factors for name, drop in drawn.dropout.items()}
+    assert factors.keys() == training.learner.methods.keys()
+    assert {bool(v.any()) for v in factors.values()} == {False, True}, "some whole deltas are to drop out, and not all"
+    draws = []
+    for v in (factors[name] for name, _ in live.base_model.model.named_modules() if name in factors):  # in the order of the forward pass
+        draws += [torch.tensor([float(v.any())]), *([torch.tensor(v > 0).double()] if v.any() else [])]
+    live.train()
+    monkeypatch.setattr(torch, "rand", lambda *shape: draws.pop(0).reshape(shape))
+    with float64():
+        loss = live(**to_torch(given)).loss
+    assert not draws
+    close(training.learner.loss(training.params, [drawn]), loss.detach(), "loss", 1e-6)  # PEFT's mask is a float32
+
+
+@pytest.mark.parametrize("p", [1.0, -0.1, None, "0.1", True])
+def test_a_row_dropout_that_is_no_probability_is_refused_in_training(p: Any) -> None:
+    config = from_dict({"peft_type": "LOHA", "target_modules": Q, "rank_dropout": p})
+    with pytest.raises(ConfigError, match="rank_dropout="):
+        row_drops(config)
 
 
 class Masked(torch.nn.Module):  # type: ignore[misc]  # torch has no types here

@@ -32,6 +32,7 @@ INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 SHARED = ("vera_A", "vera_B")
 TAKEN_OVER = ("vera",)
+FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
 
 
@@ -123,6 +124,11 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
         raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
+    if case["method"] in FLOAT32 and dtype == torch.float64 and case["operation"] != "init":
+        raise NotInPeft("PEFT computes this method in float32, whatever the layer's dtype: ask with --dtype float32")
+    square = case["layer"].get("in_features") == case["layer"].get("out_features")
+    if case["method"] == "c3a" and len(case["adapters"]) > 1 and not square and case["operation"] in ("forward", "backward"):
+        raise NotInPeft("PEFT feeds every C3A adapter to the next one and crashes where in and out differ")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")

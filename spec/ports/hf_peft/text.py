@@ -50,7 +50,8 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(64, 64)) for name in case["modules"]], case["adapter_config"], "default")
+    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA") else 64  # what their defaults fit on
+    model = adapted([(name, nn.Linear(side, side)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -70,6 +71,9 @@ def state_dict(case: Json) -> dict[str, Any]:
         layer = model.get_base_model().get_submodule(module["name"])
         for key, value in module["tensors"].items():
             parameter = parameter_of(layer, key, adapter)
+            if not parameter.is_floating_point():  # places, which are no parameter there
+                parameter.copy_(array(value, parameter.dtype))
+                continue
             tensor = array(value, parameter.dtype)
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")

@@ -46,9 +46,15 @@ DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_d
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BEFT": lambda layer, config: {},
     "BOFT": _boft,
+    "C3A": words("block_size"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
+    "FOURIERFT": lambda layer, config: {
+        "n_frequency": layer.fourierft_n_frequency["default"],
+        "scaling": layer.fourierft_scaling["default"],
+    },
     "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
@@ -57,4 +63,5 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "OFT": _oft,
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
     "ROAD": words("variant", "group_size"),
+    "SHIRA": words("r"),
 }
