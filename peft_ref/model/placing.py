@@ -18,6 +18,7 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
 from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
+from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
 from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
@@ -50,13 +51,14 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
         raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
+    check_replicated(config, graph)
     tied, table = shared_copies(config, graph), mirrored_by(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
     if matched.parameters:
         raise UnsupportedLayerError(
-            f"target_parameters: {', '.join(matched.parameters)}: adapters on single parameters are not built here."
+            f"target_parameters: {', '.join(matched.parameters)}: that acts on no layer.\n  Use peft_ref.model.parameters."
         )
     mirrored = {} if table is None else dict.fromkeys(table.others, table.table)
     layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *mirrored))}
@@ -77,6 +79,17 @@ def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Gr
     if config.targets.target_modules is None:
         config = replace(config, targets=replace(config.targets, target_modules=ending))
     return Placed(config, {}, blocks=blocks)
+
+
+def check_replicated(config: AdapterConfig, graph: Graph) -> None:
+    """Raise `ConfigError` where the configuration's layers are not those of the model."""
+    wanted = config.housekeeping.get("layer_replication")
+    given = graph.layer_replication if isinstance(graph, ReplicatedGraph) else ()
+    if wanted and tuple(tuple(pair) for pair in wanted) != given:
+        raise ConfigError(
+            f"layer_replication={wanted!r:.80}, and the model's layers are {given or 'its own'}.\n"
+            "  Adapt ReplicatedGraph(graph, layer_replication) instead of the graph (peft_ref.graph)."
+        )
 
 
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:

@@ -120,12 +120,15 @@ NAMES: dict[str, Row] = {
     **{name: Left(NOT_BUILT) for name in ("compose_cartridge_adapters", "create_arrow_model", "initialize_kv_prefix_from_past_key_values")},
     **{name: Left(NOT_BUILT) for name in ("initialize_kv_prefix_from_text", "prompt_embeddings_from_past_key_values")},
     **{
-        name: Left("a start from data, which is not built here")
+        name: Left("a start from data: functions of arrays in peft_ref.methods, and `starts` of peft_ref.model.add")
         for name in ("get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga")
     },
-    "replace_lora_weights_loftq": Left("LoftQ, which is not built here"),
+    "replace_lora_weights_loftq": Left("`correct` of peft_ref.methods.loftq_init; no model here is quantised"),
     "find_kappa_target_modules": Left("a choice of targets from the weights, which is not built here"),
-    **{name: Left("peft_ref.model.add_exact with a rank makes the nearest LoRA") for name in ("convert_to_lora", "save_as_lora")},
+    **{
+        name: Different("of every method that changes weights; an int is the largest rank, and MiSS is brought to it too; no progress bar")
+        for name in ("convert_to_lora", "save_as_lora")
+    },
 }
 
 # Of PeftModel itself
@@ -135,7 +138,9 @@ METHODS: dict[str, Row] = {
         " AdaLoRA's penalty is in the loss as in PEFT, which raises once an adapter is read; with adapter_names there is no loss"
     ),
     "from_pretrained": Different("from a folder; `subfolder`, `rng` and `ties` by name; no offloading, no key_mapping"),
-    "save_pretrained": Different("no model card; a pickle and the conversion of an initial adapter are refused; patterns keep their order"),
+    "save_pretrained": Different(
+        "no model card; a pickle is refused; patterns keep their order; the folder of an initial adapter is read, and not written to"
+    ),
     "add_adapter": Different("draws from `rng`, or the model's own generator; low_cpu_mem_usage is refused"),
     "load_adapter": Different("returns nothing: what does not fit is an error. low_cpu_mem_usage leaves the tensors in the file"),
     "set_adapter": Different("also several, as PEFT's base_model.set_adapter"),
@@ -162,7 +167,7 @@ METHODS: dict[str, Row] = {
     "prepare_model_for_gradient_checkpointing": Left(TORCH),
     "create_or_update_model_card": Left("there is no model card"),
     "push_to_hub": Left("there is no Hub"),
-    "supports_lora_conversion": Left("peft_ref.model.add_exact with a rank makes the nearest LoRA, or says why not"),
+    "supports_lora_conversion": Left("convert_to_lora converts, or says why not"),
 }
 
 # Of PeftModel by way of the tuner that it wraps, as `model.merge_adapter()`
@@ -180,6 +185,6 @@ THROUGH: dict[str, Row] = {
     "enable_adapter_layers": Same(),
     "inject_adapter": Left("inject_adapter_in_model"),
     "get_model_config": Left("`config` is the model's config.json"),
-    "subtract_mutated_init": Left("save_pretrained refuses path_initial_model_for_weight_conversion"),
+    "subtract_mutated_init": Left("save_pretrained with path_initial_model_for_weight_conversion does that"),
     **{name: Left(TUNER) for name in ("layers_mapping", "prefix", "target_module_mapping", "tuner_layer_cls", "uses_shared_state")},
 }
