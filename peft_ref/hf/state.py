@@ -31,7 +31,9 @@ from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
 
-FAN = frozenset({"LORA", "ADALORA", "IA3", "VERA"})  # whose configuration says how the last module stores its weight
+FAN = frozenset(
+    {"LORA", "ADALORA", "IA3", "VERA", "PVERA", "RANDLORA", "VBLORA", "UNILORA", "TINYLORA", "FROD"}
+)  # whose configuration says how the last module stores its weight
 
 
 class Start(NamedTuple):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.p_tuning import PTuning as PTuning
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.pvera import PVeRA as PVeRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -57,6 +58,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "p_tuning": "PTuning",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "pvera": "PVeRA",
         "road": "RoAd",
         "vera": "VeRA",
     }

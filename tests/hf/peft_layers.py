@@ -115,6 +115,7 @@ def pair(
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
+    own_facts(method).settle(tuner)
     adapters, parameters = [], []
     common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:

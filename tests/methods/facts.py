@@ -54,6 +54,7 @@ class Facts:
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
+    settle: Callable[[Any], None] = lambda tuner: None  # takes PEFT's layer out of chance
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 

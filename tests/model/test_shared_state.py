@@ -41,6 +41,8 @@ KINDS: dict[str, Kind] = {
         "transformer.h.1.mlp.c_fc",
         8,
     ),
+    "pvera": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"]), ("pvera_A", "pvera_B"), *Q),
+    "pvera not saved": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"], save_projection=False), (), *Q),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),
