@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.pvera import PVeRA as PVeRA
+    from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -59,6 +60,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "pvera": "PVeRA",
+        "randlora": "RandLoRA",
         "road": "RoAd",
         "vera": "VeRA",
     }

@@ -33,3 +33,10 @@ class Generator:
         u = (self.raw(math.prod(shape)) & 0xFFFFFF) * 2.0**-24
         # 24 bits times 24 bits is exact in float64, so that only the sum is rounded, to float32
         return (u * float(last - first) + float(first)).astype(np.float32).reshape(shape)
+
+
+def as_bfloat16(x: Any) -> Host:
+    """Numbers rounded to bfloat16, as float32: to nearest, to even. A draw in bfloat16 is one in float32, rounded."""
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -137,7 +137,7 @@ def pair(
             else:
                 values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
+        assert len([key for key in saved if ".wide." not in key]) == sum(1 + s.repeated for s in method.spec(layer) if s.saved)
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer

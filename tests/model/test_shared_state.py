@@ -43,6 +43,9 @@ KINDS: dict[str, Kind] = {
     ),
     "pvera": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"]), ("pvera_A", "pvera_B"), *Q),
     "pvera not saved": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"], save_projection=False), (), *Q),
+    "randlora": Kind(Net, lambda: peft.RandLoraConfig(r=3, randlora_alpha=6, target_modules=["q", "up"]), ("randlora_A", "randlora_B"), *Q),
+    "randlora sparse": Kind(Net, lambda: peft.RandLoraConfig(r=3, sparse=True, target_modules=["q"]), ("randlora_A", "randlora_B"), *Q),
+    "randlora not saved": Kind(Net, lambda: peft.RandLoraConfig(r=2, target_modules=["q", "up"], save_projection=False), (), *Q),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),

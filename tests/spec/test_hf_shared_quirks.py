@@ -108,3 +108,20 @@ def test_pvera_with_noise_is_pefts_training_and_so_are_its_gradients() -> None:
     np.testing.assert_allclose(got.x + dy @ W, x.grad.numpy(), rtol=1e-11)
     np.testing.assert_allclose(got.params.b, tuner.pvera_lambda_b["default"].grad.numpy(), rtol=1e-11)
     np.testing.assert_allclose(got.params.d, tuner.pvera_lambda_d["default"].grad.numpy(), rtol=1e-11)
+
+
+def test_randlora_q1_bases_are_counted_for_the_layer_and_not_for_the_adapter() -> None:
+    model = peft.get_peft_model(Two(), peft.RandLoraConfig(r=3, target_modules=WIDE), adapter_name="a")
+    model.add_adapter("b", peft.RandLoraConfig(r=1, target_modules=NARROW))
+    assert torch.equal(of(model, "b", "randlora_A"), of(model, "a", "randlora_A"))
+    assert model.base_model.model.narrow.num_bases == 5
+    model.set_adapter("a")
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 6))
+
+
+def test_randlora_q2_what_is_shared_is_saved_beside_every_layer_too() -> None:
+    state = peft.get_peft_model_state_dict(peft.get_peft_model(Two(), peft.RandLoraConfig(r=3, target_modules=WIDE)))
+    for letter in "AB":
+        whole = state[f"base_model.randlora_{letter}"]
+        assert all(torch.equal(state[f"base_model.model.{module}.randlora_{letter}"], whole) for module in WIDE)
