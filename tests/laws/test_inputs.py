@@ -144,6 +144,14 @@ class Boxed:
     def __gt__(self, other: Any) -> bool:
         return self.value > float(other)
 
+    def __ge__(self, other: Any) -> bool:
+        return self.value >= float(other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Boxed) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __abs__(self) -> Boxed:
         return Boxed(abs(self.value))
 
@@ -152,6 +160,9 @@ class Boxed:
 
     def __pos__(self) -> Boxed:
         return self
+
+    def exp(self) -> Boxed:
+        return Boxed(float(np.exp(self.value)))
 
     def cos(self) -> Boxed:
         return Boxed(math.cos(self.value))

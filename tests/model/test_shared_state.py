@@ -46,6 +46,13 @@ KINDS: dict[str, Kind] = {
     "randlora": Kind(Net, lambda: peft.RandLoraConfig(r=3, randlora_alpha=6, target_modules=["q", "up"]), ("randlora_A", "randlora_B"), *Q),
     "randlora sparse": Kind(Net, lambda: peft.RandLoraConfig(r=3, sparse=True, target_modules=["q"]), ("randlora_A", "randlora_B"), *Q),
     "randlora not saved": Kind(Net, lambda: peft.RandLoraConfig(r=2, target_modules=["q", "up"], save_projection=False), (), *Q),
+    "vblora": Kind(
+        llama,
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=4, target_modules=["q_proj", "down_proj"]),
+        (),
+        "model.layers.1.mlp.down_proj",
+        12,
+    ),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),

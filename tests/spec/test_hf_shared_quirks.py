@@ -125,3 +125,15 @@ def test_randlora_q2_what_is_shared_is_saved_beside_every_layer_too() -> None:
     for letter in "AB":
         whole = state[f"base_model.randlora_{letter}"]
         assert all(torch.equal(state[f"base_model.model.{module}.randlora_{letter}"], whole) for module in WIDE)
+
+
+def test_vblora_q1_the_bank_is_drawn_for_every_layer_and_the_last_one_kept() -> None:
+    config = {"r": 2, "num_vectors": 3, "vector_length": 1}
+    banks = []
+    for targets in (NARROW, WIDE):
+        base = Two()
+        torch.manual_seed(5)
+        banks.append(of(peft.get_peft_model(base, peft.VBLoRAConfig(target_modules=targets, **config)), "default", "vblora_vector_bank"))
+    assert not torch.equal(*banks)
+    torch.manual_seed(5)
+    assert torch.equal(banks[0], torch.empty(3, 1).uniform_(-0.02, 0.02))
