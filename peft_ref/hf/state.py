@@ -31,7 +31,8 @@ from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
 
-FAN = frozenset({"GRALORA", "LORA", "ADALORA", "DEFT", "IA3", "VERA"})  # whose configuration says how the last module stores its weight
+# Whose configuration says how the last module stores its weight.
+FAN = frozenset({"ADALORA", "DEFT", "FROD", "GRALORA", "IA3", "LORA", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA"})
 
 
 class Start(NamedTuple):

@@ -36,7 +36,7 @@ from peft_ref.files.adapter import (
     save_adapter,
 )
 from peft_ref.files.config import AdapterConfig
-from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, sort_tensors
+from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, shared_keys, sort_tensors
 from peft_ref.files.rules import field_names
 from peft_ref.files.safetensors import RawTensor, Tensor
 from peft_ref.graph.patterns import Matcher
@@ -200,6 +200,8 @@ def _like(model: Adapted, name: str, tensor: Any) -> Array:
 
 def _may_change_weight(config: AdapterConfig) -> bool:
     """Whether the init has a name: one that is only on or off draws parameters and nothing else."""
+    if shared_keys(type(config.method)):
+        return False
     inits = [getattr(config.method, f) for f in field_names(type(config.method)) if f.startswith("init_") and f.endswith("weights")]
     return not inits or any(isinstance(init, str) for init in inits)
 

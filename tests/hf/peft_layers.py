@@ -125,6 +125,7 @@ def pair(
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
+    own_facts(method).settle(tuner)
     adapters, parameters = [], []
     common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
@@ -150,7 +151,7 @@ def pair(
             else:
                 values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
+        assert len([key for key in saved if ".wide." not in key]) == sum(1 + s.repeated for s in method.spec(layer) if s.saved)
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer

@@ -30,10 +30,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
-SHARED = ("vera_A", "vera_B")
-TAKEN_OVER = ("vera",)
 FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
+SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B")
+TAKEN_OVER = ("vera", "pvera")
 
 
 class NotInPeft(Exception):
