@@ -18,7 +18,7 @@ Gradients come in the type of the parameters, and `f_vjp` takes the arguments of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
@@ -42,12 +42,18 @@ class Key:
 
     A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
     for as many ones. `when` names what switches the parameter on: a hyper-parameter, or one of `dims` that depends on the layer.
+
+    What is `shared` is one array that every layer of the adapter is given, and stands in a file once, as base_model.<key>: see `common`.
     """
 
     key: str
     stored: str | None = None
     kinds: frozenset[str] = KINDS - CONV_KINDS
     when: str | None = None
+    trained: bool = True  # places in a weight are saved with the rest, are integers, and have no gradient
+    shared: bool = False
+    saved: str | None = None  # the hyper-parameter that says whether a file holds it; what it does not hold, the seed makes again
+    repeated: bool = False  # a file holds what is shared beside every layer too
 
 
 def conv_key(key: str, stored: str, when: str | None = None) -> Key:
@@ -59,6 +65,10 @@ class ParamSpec(NamedTuple):
     key: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
+    trained: bool = True
+    shared: bool = False
+    saved: bool = True
+    repeated: bool = False
 
 
 class Start(NamedTuple, Generic[P]):
@@ -113,6 +123,7 @@ class WeightMethod(Method, Generic[P]):
 
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
+    cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
     @abstractmethod
@@ -134,6 +145,35 @@ class WeightMethod(Method, Generic[P]):
     @abstractmethod
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         """The weight and bias that `weight` maps to (W, b). W0 is the frozen weight."""
+
+    def spanning(self, layers: Mapping[str, Layer]) -> Self:
+        """The method with the sizes of what all layers share, where those depend on the layers; by module, in the model's order."""
+        return self
+
+    def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The same, told by the shapes of what a file shares, by key."""
+        return self
+
+    def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> Mapping[str, P]:
+        """What is made for all layers together, by module, the other fields None: what they share as one array, and what is drawn in turn.
+
+        Whatever a file may leave out comes from the configuration's own seed, and is the same again. `weights` are the frozen matrices.
+        """
+        return {}
+
+    def shared_keys(self, modules: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        """For every module, which key of a file each shared field refers to: one for all, unless they share in groups."""
+        keys = {name: key.key for name, (_, given) in declared(self.params_type).items() for key in given if key.shared}
+        return dict.fromkeys(modules, keys) if keys else {}
+
+    def start(self, layer: Layer, W: Array, rng: np.random.Generator, common: P | None) -> Start[P]:
+        """`init` of one layer among others, given what was made for all of them."""
+        return self.init(layer, W, rng)
+
+    @final
+    def start_alone(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:
+        """`init` of a method whose layers share something: here by a layer that has nobody to share it with."""
+        return self.start(layer, W, rng, self.common({"": layer}, {"": W}, rng)[""])
 
     @final
     def check_layer(self, layer: Layer, where: str = "") -> None:
@@ -171,7 +211,8 @@ class WeightMethod(Method, Generic[P]):
                 continue
             size = shape_of(shape, letters, ())
             stored = size if key.stored is None else shape_of(key.stored, letters, layer.kernel_size)
-            specs.append(ParamSpec(name, key.key, size, stored))
+            saved = key.saved is None or bool(getattr(self, key.saved))
+            specs.append(ParamSpec(name, key.key, size, stored, key.trained, key.shared, saved, key.repeated))
         return tuple(specs)
 
     def _is_on(self, when: str | None, letters: Mapping[str, int]) -> bool:
@@ -179,21 +220,37 @@ class WeightMethod(Method, Generic[P]):
 
     @final
     def pack(self, layer: Layer, params: P) -> dict[str, Array]:
-        """Parameters (or their gradients) under their checkpoint keys, in their stored shapes."""
-        return {s.key: namespace(getattr(params, s.field)).reshape(getattr(params, s.field), s.stored_shape) for s in self.spec(layer)}
+        """Parameters (or their gradients, which what is not trained has none of) under their checkpoint keys, in their stored shapes."""
+        given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
+        return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
 
     @final
-    def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "") -> P:
-        """Parameters from `tensors` under their checkpoint keys; undoes `pack`. Every key must be there, and no other."""
+    def untrained(self, layer: Layer) -> dict[str, np.ndarray[Any, Any]]:
+        """What of a fresh adapter is not trained, under its checkpoint key."""
+        keys = [s.key for s in self.spec(layer) if not s.trained]
+        if not keys:
+            return {}
+        fresh = self.pack(layer, self.init(layer, np.zeros(layer.shape), np.random.default_rng(0)).params)
+        return {key: fresh[key] for key in keys}
+
+    @final
+    def unpack(self, layer: Layer, tensors: Mapping[str, Array], where: str = "", *, own: bool = False) -> P:
+        """Parameters from `tensors` under their checkpoint keys; undoes `pack`. Every key must be there, and no other.
+
+        With `own` they are what a file holds beside a layer: what is shared, or not saved, may be missing and is None then.
+        """
         specs = self.spec(layer)
         at = f"{type(self).__name__}{where and f' at {where!r}'}"
         expected = {s.key for s in specs}
-        if missing := sorted(expected - tensors.keys()):
+        free = {s.key for s in specs if s.shared or not s.saved} if own else set[str]()
+        if missing := sorted(expected - free - tensors.keys()):
             raise KeyMismatchError(f"{at}: {', '.join(missing)} missing.\n  Came: {', '.join(sorted(tensors)) or 'nothing'}.")
         if extra := sorted(tensors.keys() - expected):
             raise KeyMismatchError(f"{at}: unexpected {', '.join(extra)}.\n  Expected: {', '.join(sorted(expected))}.")
         values: dict[str, Array | None] = dict.fromkeys(declared(self.params_type))
         for s in specs:
+            if s.key in free and s.key not in tensors:
+                continue
             tensor = tensors[s.key]
             if tuple(tensor.shape) != s.stored_shape:
                 letters, sizes = declared(self.params_type)[s.field][0], s.stored_shape

@@ -40,6 +40,8 @@ def variants(
     )
 
 
+# Where B is not trained, what is missing from both gradients is missing from A's.
+OF_ONE_FACTOR = ("grad-A-scale-missing", "grad-B-scale-missing")
 FAMILY: tuple[Mistake, ...] = (
     *lora.SCALING,
     *lora.LAYOUT,

@@ -157,11 +157,16 @@ def autograd(case: Case, forward: Callable[[Problem], Array]) -> Answer:
     p = pose(case, tape.tape_array)
     assert case.dy is not None
     tape.backward(forward(p), case.dy)
-    grads = [a.method.to_params(**{f: v if v is None else tape.gradients(v) for f, v in a.params._asdict().items()}) for a in p.adapters]
+    grads = [a.method.to_params(**{f: tape.gradients(getattr(a.params, f)) for f in trained(p.layer, a)}) for a in p.adapters]
     out: Answer = {}
     if p.x is not None and p.x.dtype == object:
         out["x"] = tape.gradients(p.x)
     return {**out, **name_gradients(p.layer, p.adapters, tuple(grads))}
+
+
+def trained(layer: Layer, adapter: Adapter) -> list[str]:
+    """The fields that have a gradient."""
+    return [s.field for s in adapter.method.spec(layer) if s.trained]
 
 
 def dropped(x: Array, adapter: Adapter) -> Array:
@@ -258,7 +263,7 @@ def first_adapter_alone(case: Case) -> Answer | None:
     out = answer(replace(case, adapters=case.adapters[:1]))
     if case.operation != "backward":
         return out
-    idle = {f"{i}.{key}": np.zeros(v.shape) for i, a in enumerate(case.adapters) if i for key, v in a.tensors.items()}
+    idle = {name: np.zeros(v.shape) for name, v in answer(case).items() if not name.startswith(("x", "0."))}
     return {**out, **idle}
 
 

@@ -181,6 +181,7 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
         config = {**a.config, "r": min(r, a.config["r"])} if "r" in a.config else dict(a.config)
         method = build_method(case.method, config)
         tensors = {s.key: np.zeros(s.stored_shape) for s in method.spec(layer)}
+        tensors |= {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
         dropout = None
         if a.dropout is not None:
             dropout = (np.arange(rows * n_in).reshape(rows, n_in) % 2, a.dropout[1])
@@ -206,7 +207,7 @@ def _arrays(case: Case) -> list[NDArray]:
     tensors = [v for a in case.adapters for v in a.tensors.values()]
     given = [case.x, case.dy, case.merged_weight, case.weight, case.bias, case.merged_bias]
     map_arrays(given.append, case.question)
-    return [*tensors, *(v for v in given if v is not None and v.dtype.kind == "f")]
+    return [v for v in (*tensors, *given) if v is not None and v.dtype.kind == "f"]
 
 
 def filled(case: Case, values: Sequence[float]) -> Case:

@@ -23,7 +23,7 @@ from peft_ref.check.prompt_saved import grade_saved, right_saved
 from peft_ref.check.prompt_sizes import grade_sizes, right_sizes
 from peft_ref.check.text_mistakes import KEY_MISTAKES, TARGET_MISTAKES, config_mistakes
 from peft_ref.errors import TargetError
-from peft_ref.files.adapter import AdapterModule, state_dict
+from peft_ref.files.adapter import AdapterModule, spanned, state_dict
 from peft_ref.files.config import from_dict
 from peft_ref.methods import METHODS
 
@@ -65,6 +65,7 @@ def right_state_dict(question: Mapping[str, Any]) -> dict[str, Any]:
     config = from_dict(question["adapter_config"])
     if isinstance(config.method, AttentionMethod):
         return right_added(question)
+    config = spanned(config, {module["name"]: layer_from_json(module["layer"]) for module in question["modules"]}, {})
     modules = {}
     for module in question["modules"]:
         method, layer = config.method_for(module["name"]), layer_from_json(module["layer"])

@@ -14,6 +14,7 @@ from peft_ref.check.prompt_saved import state_dict_cases
 from peft_ref.check.prompt_sizes import config_cases
 from peft_ref.check.prompt_starts import prompt_init_cases
 from peft_ref.check.variants import dyadic, generator
+from peft_ref.files.adapter import spanned
 from peft_ref.files.config import from_dict
 from peft_ref.methods import METHODS
 
@@ -81,12 +82,16 @@ def _configs(method: str, files: Files) -> Iterator[Case]:
 def _state_dicts(method: str, files: Files) -> Iterator[Case]:
     for adapter_name in ("default", "0"):
         config = {"peft_type": METHODS[method].peft_type, **next(iter(files.configs.values()))}
-        parsed = from_dict(config)
+        parsed = spanned(from_dict(config), files.saved_on, {})
+        together: dict[str, Any] = {}
         where = f"{method}.state-dict.{adapter_name}"
         rng = generator(where)
         modules = []
         for name, layer in files.saved_on.items():
-            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in parsed.method_for(name).spec(layer)}
+            specs = parsed.method_for(name).spec(layer)
+            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in specs if s.key not in together}
+            together |= {s.key: tensors[s.key] for s in specs if s.shared and s.key in tensors}
+            tensors |= {s.key: together[s.key] for s in specs if s.shared}
             modules.append({"name": name, "layer": layer_to_json(layer), "tensors": tensors})
         question = {"adapter_config": config, "adapter_name": adapter_name, "modules": modules}
         yield Case(id=where, method=method, operation="state_dict", clause=files.keys_clause, question=question)

@@ -124,7 +124,8 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)
     adapters = []
     for method in methods:
-        tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer)}
+        places = {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
+        tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer) if s.key not in places} | places
         dropout = (mask_of(rng, x.shape), variant.dropout) if variant.dropout else None
         adapters.append(CaseAdapter(config=config_of(method), tensors=tensors, dropout=dropout))
     if variant.weight is not None:

@@ -7,6 +7,9 @@ Adapter tensors become the method's own parameters, module by module. What else 
 were trained whole (modules_to_save), biases (bias="all", "lora_only") and embeddings (save_embedding_layers). Every tensor has a place
 or is an error. An adapter that was read is written back to the byte.
 
+What several layers share stands in a file once. Where the layers are known, every module's parameters refer to that one array; where they
+are not, nothing says which module refers to what, and it stays apart. What the configuration does not save is None.
+
 A pickle (adapter_model.bin) is refused: unpickling runs whatever code it holds.
 """
 
@@ -14,18 +17,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import FileFormatError, KeyMismatchError, UnsupportedLayerError
+from peft_ref.errors import FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError
 from peft_ref.files.atomic import committed, replace_files
 from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
-from peft_ref.files.keys import PREFIX, check_adapter_name, sort_tensors
+from peft_ref.files.keys import PREFIX, SHARED_PREFIX, check_adapter_name, sort_tensors
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
 from peft_ref.layers import Layer
 from peft_ref.prompts import SAVED, Prompt
@@ -47,6 +50,7 @@ class AdapterFile:
     config: AdapterConfig
     modules: Mapping[str, AdapterModule] = field(default_factory=dict)
     attention: Mapping[str, AttentionAdapter] = field(default_factory=dict)  # what is added to attention blocks, by their names
+    shared: Mapping[str, Tensor] = field(default_factory=dict)  # what layers share, by key, where no model tells which of them
     prompt: Mapping[str, Tensor] = field(default_factory=dict)  # a prompt's own tensors, for its method in inference mode
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,12 +59,50 @@ class AdapterFile:
 
 
 def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
-    """The parameters of every module under their keys in a file, in their stored shapes."""
-    return {
-        f"{PREFIX}{name}.{key}": tensor
-        for name, module in modules.items()
-        for key, tensor in module.method.pack(module.layer, module.params).items()
-    }
+    """What a file holds of the modules' parameters, under their keys in it, in their stored shapes."""
+    beside, shared = dict[str, Array](), dict[str, Array]()
+    keys: Mapping[str, Mapping[str, str]] = {}
+    for name, (method, layer, params) in modules.items():
+        packed = method.pack(layer, params)
+        keys = keys or method.shared_keys(tuple(modules))
+        for spec in method.spec(layer):
+            if spec.key not in packed or not spec.saved:
+                continue
+            if spec.shared:
+                shared[f"{SHARED_PREFIX}{keys[name][spec.field]}"] = packed[spec.key]
+            if spec.repeated or not spec.shared:
+                beside[f"{PREFIX}{name}.{spec.key}"] = packed[spec.key]
+    return {**beside, **shared}
+
+
+def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> dict[str, AdapterModule]:
+    """The modules, each with references to what it shares, which is there by key. What a file leaves out may be missing."""
+    linked, used = dict[str, AdapterModule](), set[str]()
+    keys: Mapping[str, Mapping[str, str]] = {}
+    for name, module in modules.items():
+        keys = keys or module.method.shared_keys(tuple(modules))
+        given: dict[str, Array] = {}
+        for spec in module.method.spec(module.layer):
+            if not spec.shared:
+                continue
+            key = keys[name][spec.field]
+            if key not in shared:
+                if spec.saved:
+                    raise KeyMismatchError(f"{SHARED_PREFIX}{key} missing, which {name!r} shares.\n  Came: {', '.join(shared) or 'none'}.")
+            elif not spec.saved:
+                raise KeyMismatchError(
+                    f"{SHARED_PREFIX}{key} is there, and the configuration says that it is not saved, so that HF PEFT reads over it.\n"
+                    "  Take it out, or say in the configuration that it is saved."
+                )
+            elif (came := tuple(shared[key].shape)) != spec.stored_shape:
+                raise ShapeError(f"{SHARED_PREFIX}{key} is {came}, expected {spec.stored_shape}.\n  {module.method} at {name!r}.")
+            else:
+                given[spec.field] = namespace(shared[key]).reshape(shared[key], spec.shape) if spec.shape != came else shared[key]
+            used.add(key)
+        linked[name] = module._replace(params=module.params._replace(**given)) if given else module
+    if extra := sorted(shared.keys() - used):
+        raise KeyMismatchError(f"{SHARED_PREFIX}{extra[0]}: no module shares it, nor {len(extra) - 1} more.\n  Another model's adapter?")
+    return linked
 
 
 def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> AdapterFile:
@@ -76,6 +118,8 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         return AdapterFile(config=config, attention=blocks, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
     if layers is not None:
         _check_modules(config, found.modules, layers)
+    alone, config = config, spanned(config, layers, {key: tuple(tensor.shape) for key, tensor in found.shared.items()})
+    _checked_dtypes(found.shared, SHARED_PREFIX)
     modules = {}
     for name, own in found.modules.items():
         if "base_layer" in name.split("."):
@@ -85,12 +129,26 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
             )
         _checked_dtypes(own, f"{PREFIX}{name}.")
         method = config.method_for(name)
-        layer = infer_layer(method, own, name) if layers is None else layers[name]
+        layer = infer_layer(alone.method_for(name), own, name) if layers is None else layers[name]
         method.check_layer(layer, name)
-        modules[name] = AdapterModule(method, layer, method.unpack(layer, own, where=PREFIX + name))
+        modules[name] = AdapterModule(method, layer, method.unpack(layer, own, where=PREFIX + name, own=True))
     return AdapterFile(
-        config=config, modules=modules, modules_to_save=found.modules_to_save, biases=found.biases, embeddings=found.embeddings
+        config=config,
+        modules=modules if layers is None else link({name: modules[name] for name in layers}, found.shared),
+        shared=found.shared if layers is None else {},
+        modules_to_save=found.modules_to_save,
+        biases=found.biases,
+        embeddings=found.embeddings,
     )
+
+
+def spanned(config: AdapterConfig, layers: Mapping[str, Layer] | None, shapes: Mapping[str, tuple[int, ...]]) -> AdapterConfig:
+    """`config` whose method knows how much its layers share: from the layers, or else from the shapes in a file."""
+    method = config.method
+    if not isinstance(method, WeightMethod):
+        return config
+    known = method.spanned_by(shapes) if layers is None else method.spanning(layers)
+    return config if known == method else replace(config, method=known)
 
 
 def _of_block(method: AttentionMethod[Any], own: Mapping[str, Tensor], name: str) -> AttentionAdapter:
@@ -108,7 +166,8 @@ def all_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
     method = adapter.config.method
     prompt = method.in_inference().saved(adapter.prompt) if isinstance(method, Prompt) else {}
     blocks = attention_state_dict(adapter.attention)
-    return {**state_dict(adapter.modules), **blocks, **prompt, **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
+    shared = {f"{SHARED_PREFIX}{key}": tensor for key, tensor in adapter.shared.items()}
+    return {**shared, **state_dict(adapter.modules), **blocks, **prompt, **adapter.modules_to_save, **adapter.biases, **adapter.embeddings}
 
 
 def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterConfig:

@@ -30,7 +30,8 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r"})  # fields of a method that patterns decide, module by module
+# fields of a method that patterns decide, module by module, or the sizes of all modules together
+DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
 RANKS = ("r",)
 ALPHAS = ("lora_alpha", "alpha")
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3

@@ -2,6 +2,7 @@
 
     base_model.model.<module path>.lora_A.weight                in a file
     base_model.model.<module path>.lora_A.<adapter>.weight      in PEFT's memory: the adapter's name follows the parameter's own
+    base_model.vera_A, base_model.tinylora_v.0                  what several layers share, once
     prompt_embeddings                                           a prompt's, which belongs to no module
     base_model.<module path>.weight                             beside a prompt, a module that was trained whole, or an embedding
 
@@ -15,14 +16,14 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple, get_args, get_type_hints
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.contracts import Key, Method, WeightMethod
+from peft_ref.contracts import Key, Method, WeightMethod, declared
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.safetensors import Tensor
 from peft_ref.prompts import Prompt
 
 PREFIX = "base_model.model."
-PROMPT_PREFIX = "base_model."
+PROMPT_PREFIX = SHARED_PREFIX = "base_model."
 # Tables that PEFT saves as a whole when they are adapted or were resized (save_embedding_layers), under their usual names.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings", "embeddings")
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, a module in PEFT's memory and a bare parameter in its files
@@ -36,17 +37,22 @@ class Sorted(NamedTuple):
     biases: Mapping[str, Tensor]
     embeddings: Mapping[str, Tensor]
     prompt: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]  # by the key below "base_model."
 
 
 def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted:
     """Which tensor is what. One that is nothing the configuration asks for is an error."""
     if isinstance(config.method, Prompt):
         return _sorted_prompt(config, config.method, tensors)
-    found = Sorted({}, {}, {}, {}, {})
-    known = parameter_keys(type(config.method))
+    found = Sorted({}, {}, {}, {}, {}, {})
+    known, common = parameter_keys(type(config.method)), shared_keys(type(config.method))
+    shared: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, str] = {}
     for key in sorted(tensors):
+        if _is_shared(key, common):
+            shared[key.removeprefix(SHARED_PREFIX)] = tensors[key]
+            continue
         if not key.startswith(PREFIX):
             raise KeyMismatchError(f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?")
         name = key.removeprefix(PREFIX)
@@ -65,11 +71,11 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
                 f"  no bias (bias={bias!r}) and no embedding. Remove it, or name its module in modules_to_save."
             )
         getattr(found, kind)[key] = tensors[key]
-    return found._replace(modules=modules)
+    return found._replace(modules=modules, shared=shared)
 
 
 def _sorted_prompt(config: AdapterConfig, method: Prompt, tensors: Mapping[str, Tensor]) -> Sorted:
-    found = Sorted({}, {}, {}, {}, {})
+    found = Sorted({}, {}, {}, {}, {}, {})
     for key in sorted(tensors):
         kind = "prompt" if key in method.file_keys else _beside_prompt(key, config)
         if kind is None:
@@ -103,6 +109,18 @@ def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     keys = [extra for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key)]
     return frozenset(key.key for key in keys if not only_embedding or key.kinds == {"embedding"})
+
+
+def shared_keys(cls: type[Method]) -> frozenset[str]:
+    """The keys of what the layers of this method share; of several groups' the part before the group."""
+    if not issubclass(cls, WeightMethod):
+        return frozenset()
+    return frozenset(key.key for _, keys in declared(cls.params_type).values() for key in keys if key.shared)
+
+
+def _is_shared(key: str, common: frozenset[str]) -> bool:
+    name = key.removeprefix(SHARED_PREFIX)
+    return name != key and (name in common or any(name.startswith(f"{own}.") for own in common))
 
 
 def parameter_name(key: str, prefix: str = PREFIX) -> str:

@@ -7,7 +7,6 @@ is left of it:
                            trained from lora_ga belongs to a changed weight, which PEFT does not restore either
     pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
     corda, loftq           take off what only data, or a quantiser, can tell: refused
-    mica                   holds B constant in training, which is another gradient: refused
 
 PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
 What PEFT and this accept otherwise is a table in tests/files/test_config_space.py, and in test_prompt_space.py.
@@ -31,8 +30,6 @@ TASK_TYPES = tuple(task.value for task in TaskType)
 SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
-        "velora_config": "VeLoRA has a gradient of its own",
-        "monteclora_config": "MonteCLoRA adds noise in training",
         "arrow_config": "Arrow routes between adapters",
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
         "layer_replication": "layer_replication rebuilds the model",
@@ -54,7 +51,6 @@ INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 INITS_NOT_BUILT = {
     "corda": "takes a part off the frozen weight that only its calibration data can tell; PEFT cannot load it without them either",
     "loftq": "replaces the frozen weight by a quantised one",
-    "mica": "holds B constant in training",
 }
 
 
@@ -69,6 +65,8 @@ def init_as_saved(init: Any, where: str) -> Any:
             f"{where}: init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
             " path_initial_model_for_weight_conversion, or over the weight it was trained on with init_lora_weights=True."
         )
+    if init.lower() == "mica":
+        return True  # in other letters it is LoRA with MiCA's start, and B is trained
     if re.fullmatch(r"pissa_niter_\d+", init):
         return "pissa"
     lower = init.lower() if init.lower() in INITS_OF_ANY_CASE else init

@@ -26,11 +26,12 @@ from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, 
 from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
 from peft_ref.model.running import acting_alone, run_rows
+from peft_ref.model.sharing import brought_modules
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
 
-FAN = frozenset({"LORA", "ADALORA", "IA3"})  # whose configuration says how the last module stores its weight
+FAN = frozenset({"LORA", "ADALORA", "IA3", "VERA"})  # whose configuration says how the last module stores its weight
 
 
 class Start(NamedTuple):
@@ -147,10 +148,12 @@ class Layered(State):
     def renumbered(self, name: str, tensors: Mapping[str, Any]) -> Layered:
         adapter = self.adapted.attached(name)
         read = from_state_dict(adapter.config, tensors, {module: found.layer for module, found in adapter.modules.items()})
-        params = {}
-        for module, found in read.modules.items():
-            like = self.adapted.frozen(weight_name(self.adapted, module))
-            params[module] = type(found.params)(*(None if p is None else brought(p, like) for p in found.params))
+        likes = {module: self.adapted.frozen(weight_name(self.adapted, module)) for module in read.modules}
+        unsaved = {module: {s.field for s in m.method.spec(m.layer) if not s.saved} for module, m in adapter.modules.items()}
+        params = {
+            module: found.params._replace(**{field: getattr(adapter.modules[module].params, field) for field in unsaved[module]})
+            for module, found in brought_modules(read.modules, likes).items()
+        }
         saved = {parameter_name(key): tensor for key, tensor in read.modules_to_save.items()}
         frozen = {parameter_name(key): tensor for key, tensor in {**read.biases, **read.embeddings}.items()}
         biases = {self.base.resolve(key): self._like(key, tensor) for key, tensor in frozen.items()}

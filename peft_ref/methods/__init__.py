@@ -25,9 +25,11 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
     from peft_ref.methods.lora import LoRA as LoRA
+    from peft_ref.methods.mica import MiCA as MiCA
     from peft_ref.methods.miss import MiSS as MiSS
     from peft_ref.methods.miss_bat import MiSSBat as MiSSBat
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
+    from peft_ref.methods.monteclora import MonteCLoRA as MonteCLoRA
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.p_tuning import PTuning as PTuning
@@ -35,6 +37,8 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.velora import VeLoRA as VeLoRA
+    from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
@@ -53,9 +57,11 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
         "lora": "LoRA",
+        "mica": "MiCA",
         "miss": "MiSS",
         "miss_bat": "MiSSBat",
         "miss_mini": "MiSSMini",
+        "monteclora": "MonteCLoRA",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
         "p_tuning": "PTuning",
@@ -63,6 +69,8 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prompt_tuning": "PromptTuning",
         "qalora": "QALoRA",
         "road": "RoAd",
+        "velora": "VeLoRA",
+        "vera": "VeRA",
     }
 )
 register_method, method_class = METHODS.register, METHODS.method_class

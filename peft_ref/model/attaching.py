@@ -27,6 +27,7 @@ from peft_ref.layers import Layer
 from peft_ref.model.adapted import Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
+from peft_ref.model.sharing import common, shared
 from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
 
@@ -37,18 +38,21 @@ def add(model: Adapted, name: str, config: AdapterConfig, rng: np.random.Generat
     check_new(model, name, config)
     placed = place(model, config)
     modules: dict[str, AdapterModule] = {}
+    made = common(model, placed, rng)
     for module, layer in placed.layers.items():
-        model, params = started(model, module, layer, placed.config, rng, ties)
+        model, params = started(model, module, layer, placed.config, rng, ties, made.get(module))
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
     return joined(model, name, placed, modules, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
-def started(model: Adapted, module: str, layer: Layer, config: AdapterConfig, rng: np.random.Generator, ties: Ties) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, and the model with the frozen weight that the init leaves."""
+def started(
+    model: Adapted, module: str, layer: Layer, config: AdapterConfig, rng: np.random.Generator, ties: Ties, made: Any = None
+) -> tuple[Adapted, Any]:
+    """Fresh parameters at `module`, given what was made for all, and the model with the frozen weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W = wide(layer.fold(frozen))
-    start = config.method_for(module).init(layer, W, rng)
+    start = config.method_for(module).start(layer, W, rng, made)
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
@@ -117,6 +121,7 @@ def update(
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
+    shared(modules)
     changed = replace(adapter, modules=modules, saved={**adapter.saved, **(saved or {})})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final
 
 from peft_ref.arrays import Array
+from peft_ref.contracts import ParamSpec
 from peft_ref.errors import ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
@@ -15,23 +16,32 @@ from peft_ref.layers import Layer
 from peft_ref.model.numbers import brought
 
 
+def read_later(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """What is read module by module: all but what is shared, or not in the file."""
+    return [s for s in specs if s.saved and not s.shared]
+
+
 @final
 class LazyModules(Mapping[str, AdapterModule]):
     """The modules of an adapter in `file`. Its header is checked now, its numbers come later, like `like`."""
 
-    def __init__(self, file: SafetensorsFile, config: AdapterConfig, layers: Mapping[str, Layer], like: Array) -> None:
+    def __init__(
+        self, file: SafetensorsFile, config: AdapterConfig, layers: Mapping[str, Layer], like: Array, beside: Mapping[str, Any]
+    ) -> None:
         self.like = like
+        self._beside = beside  # by module, what is not read from its own tensors: what it shares, what is made again
         self._file, self._config, self._layers = file, config, dict(layers)
         for name, layer in self._layers.items():
-            for spec in config.method_for(name).spec(layer):
+            for spec in read_later(config.method_for(name).spec(layer)):
                 if (came := file.entries[f"{PREFIX}{name}.{spec.key}"].shape) != spec.stored_shape:
                     raise ShapeError(f"{PREFIX}{name}.{spec.key} is {came}, expected {spec.stored_shape}.\n  {config.method} on {layer}.")
 
     def __getitem__(self, name: str) -> AdapterModule:
         layer = self._layers[name]
         method = self._config.method_for(name)
-        tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in method.spec(layer)}
-        return AdapterModule(method, layer, method.unpack(layer, tensors, where=PREFIX + name))
+        tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in read_later(method.spec(layer))}
+        params = method.unpack(layer, tensors, where=PREFIX + name, own=True)
+        return AdapterModule(method, layer, params._replace(**self._beside.get(name, {})))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.files.adapter import spanned
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
 from peft_ref.graph.protocol import Graph
@@ -55,7 +56,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     layers = {name: model.layer(name) for name in matched.modules}
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
-    return Placed(config, layers, matched.saved)
+    return Placed(spanned(config, layers, {}), layers, matched.saved)
 
 
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:

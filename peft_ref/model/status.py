@@ -17,7 +17,7 @@ from peft_ref.arrays import device as device_of
 from peft_ref.contracts import ParamSpec, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.rules import field_names
-from peft_ref.model.adapted import Adapted
+from peft_ref.model.adapted import Adapted, Attached
 from peft_ref.model.lazy import LazyModules
 
 # HF's names, where they are not the type's own: of the model class, and of a layer class by the kind of layer.
@@ -72,7 +72,7 @@ def count(model: Adapted) -> Count:
     total = sum(math.prod(p.shape) for p in known.values())
     trainable = sum(math.prod(known[name].shape) for name in model.trainable_biases)
     for adapter in model.adapters.values():
-        own = sum(math.prod(s.shape) for name in adapter.modules for s in _specs(model, adapter.config.method_for(name), name))
+        own = _numbers(model, adapter)
         own += sum(math.prod(copy.shape) for key, copy in adapter.saved.items() if key in known or key in model.base.tied())
         total += own + (len(adapter.modules) if "live_r" in field_names(type(adapter.config.method)) else 0)
         trainable += own if adapter.trainable else 0
@@ -116,6 +116,19 @@ def model_status(model: Adapted) -> ModelStatus:
         available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
         devices={name: where for layer in layers for name, where in layer.devices.items()},
     )
+
+
+def _numbers(model: Adapted, adapter: Attached) -> int:
+    """How many an adapter trains: what several modules share once."""
+    once: dict[str, int] = {}
+    own, keys = 0, adapter.config.method.shared_keys(tuple(adapter.modules))  # type: ignore[attr-defined]  # it is on a model
+    for name in adapter.modules:
+        for s in _specs(model, adapter.config.method_for(name), name):
+            if s.trained and s.shared:
+                once[keys[name][s.field]] = math.prod(s.shape)
+            elif s.trained:
+                own += math.prod(s.shape)
+    return own + sum(once.values())
 
 
 def _status(model: Adapted, module: str, names: Iterable[str], kind: str, active: list[str]) -> LayerStatus:

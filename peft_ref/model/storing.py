@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import FileFormatError, KeyMismatchError
 from peft_ref.files.adapter import (
     DEFAULT,
@@ -41,9 +42,10 @@ from peft_ref.files.safetensors import RawTensor, Tensor
 from peft_ref.graph.patterns import Matcher
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import joined, started, weight_name
-from peft_ref.model.lazy import LazyModules
+from peft_ref.model.lazy import LazyModules, read_later
 from peft_ref.model.numbers import as_stored, brought, to_file
 from peft_ref.model.placing import Placed, bias_of, check_new, place
+from peft_ref.model.sharing import brought_modules, completed, given_apart
 from peft_ref.model.ties import Ties
 
 REPEATED = frozenset({"original_module", "modules_to_save"})  # inside HF's wrapper; of bias="all" its biases are saved under these too
@@ -66,12 +68,15 @@ def load(
     file = open_adapter(folder, subfolder)
     if not lazy:
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
-    keys = {f"{PREFIX}{m}.{s.key}" for m, layer in placed.layers.items() for s in placed.config.method_for(m).spec(layer)}
+    specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}
+    keys = {f"{PREFIX}{m}.{s.key}" for m, own in specs.items() for s in read_later(own)}
+    again = {f"{PREFIX}{m}.{s.key}" for m, own in specs.items() for s in own if s.repeated}
     if missing := sorted(keys - file.entries.keys()):
         raise KeyMismatchError(f"{file.path}: {missing[0]} missing, and {len(missing) - 1} more.\n  It was made for other target modules.")
-    beside = _read(placed._replace(layers={}), {key: file.tensor(key) for key in file.entries.keys() - keys})
+    beside = _read(placed._replace(layers={}), {key: file.tensor(key) for key in file.entries.keys() - keys - again})
     like = model.frozen(weight_name(model, next(iter(placed.layers)))) if placed.layers else np.zeros(0)
-    return _attached(model, name, placed, beside, LazyModules(file, placed.config, placed.layers, like), trainable, ties)
+    given = given_apart(model, placed, beside.shared, like)
+    return _attached(model, name, placed, beside, LazyModules(file, placed.config, placed.layers, like, given), trainable, ties)
 
 
 def attach(model: Adapted, name: str, file: AdapterFile, *, trainable: bool = False, ties: Ties = "refuse") -> Adapted:
@@ -115,11 +120,10 @@ def _attached(
     ties: Ties,
 ) -> Adapted:
     modules: dict[str, AdapterModule] = {}
+    if lazy is None:
+        likes = {module: model.frozen(weight_name(model, module)) for module in placed.layers}
+        modules = completed(model, placed, brought_modules({name: file.modules[name] for name in placed.layers}, likes))
     for module, layer in placed.layers.items():
-        key = weight_name(model, module)
-        if lazy is None:
-            like, (method, _, params) = model.frozen(key), file.modules[module]
-            modules[module] = AdapterModule(method, layer, type(params)(*(None if p is None else brought(p, like) for p in params)))
         if _may_change_weight(placed.config):
             model, _ = started(model, module, layer, placed.config, np.random.default_rng(0), ties)
     saved = {parameter_name(key): _like(model, parameter_name(key), tensor) for key, tensor in file.modules_to_save.items()}
@@ -168,7 +172,8 @@ def _like(model: Adapted, name: str, tensor: Any) -> Array:
 def _may_change_weight(config: AdapterConfig) -> bool:
     """Whether the init has a name: one that is only on or off draws parameters and nothing else."""
     inits = [getattr(config.method, f) for f in field_names(type(config.method)) if f.startswith("init_") and f.endswith("weights")]
-    return not inits or any(isinstance(init, str) for init in inits)
+    cuts = isinstance(config.method, WeightMethod) and config.method.cuts_weight
+    return cuts or not inits or any(isinstance(init, str) for init in inits)
 
 
 def _adapted(model: Adapted) -> set[str]:

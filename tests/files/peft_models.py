@@ -14,8 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 
-from peft_ref.contracts import WeightMethod  # noqa: E402
-from peft_ref.files.adapter import FILES, AdapterModule  # noqa: E402
+from peft_ref.files.adapter import FILES, AdapterModule, spanned  # noqa: E402
 from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
@@ -159,10 +158,22 @@ def our_output(module: AdapterModule, base: Any, x: np.ndarray[Any, Any]) -> Any
 
 
 def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.random.Generator) -> dict[str, AdapterModule]:
-    def fill(method: WeightMethod[Any], layer: Layer) -> AdapterModule:
-        return AdapterModule(method, layer, method.to_params(**{s.field: rng.normal(size=s.shape) for s in method.spec(layer)}))
-
-    return {name: fill(config.method_for(name), layer) for name, layer in modules.items()}
+    """Every number that a file holds random; what it leaves out, or holds as places, as the method makes it."""
+    config = spanned(config, modules, {})
+    together: dict[str, np.ndarray[Any, Any]] = {}
+    made = config.method.common(modules, {name: np.zeros(layer.shape) for name, layer in modules.items()}, rng)
+    keys = config.method.shared_keys(tuple(modules))
+    filled = {}
+    for name, layer in modules.items():
+        method, values = config.method_for(name), {}
+        start = method.start(layer, np.zeros(layer.shape), rng, made.get(name)).params
+        for s in method.spec(layer):
+            value = getattr(start, s.field)
+            if s.saved and value.dtype.kind == "f":
+                value = rng.normal(size=s.shape)
+            values[s.field] = together.setdefault(keys[name][s.field], value) if s.shared else value
+        filled[name] = AdapterModule(method, layer, method.to_params(**values))
+    return filled
 
 
 def random_peft_config(rng: np.random.Generator) -> Any:

@@ -21,6 +21,7 @@ from peft_ref.files.adapter import (  # noqa: E402
     all_tensors,
     load_adapter,
     save_adapter,
+    state_dict,
 )
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.files.keys import PREFIX, with_adapter_name, without_adapter_name  # noqa: E402
@@ -92,10 +93,11 @@ def test_what_we_write_peft_loads_and_computes_the_same(tmp_path: Path, case: st
     layers = {name: layer_of(m) for name, m in tuned(probe).items()}
     modules = with_random_parameters(ours, layers, rng)
     extra = {k: v for k, v in peft.get_peft_model_state_dict(probe).items() if not k.rpartition(".")[0].endswith(("lora_A", "lora_B"))}
+    own = state_dict(modules)
     saved = {
         k: rng.normal(size=v.shape)
         for k, v in extra.items()
-        if ".".join(k.split(".")[2:-1]) not in layers and "lora_" not in k and "oft_" not in k
+        if k not in own and ".".join(k.split(".")[2:-1]) not in layers and "lora_" not in k and "oft_" not in k
     }
     before = {k: v.clone() for k, v in base.state_dict().items()}
     kept = {k: v.numpy() for k, v in extra.items() if k in saved and "base_layer" in k}  # the base's own bias or table
@@ -130,8 +132,8 @@ def test_peft_misses_no_key_of_what_we_write_and_finds_none_too_many(tmp_path: P
     model.save_pretrained(tmp_path / "hf")
     loaded = load_adapter(tmp_path / "hf")
     rng = np.random.default_rng(6)
-    fresh = with_random_parameters(loaded.config, {name: m.layer for name, m in loaded.modules.items()}, rng)
-    save_adapter(tmp_path / "ours", AdapterFile(**{**vars(loaded), "modules": fresh}))
+    fresh = with_random_parameters(loaded.config, {name: layer_of(m) for name, m in tuned(model).items()}, rng)
+    save_adapter(tmp_path / "ours", AdapterFile(**{**vars(loaded), "modules": fresh, "shared": {}}))
     target = peft.get_peft_model(make(), peft.PeftConfig.from_pretrained(str(tmp_path / "ours")))
     result = peft.set_peft_model_state_dict(target, peft.load_peft_weights(str(tmp_path / "ours"), device="cpu"))
     assert result.unexpected_keys == []

@@ -91,40 +91,54 @@ def pair(
 ) -> Pair:
     """Every adapter's numbers random, the same on both sides, all adapters active in order."""
 
+    wide = own_facts(method).beside(method)
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.target = torch_layer(layer, bias)
+            if wide is not None:
+                self.wide = torch_layer(wide, bias)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.target(x)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(getattr(torch, own_facts(method).drawn_in))
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
             torch.set_default_dtype(torch.float32)
+    model.double()
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
+    own_facts(method).settled(tuner)
     adapters, parameters = [], []
+    common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
         for spec in method.spec(layer):
-            assert tuple(saved[f"base_model.model.target.{spec.key}"].shape) == spec.stored_shape
+            if spec.saved:
+                place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
+                assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
             parameter = _parameter(model, spec.key, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
-            parameter.data = torch.tensor(values).reshape(parameter.shape)
-            parameter.requires_grad_(True)
+            if spec.shared:
+                values = common.setdefault(spec.key, values)
+            if parameter.dtype.is_floating_point:
+                parameter.data = torch.tensor(values).reshape(parameter.shape)
+                parameter.requires_grad_(spec.trained)
+            else:
+                values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len(saved) == len(tensors)
+        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer
@@ -135,7 +149,7 @@ def pair(
 
 def _parameter(model: Any, key: str, adapter: str) -> Any:
     """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
         own = name.removeprefix("base_model.model.target.")
         if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
             return parameter

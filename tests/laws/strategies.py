@@ -82,6 +82,15 @@ class Case:
 
         return map_params(move, start)
 
+    @property
+    def trained(self) -> list[str]:
+        """The fields that have a gradient; those of integers have none either."""
+        return [s.field for s in self.method.spec(self.layer) if s.trained]
+
+    def moved(self, params: Any, t: float, direction: Any) -> Any:
+        """`params`, those that are trained gone on by `t` along a direction."""
+        return params._replace(**{f: getattr(params, f) + t * getattr(direction, f) for f in self.trained})
+
     def direction(self, params: Any, stream: int) -> Any:
         """Numbers in the shape of `params`, drawn apart from them."""
         streams = iter(range(1000 * stream, 2000 * stream))

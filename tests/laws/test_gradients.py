@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft_ref import stack
 from peft_ref.errors import NotMergeableError
 from peft_ref.stack import Adapter, Dropout
-from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion, map_params
+from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion
 
 STEP = 2e-3
 
@@ -36,10 +36,6 @@ def assert_slope(f: Callable[[float], float], gradient: Host, direction: Host, w
     promised, measured = float(np.sum(gradient * direction)), slope(f)
     size = 1.0 + float(np.sum(np.abs(gradient * direction))) + abs(f(0.0)) + abs(measured)
     assert abs(promised - measured) <= 1e-7 * size, f"{what}: the gradient says {promised}, differences say {measured}"
-
-
-def fields_of(params: Any) -> list[str]:
-    return [name for name, value in zip(params._fields, params, strict=True) if value is not None and value.dtype.kind == "f"]
 
 
 def function(case: Case, p: Any) -> Callable[[Any, Host], Host]:
@@ -61,7 +57,7 @@ def test_stack_vjp_is_the_adjoint_for_every_parameter(name: str, kind: str, data
     p, x, dy = case.params(), case.x, case.dy
     v, f = case.direction(p, 7), function(case, p)
     got = stack.vjp(case.layer, case.W, case.b, [Adapter(case.method, p)], x, dy).params[0]
-    for field in fields_of(p):
+    for field in case.trained:
         at, along = getattr(p, field), getattr(v, field)
         assert_slope(lambda t: float(np.sum(dy * f(p._replace(**{field: at + t * along}), x))), getattr(got, field), along, field)  # noqa: B023
 
@@ -100,7 +96,7 @@ def test_under_other_adapters_the_gradient_is_still_the_adjoint(name: str, kind:
         return
     got = stack.vjp(layer, W0, case.b, [Adapter(case.method, p), *above], case.x, dy).params[0]
     v = case.direction(p, 18)
-    for field in fields_of(p):
+    for field in case.trained:
         at, along = getattr(p, field), getattr(v, field)
         assert_slope(lambda t: float(np.sum(dy * y(p._replace(**{field: at + t * along})))), getattr(got, field), along, field)  # noqa: B023
 
@@ -133,7 +129,7 @@ def test_weight_vjp_is_the_adjoint_for_parameters_weight_and_bias(name: str, kin
         return float(np.sum(dW * W1)) + (0.0 if b1 is None or db is None else float(np.sum(db * b1)))
 
     v = case.direction(p, 12)
-    for field in fields_of(p):
+    for field in case.trained:
         at, along = getattr(p, field), getattr(v, field)
         assert_slope(lambda t: value(p._replace(**{field: at + t * along}), W, b), getattr(got.params, field), along, field)  # noqa: B023
     vW = case.numbers(13, W.shape)
@@ -182,8 +178,8 @@ def test_with_dropout_the_gradient_is_still_the_adjoint(name: str, kind: str, da
 
     got = stack.vjp(layer, W, b, [Adapter(case.method, p, Dropout(mask, p_drop))], x, dy)
     v, vx = case.direction(p, 16), case.numbers(17, x.shape)
-    total = sum(float(np.sum(getattr(got.params[0], f) * getattr(v, f))) for f in fields_of(p)) + float(np.sum(got.x * vx))
-    moved = slope(lambda t: float(np.sum(dy * y(map_params(lambda a, d: a + t * d, p, v), x + t * vx))))
+    total = sum(float(np.sum(getattr(got.params[0], f) * getattr(v, f))) for f in case.trained) + float(np.sum(got.x * vx))
+    moved = slope(lambda t: float(np.sum(dy * y(case.moved(p, t, v), x + t * vx))))
     assert abs(total - moved) <= 1e-6 * (1 + abs(moved) + float(np.sum(np.abs(dy)))), f"the gradient says {total}, differences say {moved}"
 
 

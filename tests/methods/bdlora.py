@@ -18,11 +18,11 @@ HALVES = {"r": st.sampled_from((2, 4)), "use_bdlora": st.just(BLOCKS)}
 
 
 def peft_options(method: BDLoRA) -> Mapping[str, Any]:
-    """PEFT matches the module's name, which is "target"."""
+    """PEFT matches the module's name, which the tests have "target" or "linear"."""
     blocks = {"nblocks": method.use_bdlora.nblocks, "match_strict": False}
     if method.diagonal:
-        blocks[f"target_modules_bd_{method.diagonal.lower()}"] = ["target"]
-    return {**{k: v for k, v in as_configured(method).items() if k != "diagonal"}, "use_bdlora": blocks}
+        blocks[f"target_modules_bd_{method.diagonal.lower()}"] = ["target", "linear"]
+    return {**as_configured(method), "use_bdlora": blocks}
 
 
 def layer(transposed: bool) -> st.SearchStrategy[Linear]:

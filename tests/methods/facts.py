@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from hypothesis import strategies as st
 
 from peft_ref.contracts import WeightMethod
+from peft_ref.files.config import DERIVED
 from peft_ref.layers import Layer
 
 Strategies: TypeAlias = Mapping[str, st.SearchStrategy[Any]]
@@ -36,7 +37,8 @@ class Tour(NamedTuple):
 
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
-    return {**method.switched_on(), **dataclasses.asdict(method)}  # type: ignore[call-overload]  # every method is a dataclass
+    words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    return {**method.switched_on(), **{word: value for word, value in words.items() if word not in DERIVED}}
 
 
 def ranked(module: Any, method: Any) -> bool:
@@ -51,6 +53,9 @@ class Facts:
     compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
+    beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
+    drawn_in: str = "float64"  # the format PEFT makes its layer in; it computes in float64
+    settled: Callable[[Any], None] = lambda tuner: None  # what is done to PEFT's layer so that it draws nothing in training mode
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 

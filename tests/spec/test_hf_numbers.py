@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
+from peft_ref.files.adapter import AdapterModule, state_dict  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
-from tests.hf.peft_layers import torch_layer  # noqa: E402
+from tests.hf.peft_layers import own_facts, torch_layer  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -47,17 +48,16 @@ def hf_model(w: Worked) -> Any:
     """HF PEFT's model of the example's one layer, in float64, with the example's adapter."""
     (adapter,) = w.adapters
     method: Any = adapter.method
-    config = {**method.switched_on(), **asdict(method)}
-    config.pop("live_r", None)
-    if "is_feedforward" in config:
-        config["feedforward_modules"] = ["linear"] if config.pop("is_feedforward") else []
+    config = dict(own_facts(method).peft_options(method))
+    if "is_feedforward" in {f.name for f in fields(method)}:
+        config["feedforward_modules"] = ["linear"] if method.is_feedforward else []
     base = torch.nn.Sequential()
     base.add_module("linear", torch_layer(w.layer, bias=True).double())
     base.linear.weight.data = torch.tensor(w.layer.unfold(w.W))
     base.linear.bias.data = torch.tensor(w.b)
     made = getattr(peft, CONFIG_NAMES[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).eval()
-    tensors = {f"base_model.model.linear.{k}": torch.tensor(v) for k, v in method.pack(w.layer, adapter.params).items()}
+    tensors = {k: torch.tensor(v) for k, v in state_dict({"linear": AdapterModule(method, w.layer, adapter.params)}).items()}
     peft.set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(v, tensors[k]) for k, v in peft.get_peft_model_state_dict(model).items())
     return model

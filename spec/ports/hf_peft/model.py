@@ -28,7 +28,9 @@ Json = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
-PREFIX = "base_model.model.layer."
+PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
+SHARED = ("vera_A", "vera_B")
+TAKEN_OVER = ("vera",)
 
 
 class NotInPeft(Exception):
@@ -48,9 +50,11 @@ class Mask(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, wide: nn.Module | None) -> None:
         super().__init__()
         self.layer = layer
+        if wide is not None:
+            self.wide = wide
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
@@ -71,11 +75,13 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     model = inject(base, case["layer"], adapters)
     layer = model.base_model.model.layer
     for name, adapter in zip(names(case), adapters, strict=True):
-        tensors = {PREFIX + key: array(value, dtype) for key, value in adapter["tensors"].items()}
+        tensors = {place(key): array(value, dtype) for key, value in adapter["tensors"].items()}
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
         if result.unexpected_keys:
             raise KeyError(f"PEFT does not expect {result.unexpected_keys}")
-    model.eval()
+    if case["method"] == "kasa":  # whose start cuts the weight: the case's is what is left
+        layer.get_base_layer().weight.data = array(case["layer"]["weight"], dtype)
+    model.train(case["method"] == "velora")  # which compresses in training alone
     if any(adapter["dropout"] for adapter in adapters):
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
@@ -102,6 +108,12 @@ def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
+    if case["method"] == "mica" and dtype == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
+    if case["method"] == "qalora":
+        raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
+    if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
+        raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     layer, lora = case["layer"], case["method"] in ("lora", "dora")
     if lora and case["operation"] in ("forward", "backward") and any(d > 1 for d in layer.get("dilation", ())):
         raise NotInPeft("PEFT does not pass a convolution's dilation on to lora_A and crashes in forward")
@@ -112,7 +124,7 @@ def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
     for i, adapter in enumerate(adapters):
         config = config_of(adapter["config"], layer, later=i > 0)
         if model is None:
-            model = get_peft_model(Model(base), config, adapter_name="a0", autocast_adapter_dtype=False)
+            model = get_peft_model(Model(base, wide(adapter["config"], base)), config, adapter_name="a0", autocast_adapter_dtype=False)
         else:
             model.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
         if (live := adapter["config"].get("live_r")) is not None:
@@ -122,17 +134,32 @@ def inject(base: nn.Module, layer: Json, adapters: Any) -> Any:
     return model
 
 
+def wide(config: Json, base: nn.Module) -> nn.Module | None:
+    """Another adapted layer, as wide as the case's adapter says that the widest is."""
+    if config.get("widest_in") is None:
+        return None
+    return nn.Linear(config["widest_in"], config["widest_out"]).to(base.weight.dtype)
+
+
+def place(key: str) -> str:
+    """The key in a file: what layers share stands there once."""
+    return f"base_model.{key}" if key in SHARED else PREFIX + key
+
+
 def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say, `live_r` what its `rank_pattern` leaves."""
-    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r")}
+    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out")}
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
+    if (diagonal := own.pop("diagonal", None)) is not None:
+        own["use_bdlora"] = {k: own["use_bdlora"][k] for k in ("nblocks", "match_strict")}
+        own["use_bdlora"] |= {f"target_modules_bd_{diagonal.lower()}": ["layer"]} if diagonal else {}
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
-    return cls(target_modules=["layer"], **own)
+    return cls(target_modules=["layer", "wide"], **own)
 
 
 def build(layer: Json, dtype: torch.dtype) -> nn.Module:
@@ -161,13 +188,16 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return [{key: nested(value) for key, value in own_tensors(model, name, found).items()} for name in names(case)]
+    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
+    every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]
+    return [{key: nested(value) for key, value in own.items() if value.is_floating_point()} for own in every]
 
 
 def own_tensors(model: Any, adapter: str, state_dict: Any = None) -> dict[str, torch.Tensor]:
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name=adapter, save_embedding_layers=False)
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    own = {key: value for key, value in tensors.items() if not key.startswith(WIDE)}
+    return {key.removeprefix(PREFIX).removeprefix("base_model."): value for key, value in own.items()}
 
 
 def array(value: Any, dtype: torch.dtype) -> torch.Tensor:
