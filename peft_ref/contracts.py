@@ -93,7 +93,7 @@ class Method(ABC):
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
-    flag_value: ClassVar[bool | str | type] = True  # and what that key says: any true value, this very text, or a map that is this dataclass
+    flag_value: ClassVar[bool | str | type] = True  # and what it says: any true value, this text, or a map that is this dataclass
     tuner_prefix: ClassVar[str]
 
     @final

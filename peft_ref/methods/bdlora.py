@@ -9,8 +9,8 @@ n is nblocks. For a gradient G of W' the blocks of s B^T G and of s G A^T are th
 A fresh B is zero.
 
 Paper   none in PEFT 0.21.2's page; made for serving many adapters
-HF      peft.LoraConfig(use_bdlora=BdLoraConfig(...)). A block-diagonal A is uniform within sqrt(6 n / in): kaiming_uniform_ with a = 0 where
-        LoRA's A has a = sqrt 5. A module of neither list is LoRA's with match_strict=False and refused with it.
+HF      peft.LoraConfig(use_bdlora=BdLoraConfig(...)). A block-diagonal A is uniform within sqrt(6 n / in): kaiming_uniform_ with a = 0
+        where LoRA's A has a = sqrt 5. A module of neither list is LoRA's with match_strict=False and refused with it.
 """
 
 from __future__ import annotations

@@ -157,4 +157,3 @@ class MonteCLoRA(LowRank[Params]):
         spread = inverse * (1 - 2 / n) + xp.sum(inverse) / n**2
         dspread = du * noise.zeta / (2 * self._deviations(p)) * xp.astype(spread > LEAST, p.p.dtype)
         return du - xp.mean(du) - inverse * (dspread * (1 - 2 / n) + xp.sum(dspread) / n**2)
-

@@ -1,6 +1,6 @@
 """How far the rows of a matrix V (r, n) are from being orthonormal.
 
-    distance = |M|,   M = V V^T - 1,   |.| Frobenius's norm;      its gradient is 2 M V / |M|, and zero where M is
+distance = |M|,   M = V V^T - 1,   |.| Frobenius's norm;      its gradient is 2 M V / |M|, and zero where M is
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ g is qalora_group_size. For a gradient G of W', with H = G P^T, G's columns summ
 dA = s B^T H    dB = s H A^T.   A fresh B is zero.
 
 Paper   2023, arXiv:2309.14717
-HF      peft.LoraConfig(use_qalora=True), on GPTQ layers alone: on any other layer it is read by nobody, and LoRA is made, whose A is (r, in).
-        Merging is refused there, since the weight is quantised; here it is a matrix like any other. The paper sums over a group, HF
+HF      peft.LoraConfig(use_qalora=True), on GPTQ layers alone: on any other layer it is read by nobody, and LoRA is made, whose A is
+        (r, in). Merging is refused there, since the weight is quantised; here it is a matrix like any other. The paper sums over a group, HF
         takes the mean and then multiplies by the number of groups.
 """
 
@@ -89,4 +89,4 @@ class QALoRA(LowRank[Params]):
 
     def _weight(self, A: Array) -> float:
         """How much one input counts: the mean of g, times the number of groups."""
-        return A.shape[1] / self.qalora_group_size
+        return float(A.shape[1] / self.qalora_group_size)

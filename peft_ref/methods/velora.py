@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, as_rows, column, namespace, pad, to, zeros_like
+from peft_ref.arrays import Array, as_rows, namespace, pad, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start, WeightMap
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
@@ -99,7 +99,7 @@ class VeLoRA(LowRank[Params]):
     def projection(self, x: Array) -> Array:
         """v for the input x (..., in), dropout done: the mean piece, of length 1; where it is zero, all entries alike."""
         xp = namespace(x)
-        mean = xp.mean(self._pieces(as_rows(x)), axis=0)
+        mean = xp.mean(self._pieces(as_rows(x)), axis=(0, 1))
         norm = xp.sqrt(xp.sum(mean * mean))
         mean = xp.where(norm == 0, xp.ones_like(mean), mean)
         return mean / xp.sqrt(xp.sum(mean * mean))
@@ -115,14 +115,14 @@ class VeLoRA(LowRank[Params]):
         return lambda q, W, b: (W + self.scale * (q.B @ (p.A + self._kept(p.v, q.A - p.A))), b)
 
     def _pieces(self, rows: Array) -> Array:
-        """(rows * num_groups, width)"""
+        """(rows, num_groups, width)"""
         groups, n_in = self.velora_config.num_groups, rows.shape[1]
         width = -(-n_in // groups)
-        return namespace(rows).reshape(pad(rows, 1, 0, groups * width - n_in), (rows.shape[0] * groups, width))
+        return namespace(rows).reshape(pad(rows, 1, 0, groups * width - n_in), (rows.shape[0], groups, width))
 
     def _kept(self, v: Array, rows: Array) -> Array:
         """`rows` (n, in) times R."""
         xp = namespace(rows)
-        numbers = self._pieces(rows) @ column(v)
-        wide = xp.reshape(numbers * xp.expand_dims(v, axis=0), (rows.shape[0], self.velora_config.num_groups * v.shape[0]))
+        numbers = xp.sum(self._pieces(rows) * v, axis=2, keepdims=True)
+        wide = xp.reshape(numbers * v, (rows.shape[0], self.velora_config.num_groups * v.shape[0]))
         return self.velora_config.scale * wide[:, : rows.shape[1]]

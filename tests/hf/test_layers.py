@@ -21,7 +21,9 @@ from tests.methods import facts  # noqa: E402
 pytestmark = pytest.mark.hf
 TOLERANCE = 1e-12  # relative to the largest number of the array
 
-SETTINGS: dict[str, WeightMethod[Any]] = {label: m for name in METHODS.weights if not facts(name).compared for label, m in facts(name).settings.items()}
+SETTINGS: dict[str, WeightMethod[Any]] = {
+    label: m for name in METHODS.weights if not facts(name).compared for label, m in facts(name).settings.items()
+}
 CRASHES = {(label, layer) for name in METHODS.weights for label in facts(name).settings for layer in facts(name).crashes}
 
 

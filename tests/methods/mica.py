@@ -19,7 +19,11 @@ FACTS = Facts(
     models={"mica": (None, lora(init_lora_weights="mica", target_modules=["q", "up", "table"]))},
     wrong_starts={
         "MiCA's A random": ("mica.linear.init-default", replaced("_A", lambda c, v, rng: rng.normal(size=v.shape)), "init-A-random"),
-        "MiCA's B random": ("mica.linear.init-default", replaced("_B", lambda c, v, rng: rng.normal(size=v.shape)), "init-B-not-orthonormal"),
+        "MiCA's B not of length 1": (
+            "mica.linear.init-default",
+            replaced("_B", lambda c, v, rng: rng.normal(size=v.shape)),
+            "init-B-not-orthonormal",
+        ),
         "MiCA's B of the largest": (
             "mica.linear.init-default",
             replaced("_B", lambda c, v, rng: np.linalg.svd(np.asarray(c.weight), full_matrices=False)[0][:, : v.shape[1]]),

@@ -11,6 +11,7 @@ from tests.methods.facts import Facts, Tour
 from tests.methods.lora import lora
 from tests.methods.wrong import replaced
 
+WEIGHTS = "lora_monteclora_sampler.expert_weights"
 THREE = MontecloraConfig(num_samples=3, buffer_size=2)
 
 
@@ -29,7 +30,7 @@ FACTS = Facts(
     wrong_starts={
         "MonteCLoRA's weights at one": (
             "monteclora.linear.init-default",
-            replaced("sampler.expert_weights", lambda c, v, rng: v * 0 + 1),
+            lambda c, draw, rng: {**draw, WEIGHTS: draw[WEIGHTS] * 0 + 1},
             "init-weights",
         ),
         "MonteCLoRA's variances at zero": (

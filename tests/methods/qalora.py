@@ -18,6 +18,10 @@ FACTS = Facts(
     layers={"linear": st.builds(Linear, in_features=st.sampled_from((6, 12)), out_features=st.integers(1, 6))},
     few_layers={"linear": Linear(in_features=4, out_features=5)},
     wrong_starts={
-        "QA-LoRA's A within 1 / sqrt(in)": ("qalora.linear-both.init-default", replaced("_A", lambda c, v, rng: v / 2**0.5), "init-wrong-law")
+        "QA-LoRA's A too small": (
+            "qalora.linear-both.init-default",
+            replaced("_A", lambda c, v, rng: v / 2**0.5),
+            "init-wrong-law",
+        )
     },
 )

@@ -61,7 +61,7 @@ SUITE = Suite(
             name="weights-in-inference",
             clause="MONTECLORA-C2",
             sentence="in inference A is multiplied by the sum of the stored expert_weights",
-            replay=with_A(lambda method, p: np.sum(p.w) * p.A),
+            replay=with_A(lambda method, p: np.sum(p.w, keepdims=True) * p.A),
         ),
         Mistake(
             name="deviations-in-inference",
