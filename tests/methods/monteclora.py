@@ -16,7 +16,7 @@ THREE = MontecloraConfig(num_samples=3, buffer_size=2)
 
 
 def without_noise(tuner: Any) -> None:
-    """PEFT's samples at zero, so that their average is A: what the noise does is compared in tests/spec/test_hf_monteclora_quirks.py."""
+    """PEFT's samples at zero, so that their average is A: what the noise does is compared in tests/spec/test_hf_family_quirks.py."""
     for sampler in tuner.lora_monteclora_sampler.values():
         for drawn in sampler.sampler.buffer:
             drawn["z_mvn"] = drawn["z_mvn"] * 0
