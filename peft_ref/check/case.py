@@ -87,8 +87,14 @@ def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
 
 def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
-    config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    words: dict[str, Any] = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    config = {"peft_type": method.peft_type, **{word: _map(value) for word, value in words.items()}}
     return {**method.switched_on(), **config}
+
+
+def _map(value: Any) -> Any:
+    """A map within a configuration as JSON has it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 # ---- JSON

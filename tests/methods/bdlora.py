@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ FACTS = Facts(
     models={
         "bdlora": (
             None,
-            lora(use_bdlora={"target_modules_bd_a": ["q"], "target_modules_bd_b": ["up"], "nblocks": 2}, target_modules=["q", "up"]),
+            lora(use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}, target_modules=["q"]),
         )
     },
     wrong_starts={
@@ -55,5 +56,5 @@ FACTS = Facts(
         ),
         "BD-LoRA's A as of a whole row": ("bdlora.linear-both.init-A", replaced("_A", lambda c, v, rng: v / 2**0.5), "init-wrong-law"),
     },
-    tour=Tour("LoraConfig", {"r": 2, "use_bdlora": {"nblocks": 2, "match_strict": False}}),
+    tour=Tour("LoraConfig", {"r": 2, "use_bdlora": dict(sorted(asdict(BdLoraConfig(nblocks=2, match_strict=False)).items()))}),
 )

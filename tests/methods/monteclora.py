@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from hypothesis import strategies as st
@@ -39,5 +40,5 @@ FACTS = Facts(
             "init-variances",
         ),
     },
-    tour=Tour("LoraConfig", {"r": 2, "monteclora_config": {"num_samples": 2, "buffer_size": 2}}),
+    tour=Tour("LoraConfig", {"r": 2, "monteclora_config": dict(sorted(asdict(MontecloraConfig(num_samples=2, buffer_size=2)).items()))}),
 )

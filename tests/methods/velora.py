@@ -31,5 +31,5 @@ FACTS = Facts(
             "init-projection-length",
         ),
     },
-    tour=Tour("LoraConfig", {"r": 2, "velora_config": {"num_groups": 4}}),
+    tour=Tour("LoraConfig", {"r": 2, "velora_config": {"init_type": "random", "num_groups": 4, "scale": 1.0}}),
 )

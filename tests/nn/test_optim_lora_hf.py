@@ -73,9 +73,7 @@ def test_loraplus(which: str, decay: float) -> None:
         "sgd": (lambda *a, **k: torch.optim.SGD(*a, momentum=0.9, **k), SGD(momentum=0.9, weight_decay=decay)),
     }[which]
     theirs.__name__ = which  # type: ignore[attr-defined]  # PEFT asks for it
-    opt = create_loraplus_optimizer(
-        model, theirs, lr=0.01, loraplus_lr_ratio=8.0, loraplus_lr_embedding=1e-3, loraplus_weight_decay=decay
-    )
+    opt = create_loraplus_optimizer(model, theirs, lr=0.01, loraplus_lr_ratio=8.0, loraplus_lr_embedding=1e-3, loraplus_weight_decay=decay)
     plus = LoRAPlus(ratio=8.0, optimiser=optimiser, embedding_lr=1e-3, embeddings=frozenset({"table"}))
     state = plus.init(ours)
     for step in range(STEPS):
@@ -115,7 +113,7 @@ def test_lorafa(decay: float, rslora: bool) -> None:
 
 
 def test_hfs_lorafa_multiplies_in_bfloat16_unless_it_is_float64() -> None:
-    model, places, ours = made(("q",))
+    model, _, ours = made(("q",))
     model.float()
     own = [model.base_model.model["q"].lora_A["default"].weight, model.base_model.model["q"].lora_B["default"].weight]
     grads = given({"q": own}, 0)

@@ -55,7 +55,7 @@ def identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
 
 
 SUITE = Suite(
-    variants=variants("MICA-C1", {}, KINDS),
+    variants=variants("MICA-C1", {}, KINDS, rounded={}),
     fresh=Fresh(clause="MICA-C8", starts={"default": Start(lora.PLAIN, KINDS, draws=2)}, laws=laws, identity=identity),
     files=Files(
         configs_clause="MICA-C10",

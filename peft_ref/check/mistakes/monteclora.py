@@ -48,7 +48,7 @@ def identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
 
 
 SUITE = Suite(
-    variants=variants("MONTECLORA-C1", SAMPLES, ("linear", "transposed_linear"), draws={"variances": positive}),
+    variants=variants("MONTECLORA-C1", SAMPLES, ("linear", "transposed_linear"), draws={"variances": positive}, rounded={}),
     fresh=Fresh(clause="MONTECLORA-C13", starts={"default": Start(PLAIN)}, laws=laws, identity=identity),
     files=Files(
         configs_clause="MONTECLORA-C15",

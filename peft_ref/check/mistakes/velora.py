@@ -101,7 +101,7 @@ def _unit(rows: NDArray, v: NDArray, groups: int, scale: float) -> NDArray:
 
 
 SUITE = Suite(
-    variants=variants("VELORA-C1", GROUPS, ("linear", "transposed_linear")),
+    variants=variants("VELORA-C1", GROUPS, ("linear", "transposed_linear"), rounded={}),
     fresh=Fresh(clause="VELORA-C11", starts={"default": Start(AVERAGED), "random": Start(PLAIN)}, laws=laws, identity=identity),
     files=Files(
         configs_clause="VELORA-C13",
