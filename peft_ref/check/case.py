@@ -93,8 +93,10 @@ def config_of(method: Method) -> dict[str, Any]:
 
 
 def _map(value: Any) -> Any:
-    """A map within a configuration as JSON has it."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()} if isinstance(value, dict) else value
+    """A map or a tuple within a configuration as JSON has it."""
+    if isinstance(value, dict):
+        return {k: _map(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 # ---- JSON

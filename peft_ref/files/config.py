@@ -239,4 +239,4 @@ def _lists(value: Any) -> Any:
 
 def _map(value: Any) -> Any:
     """A map within a configuration, its keys in order, as PEFT writes it."""
-    return {key: _lists(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
+    return {key: _lists(value[key]) for key in sorted(value)} if isinstance(value, dict) else _lists(value)

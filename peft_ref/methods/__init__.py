@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
     from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -69,6 +70,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prompt_tuning": "PromptTuning",
         "qalora": "QALoRA",
         "road": "RoAd",
+        "trainable_tokens": "TrainableTokens",
         "velora": "VeLoRA",
         "vera": "VeRA",
     }

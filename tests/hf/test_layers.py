@@ -59,6 +59,9 @@ def close(got: Any, want: Any) -> None:
 def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropout: float = 0.0) -> tuple[Pair, Any, Any]:
     rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
     layer, method = LAYERS[layer_name], SETTINGS[name]
+    if adapters > 1 and own_facts(method).alone:
+        pytest.skip(f"PEFT takes one {name} on a layer")
+    bias = bias and own_facts(method).bias
     configs = [config(method, dropout) for _ in range(adapters)]
     for later in configs[1:]:
         later.inference_mode = isinstance(method, AdaLoRA)  # of which PEFT trains one alone

@@ -56,6 +56,8 @@ class Facts:
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
     drawn_in: str = "float64"  # the format PEFT makes its layer in; it computes in float64
     settled: Callable[[Any], None] = lambda tuner: None  # what is done to PEFT's layer so that it draws nothing in training mode
+    alone: bool = False  # PEFT refuses a second adapter like it on one layer
+    bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
