@@ -64,6 +64,8 @@ class Facts:
     silent: bool = False  # PEFT passes over a layer that it does not take, without a word
     made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
     settle: Callable[[Any], None] = lambda tuner: None  # takes PEFT's layer out of chance
+    alone: bool = False  # PEFT refuses a second adapter like it on one layer
+    bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first

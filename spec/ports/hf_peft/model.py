@@ -87,6 +87,9 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         if of := adapter["config"].get("clusters"):  # it made its own from the weight, and loading leaves them
             layer.scatter_index[name] = torch.tensor(sorted(range(len(of)), key=lambda row, of=of: (of[row], row)))
     model.eval()
+    if case["method"] == "kasa":  # whose start cuts the weight: the case's is what is left
+        layer.get_base_layer().weight.data = array(case["layer"]["weight"], dtype)
+    model.train(case["method"] == "velora")  # which compresses in training alone
     if any(adapter["dropout"] for adapter in adapters):
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
@@ -141,6 +144,10 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT clusters the rows of the weight by k-means, whatever clusters a case has")
     if case["method"] == "adamss" and case["operation"] in ("forward", "backward") and np.ndim(case["x"]) == 1:
         raise NotInPeft("PEFT's forward wants x to have a leading axis, and raises")
+    if case["method"] == "mica" and dtype == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
+    if case["method"] == "qalora":
+        raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
@@ -193,6 +200,9 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
+    if (diagonal := own.pop("diagonal", None)) is not None:
+        own["use_bdlora"] = {k: own["use_bdlora"][k] for k in ("nblocks", "match_strict")}
+        own["use_bdlora"] |= {f"target_modules_bd_{diagonal.lower()}": ["layer"]} if diagonal else {}
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
