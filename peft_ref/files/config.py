@@ -2,7 +2,8 @@
 
     method          the mathematics: peft_type and the switches choose the class, its fields are the hyper-parameters
     targets         where it goes: target_modules and what narrows them down
-    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules. AdaLoRA's rank_pattern is not by pattern
+    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules, and block_size_pattern or
+                    n_frequency_pattern of the methods that have such a size. AdaLoRA's rank_pattern is not by pattern
                     and no rank: {"<module>.lora_E": [which triplets its training kept]}, and alpha_pattern it does not read
     housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
 
@@ -32,8 +33,8 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-# fields of a method that patterns decide, module by module, or the sizes of all modules together
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
+# fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
 RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)
@@ -48,9 +49,9 @@ class Patterns:
 
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    size_pattern: Mapping[str, int] = field(default_factory=dict)  # in the file <the size's name>_pattern
     lambda_pattern: Mapping[str, float] = field(default_factory=dict)  # DeLoRA's, of what a fresh adapter starts from
     feedforward_modules: str | tuple[str, ...] | None = None
+    size_pattern: Mapping[str, int] = field(default_factory=dict)  # in the file <the size's name>_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,8 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
     """The flat configuration, keys in the order of the file it came from, else sorted as PEFT sorts them."""
     now = _flat(config)
     if config.text is None:
-        patterns = (*field_names(Patterns), *(f"{size}_pattern" for size in SIZES))
-        absent = {key for key in (*field_names(Targets), *patterns) if now.get(key) in (None, {})} - {"target_modules"}
+        words = (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES))
+        absent = {key for key in words if now.get(key) in (None, {})} - {"target_modules"}
         return {key: now[key] for key in sorted(now.keys() - absent)}
     read = json.loads(config.text)
     before = _flat(_split(read, "adapter_config.json"))
@@ -196,11 +197,11 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     switches |= cls.switched_on()  # a map is one of the fields
     fields = {name: value for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
-    sizes = places.pop("size_pattern")
-    if (size_key := _size_key(cls)) is not None:
-        places[size_key] = sizes
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
+    sizes = places.pop("size_pattern", None)
+    if (size_key := _size_key(cls)) is not None:
+        places[size_key] = sizes
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
 
 

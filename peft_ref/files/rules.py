@@ -35,14 +35,11 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
         "velora_config": "VeLoRA has a gradient of its own",
         "monteclora_config": "MonteCLoRA adds noise in training",
         "arrow_config": "Arrow routes between adapters",
-        "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
         "enable_lora": "PEFT 0.2 adapted parts of a fused layer with a grouped convolution (MergedLinear)",
     },
     "ADALORA": {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
 }

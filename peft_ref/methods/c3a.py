@@ -55,10 +55,8 @@ class C3A(Additive[Params]):
         return {"b": self.block_size}
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
-        if len(shape := shapes.get("c3a_kernel", ())) != 3:
-            return None
-        m, n, b = shape
-        return Linear(in_features=n * b, out_features=m * b)
+        K = shapes.get("c3a_kernel", ())
+        return Linear(in_features=K[1] * K[2], out_features=K[0] * K[2]) if len(K) == 3 else None
 
     def check_geometry(self, layer: Layer) -> None:
         out, n_in = layer.shape

@@ -53,9 +53,9 @@ class SHiRA(Additive[Params]):
         return {"n": self.r * sum(layer.shape)}
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
-        """n is r (in + out): how the two share that, no shape tells."""
-        both, rest = divmod(shapes.get("shira_weight", (0,))[0], self.r)
-        return Linear(in_features=both - both // 2, out_features=both // 2) if both > 1 and not rest else None
+        """n is r (in + out), and how the sum is shared no shape tells: as evenly as it can be, on the smallest weight with so many places."""
+        both = shapes.get("shira_weight", (0,))[0] // self.r
+        return Linear(in_features=both - both // 2, out_features=both // 2) if both > 1 else None
 
     def check_geometry(self, layer: Layer) -> None:
         (out, n_in), n = layer.shape, self.dims(layer)["n"]

@@ -52,6 +52,10 @@ def converted(
     check_on_its_weight(file.config)
     if not file.modules:
         raise ConfigError(f"{type(file.config.method).__name__} changes no layer's weight: there is nothing that a LoRA could be.")
+    if file.shared:
+        raise ConfigError(
+            f"{type(file.config.method).__name__}'s layers share {', '.join(file.shared)}.\n  Give the model: it tells which."
+        )
     made: dict[str, Converted] = {}
     for module, (method, layer, params) in file.modules.items():
         W, b = (None, None) if weights is None else weights(module)

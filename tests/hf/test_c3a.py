@@ -18,7 +18,7 @@ from tests.hf.peft_layers import LAYERS, Pair, pair  # noqa: E402
 from tests.hf.test_layers import close  # noqa: E402
 
 pytestmark = pytest.mark.hf
-BLOCKS = {"linear": 1, "linear-threes": 3, "linear-square": 4}
+BLOCKS = {"linear": 1, "linear-thirds": 3, "linear-square": 4}
 REPLAYS = {m.name: m.replay for m in SUITES["c3a"].mistakes}
 
 
@@ -94,7 +94,7 @@ def test_several_adapters_are_chained_as_the_dialects_say() -> None:
     close(asked("c3a-chained", case, "forward")["y"], y)
     for name, value in asked("c3a-input-gradient", case, "backward").items():
         close(value, grads[name])
-    p, case = made("linear-threes", 2)
+    p, case = made("linear-thirds", 2)
     with pytest.raises(RuntimeError):
         theirs(p, case)
 
@@ -111,7 +111,9 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(layer_name: str, adapters:
     close(p.W, p.tuner.base_layer.weight.detach().numpy())
 
 
-@pytest.mark.parametrize(("layer_name", "block"), [("linear", 2), ("linear-threes", 4), *((n, 1) for n in LAYERS if n not in BLOCKS)])
+@pytest.mark.parametrize(
+    ("layer_name", "block"), [("linear", 2), ("linear-thirds", 4), *((n, 1) for n in LAYERS if LAYERS[n].kind != "linear")]
+)
 def test_a_layer_we_refuse_peft_refuses_too(layer_name: str, block: int) -> None:
     method, layer = C3A(block_size=block), LAYERS[layer_name]
     with pytest.raises(UnsupportedLayerError, match=r"block_size=|not supported"):

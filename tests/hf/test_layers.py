@@ -80,7 +80,7 @@ def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropo
     p = pair(layer, method, configs, rng, bias)
     shape = INPUTS[layer_name]
     x = rng.integers(0, 9, shape) if layer.kind == "embedding" else rng.normal(size=shape)
-    y = stack.forward(layer, p.W, p.b, p.adapters, x)
+    y = stack.forward(p.layer, p.W, p.b, p.adapters, x)
     return p, x, rng.normal(size=y.shape)
 
 

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from peft_ref.methods.fourierft import FourierFT
-from tests.methods.c3a import MORE_SIZES, SIZES
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
-from tests.methods.facts import Facts, Tour
+from tests.methods.config_words import LAYERS, NUMBERS, SIZES, SWITCH, TARGETS
+from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
 
 
 def fourierft(**options: Any) -> Any:
     import peft
 
-    return peft.FourierFTConfig(**{"n_frequency": 9, "target_modules": ["q", "up"], **options})
+    return peft.FourierFTConfig(**{"target_modules": ["q", "up"], "n_frequency": 9, **options})
+
+
+def gpt2() -> Any:
+    from tests.files.peft_models import gpt2 as model
+
+    return model()
 
 
 def as_made(module: Any, method: Any) -> bool:
-    return bool(module.fourierft_n_frequency["default"] == method.n_frequency and module.fourierft_scaling["default"] == method.scaling)
+    from tests.files.peft_models import layer_of
+
+    same = module.indices["default"].numpy() == np.stack(method.frequencies(layer_of(module)))
+    return bool(same.all() and module.fourierft_scaling["default"] == method.scaling)
 
 
 FACTS = Facts(
-    settings={"fourierft": FourierFT(n_frequency=6, scaling=20.0)},
-    required={"n_frequency": 6},
-    small={"n_frequency": 6},
+    settings={"fourierft": FourierFT(n_frequency=6, scaling=20.0), "fourierft-seed": FourierFT(n_frequency=20, random_loc_seed=3)},
+    float32_modules=("peft.tuners.fourierft.layer",),
+    unable=lambda case, dtype: dtype == "float64" and ".init-" not in case,
+    small={"n_frequency": 3},
     fields={"n_frequency": st.sampled_from((1, 2, 3)), "scaling": st.sampled_from((2, 3.5))},
     fresh={"init_weights": st.just(True)},
     few={"n_frequency": st.just(3)},
@@ -35,15 +45,21 @@ FACTS = Facts(
     | LAYERS
     | {
         "n_frequency": NUMBERS,
-        "n_frequency_pattern": [*SIZES, *MORE_SIZES],
+        "n_frequency_pattern": SIZES,
         "scaling": [150, 1.5, 0, -2],
         "random_loc_seed": [777, 0, -1, 2**40, "7", 1.5, None],
         "init_weights": SWITCH,
         "fan_in_fan_out": [True, False],
     },
     made=as_made,
-    models={"fourierft": (None, lambda: fourierft(n_frequency_pattern={"up": 5}))},
-    unable=lambda case, dtype: ".init" not in case and ".config" not in case and ".state-dict" not in case and dtype == "float64",
+    differences=(
+        Difference("we", r"n_frequency_pattern (of '|is a)", "PEFT checks a value when a module asks for it, and here none did"),
+        Difference("we", r"(n_frequency|random_loc_seed)=.*(is of type|positive)", "PEFT checks it when a module is made"),
+    ),
+    models={
+        "fourierft": (None, lambda: fourierft(n_frequency_pattern={"up": 5})),
+        "gpt2 Conv1D fourierft": (gpt2, lambda: fourierft(target_modules=["c_attn"], fan_in_fan_out=True)),
+    },
     wrong_starts={
         "FourierFT's spectrum zero": ("fourierft.linear.init-default", replaced("spectrum", lambda c, v, rng: v * 0), "init-zero"),
         "FourierFT's True ignored": (
@@ -52,7 +68,7 @@ FACTS = Facts(
             "init-not-identity",
         ),
     },
-    bits=None,  # waves
+    bits=None,  # cosines
     irrational=True,
-    tour=Tour("FourierFTConfig", {"n_frequency": 6}),
+    tour=Tour("FourierFTConfig", {"n_frequency": 3}),
 )

@@ -10,24 +10,33 @@ from hypothesis import strategies as st
 from peft_ref.layers import Linear
 from peft_ref.methods.shira import SHiRA
 from tests.methods.config_words import NUMBERS, OWN_TARGETS, SWITCH
-from tests.methods.facts import Facts, Tour
+from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
 
 
 def shira(**options: Any) -> Any:
     import peft
 
-    return peft.ShiraConfig(**options)
+    return peft.ShiraConfig(**{"target_modules": ["q", "up"], "r": 2, **options})
+
+
+def as_made(module: Any, method: Any) -> bool:
+    from tests.files.peft_models import layer_of
+
+    same = module.shira_indices["default"].numpy() == method.untrained(layer_of(module))["shira_indices"]
+    return bool(module.r["default"] == method.r and same.all())
 
 
 FACTS = Facts(
-    settings={"shira": SHiRA(r=2, random_seed=3)},
-    required={"r": 1},
+    settings={"shira": SHiRA(r=2, random_seed=3), "shira-unseeded": SHiRA(r=1)},
     small={"r": 1},
-    fields={"r": st.sampled_from((1, 2)), "random_seed": st.sampled_from((None, 3))},  # of three there are more places than a weight has
-    fresh={"init_weights": st.just(True)},
-    few={"r": st.just(1)},
-    layers={"linear": st.builds(Linear, in_features=st.integers(3, 6), out_features=st.integers(3, 6))},
+    fields={
+        "r": st.sampled_from((1, 2)),
+        "random_seed": st.sampled_from((None, 3)),
+    },  # of three there are more places than small weights have
+    layers={"linear": st.builds(Linear, in_features=st.integers(2, 7), out_features=st.integers(2, 7))},
+    few={"r": st.just(2), "random_seed": st.just(3)},
+    few_layers={"linear": Linear(in_features=6, out_features=4)},
     config={"peft_type": "SHIRA", "r": 1, "target_modules": ["q", "up"]},
     space=OWN_TARGETS
     | {
@@ -36,8 +45,9 @@ FACTS = Facts(
         "init_weights": SWITCH,
         "fan_in_fan_out": [True, False],
     },
-    made=lambda module, method: bool(module.r["default"] == method.r),
-    models={"shira": (None, lambda: shira(r=2, random_seed=5, target_modules=["q", "up"]))},
+    made=as_made,
+    differences=(Difference("we", r"random_seed=.* is of type", "PEFT reads it when a module is made, and here none was"),),
+    models={"shira": (None, lambda: shira(random_seed=5))},
     wrong_starts={
         "SHiRA's places of another seed": (
             "shira.linear.init-default",

@@ -16,7 +16,7 @@ from peft_ref import METHODS, Adapter, forward, merge, unmerge  # noqa: E402
 from peft_ref.files.adapter import AdapterModule, state_dict  # noqa: E402
 from peft_ref.files.config import DERIVED  # noqa: E402
 from peft_ref.registry import CONFIG_NAMES  # noqa: E402
-from tests.hf.peft_layers import torch_layer  # noqa: E402
+from tests.hf.peft_layers import own_facts, torch_layer  # noqa: E402
 from tests.spec.pages import METHOD_PAGES, run  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -65,6 +65,7 @@ def hf_model(w: Worked) -> Any:
             getattr(model.base_model.model.linear, spec.key)["default"] = torch.tensor(getattr(adapter.params, spec.field))
     tensors = {k: torch.tensor(v) for k, v in state_dict({"linear": AdapterModule(method, w.layer, adapter.params)}).items()}
     peft.set_peft_model_state_dict(model, tensors)
+    own_facts(method).impose(model.base_model.model.linear, "default", method)
     assert all(torch.equal(v, tensors[k]) for k, v in peft.get_peft_model_state_dict(model).items())
     return model
 

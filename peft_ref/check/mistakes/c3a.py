@@ -39,13 +39,13 @@ from peft_ref.stack import Adapter
 At = Callable[[NDArray, NDArray, int], NDArray]  # the place in a row of K, given row t, column s and b
 
 VARIANTS = (
-    Variant(name="plain", clause="C3A-C1", configs=({"block_size": 3},), layers=("linear-threes",)),
+    Variant(name="plain", clause="C3A-C1", configs=({"block_size": 3},), layers=("linear-thirds",)),
     Variant(name="square", clause="C3A-C1", configs=({"block_size": 4},), layers=("linear-square",)),
     Variant(name="small", clause="C3A-C1", configs=({"block_size": 4},), layers=("linear-square",), numbers="small"),
-    Variant(name="rounded", clause="C3A-C2", configs=({"block_size": 3},), layers=("linear-threes",), numbers="rounded"),
-    Variant(name="vector", clause="C3A-C4", configs=({"block_size": 3},), layers=("linear-threes",), operations=RUN, rows=()),
-    Variant(name="no-bias", clause="C3A-C3", configs=({"block_size": 3},), layers=("linear-threes",), bias=False),
-    Variant(name="two-adapters", clause="C3A-C8", configs=({"block_size": 3}, {"block_size": 1}), layers=("linear-threes",)),
+    Variant(name="rounded", clause="C3A-C2", configs=({"block_size": 3},), layers=("linear-thirds",), numbers="rounded"),
+    Variant(name="vector", clause="C3A-C4", configs=({"block_size": 3},), layers=("linear-thirds",), operations=RUN, rows=()),
+    Variant(name="no-bias", clause="C3A-C3", configs=({"block_size": 3},), layers=("linear-thirds",), bias=False),
+    Variant(name="two-adapters", clause="C3A-C8", configs=({"block_size": 3}, {"block_size": 1}), layers=("linear-thirds",)),
     Variant(name="two-on-square", clause="C3A-C8", configs=({"block_size": 4}, {"block_size": 2}), layers=("linear-square",)),
 )
 
@@ -148,23 +148,23 @@ def backward_as_peft(case: Case) -> Answer | None:
     return {"x": p.dy @ p.W + through, **name_gradients(p.layer, p.adapters, tuple(grads))}
 
 
-STARTS = {"default": {}, "true": {"init_weights": True}, "false": {"init_weights": False}}
-NAMED_STARTS = {name.replace("_", "-"): {"init_weights": name} for name in ("gaussian", "kaiming_uniform")}
-
-
 def laws(config: Config, layer: Layer) -> dict[str, Law]:
     n_in, out = layer.channels, layer.shape[0]
-    of_kernel: dict[bool | str, Law] = {
+    drawn: dict[Any, Law] = {
         True: constant(0.0, "init-not-identity"),
         "gaussian": normal(1.0),
         "kaiming_uniform": uniform(math.sqrt(1 / n_in)),
     }
-    return {"c3a_kernel": of_kernel.get(config["init_weights"], uniform(math.sqrt(6 / (n_in + out))))}
+    return {"c3a_kernel": drawn.get(config["init_weights"], uniform(math.sqrt(6 / (n_in + out))))}
 
 
+WAYS: dict[str, Config] = {
+    "default": {},
+    **{str(way).lower(): {"init_weights": way} for way in (True, False, "gaussian", "kaiming_uniform")},
+}
 FRESH = Fresh(
     clause="C3A-C15",
-    starts={label: Start({"block_size": 3, **config}, ("linear-threes",)) for label, config in (STARTS | NAMED_STARTS).items()},
+    starts={label: Start({"block_size": 3, **way}, ("linear-thirds",)) for label, way in WAYS.items()},
     laws=laws,
 )
 FILES = Files(

@@ -157,10 +157,7 @@ def laws(config: Config, layer: Layer) -> dict[str, Law]:
 
 FRESH = Fresh(
     clause="FOURIERFT-C15",
-    starts={
-        "default": Start({"n_frequency": 20}, ("linear", "transposed_linear")),
-        "true": Start({"n_frequency": 20, "init_weights": True}),
-    },
+    starts={"default": Start({"n_frequency": 20}, LINEAR), "true": Start({"n_frequency": 20, "init_weights": True})},
     laws=laws,
 )
 FILES = Files(

@@ -124,7 +124,12 @@ def gradient_at_transposed_places(case: Case) -> Answer | None:
     return {**answer(case), **wrong}
 
 
-def first_of_permutation(config: Config, layer: Layer) -> Law:
+def laws(config: Config, layer: Layer) -> dict[str, Law]:
+    w = constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)
+    return {"shira_weight": w, "shira_indices": first_of_permutation(layer, config)}
+
+
+def first_of_permutation(layer: Layer, config: Config) -> Law:
     """The first r (in + out) of torch's random permutation of all places, sorted: the one thing that is drawn and known to the bit."""
     out, n_in = layer.shape
     seed = UNSEEDED if config["random_seed"] is None else config["random_seed"]
@@ -136,11 +141,6 @@ def first_of_permutation(config: Config, layer: Layer) -> Law:
         return "init-other-places: they must be the first of torch's randperm of the weight's entries for this seed, sorted row by row"
 
     return Law("torch's permutation", problem)
-
-
-def laws(config: Config, layer: Layer) -> dict[str, Law]:
-    w = constant(0.0, "init-not-identity") if config["init_weights"] else normal(1.0)
-    return {"shira_weight": w, "shira_indices": first_of_permutation(config, layer)}
 
 
 FRESH = Fresh(

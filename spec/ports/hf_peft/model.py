@@ -29,11 +29,11 @@ Json = Mapping[str, Any]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
-FLOAT32_ALONE = ("c3a", "fourierft")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
-SHARED = ("vera_A", "vera_B")
-TAKEN_OVER = ("vera",)
+FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
+SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B")
+TAKEN_OVER = ("vera", "pvera")
 
 
 class NotInPeft(Exception):
@@ -84,6 +84,8 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
         if result.unexpected_keys:
             raise KeyError(f"PEFT does not expect {result.unexpected_keys}")
+        if of := adapter["config"].get("clusters"):  # it made its own from the weight, and loading leaves them
+            layer.scatter_index[name] = torch.tensor(sorted(range(len(of)), key=lambda row, of=of: (of[row], row)))
     model.eval()
     if any(adapter["dropout"] for adapter in adapters):
         model.train()
@@ -135,12 +137,16 @@ def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
+    if case["method"] == "adamss" and case["operation"] == "init":
+        raise NotInPeft("PEFT clusters the rows of the weight by k-means, whatever clusters a case has")
+    if case["method"] == "adamss" and case["operation"] in ("forward", "backward") and np.ndim(case["x"]) == 1:
+        raise NotInPeft("PEFT's forward wants x to have a leading axis, and raises")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
         raise NotInPeft("PEFT takes one factor where its CUDA kernel is not built, whatever boft_n_butterfly_factor says")
-    if case["method"] in FLOAT32_ALONE and dtype == torch.float64 and case["operation"] != "init":
-        raise NotInPeft("PEFT computes it in float32, whatever the layer's dtype")
+    if case["method"] in FLOAT32 and dtype == torch.float64 and case["operation"] != "init":
+        raise NotInPeft("PEFT computes this method in float32, whatever the layer's dtype: ask with --dtype float32")
     square = case["layer"].get("in_features") == case["layer"].get("out_features")
     if case["method"] == "c3a" and len(case["adapters"]) > 1 and not square and case["operation"] in ("forward", "backward"):
         raise NotInPeft("PEFT feeds every C3A adapter to the next one and crashes where in and out differ")
@@ -178,7 +184,11 @@ def place(key: str) -> str:
 
 def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say, `live_r` what its `rank_pattern` leaves."""
-    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out")}
+    own = {
+        k: v
+        for k, v in config.items()
+        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks")
+    }
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":

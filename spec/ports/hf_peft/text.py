@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONVOLUTIONS, array, nested
+from model import CONVOLUTIONS, NotInPeft, array, nested
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from told import TOLD, rank_and_scale
 from torch import nn
@@ -50,7 +50,8 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(64, 64)) for name in case["modules"]], case["adapter_config"], "default")
+    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA") else 64  # what their defaults fit on
+    model = adapted([(name, nn.Linear(side, side)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -70,7 +71,12 @@ def state_dict(case: Json) -> dict[str, Any]:
         layer = model.get_base_model().get_submodule(module["name"])
         for key, value in module["tensors"].items():
             parameter = parameter_of(layer, key, adapter)
+            if not parameter.is_floating_point():  # places, which are no parameter there
+                parameter.copy_(array(value, parameter.dtype))
+                continue
             tensor = array(value, parameter.dtype)
+            if tensor.shape != parameter.shape and case["adapter_config"]["peft_type"] == "ADAMSS":
+                raise NotInPeft("the shapes of PEFT's tensors are those of the clusters that it finds in the weight")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")
             parameter.data = tensor

@@ -60,6 +60,7 @@ DROPOUTS: Mapping[str, str] = {
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
     "BEFT": lambda layer, config: {},
+    "ADAMSS": words("num_subspaces"),
     "BOFT": _boft,
     "C3A": words("block_size"),
     "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
