@@ -96,6 +96,8 @@ def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> d
                 )
             elif (came := tuple(shared[key].shape)) != spec.stored_shape:
                 raise ShapeError(f"{SHARED_PREFIX}{key} is {came}, expected {spec.stored_shape}.\n  {module.method} at {name!r}.")
+            elif (beside := getattr(module.params, spec.field)) is not None and not bool(namespace(beside).all(beside == shared[key])):
+                raise KeyMismatchError(f"{PREFIX}{name}.{spec.key} is not {SHARED_PREFIX}{key}, of which it is a copy.\n  Make them equal.")
             else:
                 given[spec.field] = namespace(shared[key]).reshape(shared[key], spec.shape) if spec.shape != came else shared[key]
             used.add(key)

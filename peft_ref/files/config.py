@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -32,9 +33,9 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-# fields of a method that patterns decide, module by module, or the sizes of all modules together
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
-RANKS = ("r",)
+# fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
+RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)
 SIZES = ("block_size", "n_frequency")  # hyper-parameters that `<name>_pattern` changes
@@ -74,7 +75,7 @@ class AdapterConfig:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
             return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
-            if (key := pattern_key(tuple(pattern), module_name)) is not None:
+            if (key := self._matching(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         if p.size_pattern and (key := key_below(tuple(p.size_pattern), module_name)) is not None:
             changes[_one_of(SIZES, names, self.method)] = p.size_pattern[key]
@@ -82,6 +83,12 @@ class AdapterConfig:
             changes["is_feedforward"] = self._is_feedforward(module_name)
         method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
         return method.on_module(module_name)
+
+    def _matching(self, patterns: tuple[str, ...], module_name: str) -> str | None:
+        """The first pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
+        if self.method.peft_type == "OSF":
+            return next((key for key in patterns if re.search(key, module_name)), None)
+        return pattern_key(patterns, module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules

@@ -38,6 +38,7 @@ from peft_ref.hf.config import (
 )
 from peft_ref.hf.configs import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     IA3Config,
@@ -76,6 +77,7 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

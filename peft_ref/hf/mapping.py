@@ -94,7 +94,7 @@ def inject_adapter_in_model(
 ) -> BaseModel:
     """A model in whose layers a fresh adapter acts, with no PeftModel around it. `model` itself stays as it is."""
     refuse({"state_dict": state_dict})
-    if peft_config.is_prompt_learning:
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ConfigError(f"{peft_config.peft_type} is in no layer (HF PEFT refuses it too).\n  Use get_peft_model.")
     made = PeftModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, rng=rng, ties=ties)
     return BaseModel(adapted_of(made))

@@ -11,6 +11,7 @@ from peft_ref.registry import Registry
 
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.bdlora import BDLoRA as BDLoRA
     from peft_ref.methods.beft import BEFT as BEFT
@@ -43,14 +44,18 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.psoft import PSOFT as PSOFT
+    from peft_ref.methods.pvera import PVeRA as PVeRA
     from peft_ref.methods.qalora import QALoRA as QALoRA
+    from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
+    from peft_ref.methods.vblora import VBLoRA as VBLoRA
     from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
+        "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
         "bdlora": "BDLoRA",
         "beft": "BEFT",
@@ -83,9 +88,12 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "psoft": "PSOFT",
+        "pvera": "PVeRA",
         "qalora": "QALoRA",
+        "randlora": "RandLoRA",
         "road": "RoAd",
         "shira": "SHiRA",
+        "vblora": "VBLoRA",
         "vera": "VeRA",
     }
 )

@@ -110,13 +110,14 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
     if own_facts(method).made_in_float32:
         model.double()
     if isinstance(layer, Linear) and not layer.transposed:
@@ -124,6 +125,7 @@ def pair(
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
+    own_facts(method).settle(tuner)
     adapters, parameters = [], []
     common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
@@ -131,10 +133,14 @@ def pair(
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
+        method = own_facts(method).as_made_by(tuner, name, method)
         for spec in method.spec(layer):
             if spec.saved:
                 place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
                 assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
+                if not spec.trained and not saved[f"base_model.{place}"].is_floating_point():
+                    tensors[spec.key] = saved[f"base_model.{place}"].numpy()  # both sides made it alike
+                    continue
             parameter = _parameter(model, spec.key, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             if spec.shared:
@@ -145,7 +151,7 @@ def pair(
             else:
                 values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
+        assert len([key for key in saved if ".wide." not in key]) == sum(1 + s.repeated for s in method.spec(layer) if s.saved)
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer

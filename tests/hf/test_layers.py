@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,13 @@ CRASHES = {(label, layer) for name in METHODS.weights for label in facts(name).s
 
 
 @pytest.fixture(autouse=True)
-def _in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FourierFT computes in the default dtype, and rounds its spectrum and the gradient of that to float32 on the way."""
     widen(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def config(method: WeightMethod[Any], dropout: float = 0.0) -> Any:
@@ -74,7 +80,7 @@ def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropo
     p = pair(layer, method, configs, rng, bias)
     shape = INPUTS[layer_name]
     x = rng.integers(0, 9, shape) if layer.kind == "embedding" else rng.normal(size=shape)
-    y = stack.forward(layer, p.W, p.b, p.adapters, x)
+    y = stack.forward(p.layer, p.W, p.b, p.adapters, x)
     return p, x, rng.normal(size=y.shape)
 
 

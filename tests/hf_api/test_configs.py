@@ -41,6 +41,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "PrefixTuningConfig": [{"prefix_projection": True, "encoder_hidden_size": 3}],
     "PromptEncoderConfig": [{"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3, "num_layers": 1}],
+    "AdaptionPromptConfig": [{"adapter_len": 3, "adapter_layers": 2, "target_modules": "attn"}],
     "CartridgeConfig": [{"num_virtual_tokens": 3, "num_frozen_tokens": 2}],
     "CPTConfig": [{"cpt_token_ids": [3, 1], "cpt_tokens_type_mask": [1, 4], "opt_weighted_loss_type": "decay"}],
     "MultitaskPromptTuningConfig": [{"num_tasks": 3, "prompt_tuning_init": "ONLY_SOURCE_SHARED"}],
@@ -49,7 +50,7 @@ CASES = [(name, {**NEEDED.get(name, {}), **options}) for name in CLASSES for opt
 
 
 def test_every_method_has_a_class() -> None:
-    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in (METHODS.weights | METHODS.prompts).values()}
+    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in METHODS.values()}
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "PeftConfig", "PromptLearningConfig"])

@@ -8,7 +8,6 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.layers import Linear
-from peft_ref.methods.c3a import C3A
 from tests.methods.config_words import LAYERS, NUMBERS, OWN_TARGETS, SIZES
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
@@ -26,6 +25,7 @@ def divisible(block: int) -> Any:
 
 FACTS = Facts(
     compared="tests/hf/test_c3a.py",  # PEFT computes in float32, and has gradients of its own
+    float32_modules=("peft.tuners.c3a.layer",),
     unable=lambda case, dtype: (
         (dtype == "float64" and ".init-" not in case) or (".linear-thirds.two-adapters." in case and case.endswith(("forward", "backward")))
     ),

@@ -23,7 +23,6 @@ class Left(NamedTuple):
 Row = Same | Different | Left
 
 NOT_BUILT = "the method is not built here"
-IN_ATTENTION = "an adaption prompt is put into a `peft_ref.nn` model with `Net.attention`, and no PeftModel holds it yet"
 TUNER = "there is no model class for each method: PeftModel holds a value of peft_ref.model"
 VARIANT = "what it configures is not built here; LoraConfig refuses the option"
 TORCH = "torch's or a device's business"
@@ -43,14 +42,12 @@ NAMES: dict[str, Row] = {
     # methods that are not built
     **{f"{name}Config": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
     **{f"{name}Model": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
-    "AdaptionPromptConfig": Left(IN_ATTENTION),
-    "AdaptionPromptModel": Left(IN_ATTENTION),
     **{
         f"{name}Config": Left(VARIANT)
         for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
     },
     # configurations
-    **{f"{name}Config": CONFIG for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
+    **{f"{name}Config": CONFIG for name in ("AdaLora", "AdaptionPrompt", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     **{f"{name}Config": CONFIG for name in ("CPT", "Cartridge", "MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
     "PeftConfig": Different(
         "read from a folder only, and what a newer PEFT added is kept for the file, where PEFT drops it with a warning"
@@ -100,7 +97,7 @@ NAMES: dict[str, Row] = {
     "get_layer_status": Same("rows are NamedTuples; a module whose adapters are all gone has none"),
     "get_model_status": Same("a NamedTuple"),
     # what is PEFT's inside
-    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
+    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "AdaptionPrompt", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     "PEFT_TYPE_TO_TUNER_MAPPING": Left(TUNER),
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": Left(TUNER),
     **{
