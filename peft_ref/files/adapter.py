@@ -119,6 +119,8 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         blocks = {name: _of_block(config.method, own, name) for name, own in found.modules.items()}
         return AdapterFile(config=config, attention=blocks, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
     if layers is not None:
+        silent = {n: {} for n, la in layers.items() if all(s.shared or not s.saved for s in config.method_for(n).spec(la))}
+        found = found._replace(modules={**silent, **found.modules})  # a method may save nothing beside a layer
         _check_modules(config, found.modules, layers)
     alone, config = config, spanned(config, layers, {key: tuple(tensor.shape) for key, tensor in found.shared.items()})
     _checked_dtypes(found.shared, SHARED_PREFIX)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.pvera import PVeRA as PVeRA
     from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.unilora import UniLoRA as UniLoRA
     from peft_ref.methods.vblora import VBLoRA as VBLoRA
     from peft_ref.methods.vera import VeRA as VeRA
 
@@ -63,6 +64,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "pvera": "PVeRA",
         "randlora": "RandLoRA",
         "road": "RoAd",
+        "unilora": "UniLoRA",
         "vblora": "VBLoRA",
         "vera": "VeRA",
     }
