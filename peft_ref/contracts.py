@@ -5,10 +5,12 @@ A method is a map of the frozen weight:   (W, b)  --T_theta-->  (W', b').   It n
     contract    a method writes                           derived here, once and final
     LowRank     factors(p) -> B, A and its vjp            delta, weight, merge, unmerge, a forward that never forms B A
     Additive    delta(p) -> dW, db and its vjp             weight, merge, unmerge, forward
+    Conditioned change(p, W0, b0) -> dW, db and its vjp    weight, merge, unmerge, forward
     Reweight    weight(p, W, b, W0) and its vjp           merge, forward; unmerge through `inverse` where one exists
 
 Several active adapters act one after the other on the weight: T_2 receives what T_1 returned. A reweighting method also receives
 W0, the weight under the whole stack, because DoRA measures its norm there. Additive methods commute, so for them this is a sum.
+A conditioned one computes what it adds from the frozen W0 and b0 alone, whatever stands below it: also a sum.
 
 Dropout reaches only what an adapter adds:  y = layer(x; W, b') + layer(drop(x); T(W0) - W0).  The mask is an argument.
 
@@ -82,6 +84,7 @@ class WeightGradients(NamedTuple, Generic[P]):
     params: P
     W: Array
     b: Array | None
+    b0: Array | None = None  # of the frozen bias, where a conditioned method read it beside b
 
 
 class Method(ABC):
@@ -93,21 +96,29 @@ class Method(ABC):
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
-    flag_value: ClassVar[bool | str] = True  # and what that key says: any true value, or this very text
+    flag_value: ClassVar[bool | str | type] = True  # and what it says: any true value, this text, or a map that is this dataclass
     tuner_prefix: ClassVar[str]
 
     @final
     @classmethod
     def switch(cls) -> str | None:
         """How a configuration selects it, as text: "use_dora", "init_weights='bat'"; None for the plain method of its type."""
-        return cls.flag if cls.flag is None or cls.flag_value is True else f"{cls.flag}={cls.flag_value!r}"
+        return f"{cls.flag}={cls.flag_value!r}" if cls.flag is not None and isinstance(cls.flag_value, str) else cls.flag
 
     @final
     @classmethod
     def is_selected(cls, config: Mapping[str, Any]) -> bool:
         """Whether a configuration switches this class on; never for a plain method."""
         value = None if cls.flag is None else config.get(cls.flag)
+        if isinstance(cls.flag_value, type):
+            return value is not None and value is not False  # an empty map has every default
         return bool(value) if cls.flag_value is True else bool(value == cls.flag_value)
+
+    @final
+    @classmethod
+    def switched_on(cls) -> dict[str, Any]:
+        """The word that selects it, and the least it says."""
+        return {} if cls.flag is None else {cls.flag: {} if isinstance(cls.flag_value, type) else cls.flag_value}
 
 
 class WeightMethod(Method, Generic[P]):
@@ -115,6 +126,7 @@ class WeightMethod(Method, Generic[P]):
 
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
+    cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
     @abstractmethod
@@ -177,6 +189,10 @@ class WeightMethod(Method, Generic[P]):
 
     def check_geometry(self, layer: Layer) -> None:
         """Raise `UnsupportedLayerError` where the method refuses a layer of a kind it supports."""
+
+    def on_module(self, name: str) -> Self:
+        """The method as it is on the module of this name, where its configuration names modules."""
+        return self
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """The layer that stored tensors of these shapes tell; None where their sizes are plainly those of the layer."""
@@ -306,6 +322,8 @@ class LowRank(WeightMethod[P]):
 class Additive(WeightMethod[P]):
     """W' = W + dW, b' = b + db."""
 
+    adds_bias: ClassVar[bool] = False  # whether it has a db: then a layer without a bias acts as one whose bias is zero
+
     @abstractmethod
     def delta(self, layer: Layer, p: P) -> Delta: ...
 
@@ -323,6 +341,39 @@ class Additive(WeightMethod[P]):
     @final
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         return _subtract(self, Delta(W, b), self.delta(layer, p))
+
+
+class Conditioned(WeightMethod[P]):
+    """W' = W + dW(W0, b0), b' = b + db(W0, b0): what is added is computed from the frozen weight and bias.
+
+    Where no `b0` is given, b is the frozen one.
+    """
+
+    @abstractmethod
+    def change(self, layer: Layer, p: P, W0: Array, b0: Array | None) -> Delta: ...
+
+    @abstractmethod
+    def change_vjp(self, layer: Layer, p: P, W0: Array, b0: Array | None, d: Delta) -> tuple[P, Array | None]:
+        """The gradients of p, and of b0 where the change reads it. W0 is frozen, and none is asked of it."""
+
+    @final
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        return _add(self, Delta(W, b), self.change(layer, p, W0, b if b0 is None else b0))
+
+    @final
+    def weight_vjp(
+        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None, b0: Array | None = None
+    ) -> WeightGradients[P]:
+        params, db0 = self.change_vjp(layer, p, W0, b if b0 is None else b0, Delta(dW, db))
+        if b0 is not None or db0 is None or db is None:
+            return WeightGradients(params, dW, db, db0)
+        return WeightGradients(params, dW, db + db0)
+
+    @final
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        if b is not None and b0 is None:
+            raise NotMergeableError(f"{type(self).__name__}: what was added is computed from the frozen bias, and none came.\n  Pass b0.")
+        return _subtract(self, Delta(W, b), self.change(layer, p, W0, b0))
 
 
 class Reweight(WeightMethod[P]):

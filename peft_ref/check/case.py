@@ -87,8 +87,16 @@ def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
 
 def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
-    config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
-    return {**config, method.flag: method.flag_value} if method.flag else config
+    words: dict[str, Any] = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    config = {"peft_type": method.peft_type, **{word: _map(value) for word, value in words.items()}}
+    return {**method.switched_on(), **config}
+
+
+def _map(value: Any) -> Any:
+    """A map or a tuple within a configuration as JSON has it."""
+    if isinstance(value, dict):
+        return {k: _map(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 # ---- JSON
@@ -191,6 +199,7 @@ def layer_from_json(data: Mapping[str, Any]) -> Layer:
             in_features=data["in_features"],
             out_features=data["out_features"],
             transposed=kind == "transposed_linear",
+            bias=data.get("bias", ()) is not None,
         )
     if kind == "embedding":
         return Embedding(num_embeddings=data["num_embeddings"], embedding_dim=data["embedding_dim"])

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
+from peft_ref.contracts import KINDS, Additive, Conditioned, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
 from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt
@@ -18,7 +18,9 @@ RESERVED = frozenset(
     | {"layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "alpha_pattern", "rank_pattern"}
     | {"revision", "target_modules", "target_parameters", "task_type"}
 )
-CONTRACTS = "LowRank, Additive or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+CONTRACTS = (
+    "LowRank, Additive, Conditioned or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+)
 _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
@@ -43,11 +45,17 @@ def keys_of(cls: type[Method]) -> frozenset[str]:
     return frozenset(extra.key for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key))
 
 
+def field_names_of(cls: type[Any]) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+
+
 def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return [f"it is no subclass of {CONTRACTS}"]
     found = (
-        [] if issubclass(cls, LowRank | Additive | Reweight | Prompt | AttentionMethod) else [f"it is of no contract: choose {CONTRACTS}"]
+        []
+        if issubclass(cls, LowRank | Additive | Conditioned | Reweight | Prompt | AttentionMethod)
+        else [f"it is of no contract: choose {CONTRACTS}"]
     )
     if abstract := sorted(cls.__abstractmethods__):
         found.append(f"not written: {', '.join(abstract)}")
@@ -84,8 +92,10 @@ def _class_variables(cls: type[Any]) -> list[str]:
         found.append(f"tuner_prefix={cls.tuner_prefix!r}: lower-case letters, ending with an underscore, like 'mine_'")
     if not (cls.flag is None or (isinstance(cls.flag, str) and cls.flag.isidentifier())):
         found.append(f"flag={cls.flag!r}: None, or the name of a switch in the config")
-    if cls.flag_value is not True and not isinstance(cls.flag_value, str):
+    if cls.flag_value is not True and not isinstance(cls.flag_value, str | type):
         found.append(f"flag_value={cls.flag_value!r}: True, or the text that the switch says")
+    if isinstance(cls.flag_value, type) and not (dataclasses.is_dataclass(cls.flag_value) and cls.flag in field_names_of(cls)):
+        found.append(f"flag_value={cls.flag_value!r}: a dataclass of what the map {cls.flag!r} says, which is a field of the method")
     if issubclass(cls, Prompt):
         keys = cls.file_keys
         if not keys or not all(isinstance(key, str) and not key.startswith("base_model.") for key in keys):

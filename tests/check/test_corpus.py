@@ -116,6 +116,8 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     sizes = _sizes(layer)
     ranks = [a.config["r"] for a in case.adapters if a.config.get("r")]
     assert 1 not in (*sizes, *ranks)
+    if ".linear-square." in case.id:  # on purpose: where C3A's adapters chain, and OSF has projections of its own
+        return
     for one in (sizes, (*layer.shape, *ranks)):
         assert len(set(one)) == len(one), (case.id, one)
     assert case.x is not None
@@ -199,6 +201,8 @@ def _alike_on_purpose(case: Case, name: str) -> bool:
     held = (case.method, name) in HELD and case.operation == "prompt_backward"
     if (held and not case.adapters[0].config["inference_mode"]) or name.endswith("adaption_gate"):
         return True
+    if "monteclora_sampler." in name:
+        return True  # it is read in training alone
     if ".lstm-one-row." in case.id:
         return "weight_hh" in name
     if case.operation == "aux_loss":

@@ -30,7 +30,7 @@ def configurations() -> str:
     rows = ["| method | `config` |", "|---|---|"]
     for name in METHODS.weights:
         method = made(name)
-        fixed = {"peft_type", method.flag}
+        fixed = {"peft_type", *(word for word, said in method.switched_on().items() if said != {})}
         config = config_of(method)
         words = [f'`"{word}": {_json(config[word])}`' for word in config if word in fixed]
         words += [f"`{word}`" for word in config if word not in fixed]

@@ -131,7 +131,7 @@ def plain(own: ModuleType) -> Any:
 @pytest.mark.parametrize(
     ("cls", "messages"),
     [
-        (lambda own: 3, ["3 is no complete method", "no subclass of LowRank, Additive or Reweight"]),
+        (lambda own: 3, ["3 is no complete method", "no subclass of LowRank, Additive, Conditioned or Reweight"]),
         (lambda own: int, ["int is no complete method", "no subclass"]),
         (plain, ["Plain is no complete method", "it is no dataclass"]),
         (
@@ -192,7 +192,7 @@ def test_every_type_is_built_or_says_that_it_is_not_and_what_is() -> None:
     [
         ("BONE", (), r"'BONE' is not built here.\n  PEFT replaced it by MISS"),
         ("lora", (), r"'lora' is not built here.\n  No method of HF PEFT either. Built: "),
-        ("LORA", ("use_bdlora",), r"LORA with use_bdlora is not built here.\n  Built: "),
+        ("LORA", ("arrow_config",), r"LORA with arrow_config is not built here.\n  Built: "),
         ("IA3", ("use_dora",), r"IA3 with use_dora is not built here.\n  Built: "),
     ],
 )
