@@ -32,6 +32,7 @@ from peft_ref.check.port import Answered, Port
 from peft_ref.check.protocol import nest
 from peft_ref.check.result import Counterexample
 from peft_ref.check.tolerance import Expected, compare
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
 
 SECONDS = 6.0
@@ -180,6 +181,10 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
     for a in case.adapters:
         config = {**a.config, "r": min(r, a.config["r"])} if "r" in a.config else dict(a.config)
         method = build_method(case.method, config)
+        try:
+            method.check_layer(layer)
+        except UnsupportedLayerError:
+            return None
         tensors = {s.key: np.zeros(s.stored_shape) for s in method.spec(layer)}
         tensors |= {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
         dropout = None

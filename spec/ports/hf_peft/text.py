@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONVOLUTIONS, array, nested
+from model import CONVOLUTIONS, NotInPeft, array, nested
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from told import TOLD, rank_and_scale
 from torch import nn
@@ -50,7 +50,11 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted([(name, nn.Linear(2, 64)) for name in case["modules"]], case["adapter_config"], "default")
+    model = adapted(
+        [(name, nn.Linear(64 if case["adapter_config"]["peft_type"] == "LORA" else 2, 64)) for name in case["modules"]],
+        case["adapter_config"],
+        "default",
+    )
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -83,6 +87,8 @@ TEXT_OPERATIONS: Mapping[str, Callable[[Json], dict[str, Any]]] = {"targets": ta
 
 def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str) -> Any:
     """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
+    if given.get("init_lora_weights") == "mica" and torch.get_default_dtype() == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
     peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
     return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)

@@ -48,4 +48,5 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "MISS": _miss,
     "OFT": _oft,
     "ROAD": words("variant", "group_size"),
+    "TRAINABLE_TOKENS": words("token_indices"),
 }
