@@ -21,56 +21,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final
 
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
-from peft_ref.layers import CONV_KINDS, Layer
+from peft_ref.layers import Layer
+from peft_ref.parameters import KINDS as KINDS
+from peft_ref.parameters import Key as Key
+from peft_ref.parameters import ParamSpec as ParamSpec
+from peft_ref.parameters import conv_key as conv_key
+from peft_ref.parameters import declared as declared
+from peft_ref.parameters import shape_of as shape_of
 
 P = TypeVar("P", bound=tuple[Any, ...])
 
 WeightMap: TypeAlias = Callable[[P, Array, Array | None], tuple[Array, Array | None]]
-
-KINDS = frozenset({"linear", "transposed_linear", "embedding"}) | CONV_KINDS
-
-
-@dataclass(frozen=True)
-class Key:
-    """Where a parameter lives in a checkpoint: its key, its stored shape if that is not its shape, on which layer kinds.
-
-    A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
-    for as many ones. `when` names what switches the parameter on: a hyper-parameter, or one of `dims` that depends on the layer.
-
-    What is `shared` is one array that every layer of the adapter is given, and stands in a file once, as base_model.<key>: see `common`.
-    """
-
-    key: str
-    stored: str | None = None
-    kinds: frozenset[str] = KINDS - CONV_KINDS
-    when: str | None = None
-    trained: bool = True  # places in a weight are saved with the rest, are integers, and have no gradient
-    shared: bool = False
-    saved: str | None = None  # the hyper-parameter that says whether a file holds it; what it does not hold, the seed makes again
-    repeated: bool = False  # a file holds what is shared beside every layer too
-
-
-def conv_key(key: str, stored: str, when: str | None = None) -> Key:
-    return Key(key, stored, CONV_KINDS, when)
-
-
-class ParamSpec(NamedTuple):
-    field: str
-    key: str
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
-    trained: bool = True
-    shared: bool = False
-    saved: bool = True
-    repeated: bool = False
 
 
 class Start(NamedTuple, Generic[P]):
@@ -397,24 +364,3 @@ def shift_bias(method: WeightMethod[Any], b: Array | None, change: Array | None,
             "  Keep the adapter unmerged, or give the layer a bias of zeros."
         )
     return b + sign * change
-
-
-def shape_of(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes that e.g. "out r/groups *1" stands for."""
-    sizes: list[int] = []
-    for word in letters.split():
-        if word == "*k":
-            sizes.extend(kernel)
-        elif word == "*1":
-            sizes.extend((1,) * len(kernel))
-        else:
-            size, *divisor = (int(part) if part.isdigit() else dims[part] for part in word.split("/"))
-            sizes.append(size // divisor[0] if divisor else size)
-    return tuple(sizes)
-
-
-@cache
-def declared(params: type[tuple[Any, ...]]) -> dict[str, tuple[str, tuple[Key, ...]]]:
-    """What a Params type says of each field: its shape in letters and its keys."""
-    hints = get_type_hints(params, include_extras=True)
-    return {name: (get_args(hint)[1], get_args(hint)[2:]) for name, hint in hints.items()}

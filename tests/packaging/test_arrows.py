@@ -20,6 +20,7 @@ FLOORS = (
     {"errors"},
     {"arrays", "sizes"},
     {"layers", "attention", "activations"},
+    {"parameters"},
     {"contracts"},
     {"prompts", "attending"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
