@@ -195,7 +195,7 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
         if other.flag and not isinstance(other.flag_value, str):
             switches[other.flag] = None if isinstance(other.flag_value, type) else False
     switches |= cls.switched_on()  # a map is one of the fields
-    fields = {name: value for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
+    fields = {name: _map(value) for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
@@ -279,3 +279,8 @@ def _feedforward(modules: Any, where: str) -> str | tuple[str, ...] | None:
 
 def _lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | frozenset | set) else value
+
+
+def _map(value: Any) -> Any:
+    """A map within a configuration, its keys in order, as PEFT writes it."""
+    return {key: _lists(value[key]) for key in sorted(value)} if isinstance(value, dict) else _lists(value)

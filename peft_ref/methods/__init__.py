@@ -33,9 +33,11 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
     from peft_ref.methods.lora import LoRA as LoRA
+    from peft_ref.methods.mica import MiCA as MiCA
     from peft_ref.methods.miss import MiSS as MiSS
     from peft_ref.methods.miss_bat import MiSSBat as MiSSBat
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
+    from peft_ref.methods.monteclora import MonteCLoRA as MonteCLoRA
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.osf import OSF as OSF
@@ -49,7 +51,10 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
+    from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from peft_ref.methods.unilora import UniLoRA as UniLoRA
     from peft_ref.methods.vblora import VBLoRA as VBLoRA
+    from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
@@ -77,9 +82,11 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
         "lora": "LoRA",
+        "mica": "MiCA",
         "miss": "MiSS",
         "miss_bat": "MiSSBat",
         "miss_mini": "MiSSMini",
+        "monteclora": "MonteCLoRA",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
         "osf": "OSF",
@@ -93,7 +100,10 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "randlora": "RandLoRA",
         "road": "RoAd",
         "shira": "SHiRA",
+        "trainable_tokens": "TrainableTokens",
+        "unilora": "UniLoRA",
         "vblora": "VBLoRA",
+        "velora": "VeLoRA",
         "vera": "VeRA",
     }
 )

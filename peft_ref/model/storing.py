@@ -24,6 +24,7 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.attending import AttentionAdapter
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import FileFormatError, KeyMismatchError
 from peft_ref.files.adapter import (
     DEFAULT,
@@ -203,7 +204,8 @@ def _may_change_weight(config: AdapterConfig) -> bool:
     if shared_keys(type(config.method)):
         return False
     inits = [getattr(config.method, f) for f in field_names(type(config.method)) if f.startswith("init_") and f.endswith("weights")]
-    return not inits or any(isinstance(init, str) for init in inits)
+    cuts = isinstance(config.method, WeightMethod) and config.method.cuts_weight
+    return cuts or not inits or any(isinstance(init, str) for init in inits)
 
 
 def _adapted(model: Adapted) -> set[str]:

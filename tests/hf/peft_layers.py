@@ -118,8 +118,7 @@ def pair(
                 model.add_adapter(f"a{n}", config)
         finally:
             torch.set_default_dtype(before)
-    if own_facts(method).made_in_float32:
-        model.double()
+    model.double()
     if isinstance(layer, Linear) and not layer.transposed:
         layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]

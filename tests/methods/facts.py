@@ -38,7 +38,8 @@ class Tour(NamedTuple):
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
     words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    return {**{word: value for word, value in words.items() if word not in DERIVED}, **method.switched_on()}
+    listed = {word: list(value) if isinstance(value, tuple) else value for word, value in words.items() if word not in DERIVED}
+    return {**method.switched_on(), **listed}
 
 
 def ranked(module: Any, method: Any) -> bool:
@@ -64,6 +65,8 @@ class Facts:
     silent: bool = False  # PEFT passes over a layer that it does not take, without a word
     made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
     settle: Callable[[Any], None] = lambda tuner: None  # takes PEFT's layer out of chance
+    alone: bool = False  # PEFT refuses a second adapter like it on one layer
+    bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first

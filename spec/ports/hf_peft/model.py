@@ -87,12 +87,18 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
         if of := adapter["config"].get("clusters"):  # it made its own from the weight, and loading leaves them
             layer.scatter_index[name] = torch.tensor(sorted(range(len(of)), key=lambda row, of=of: (of[row], row)))
     model.eval()
+    if case["method"] == "kasa":  # whose start cuts the weight: the case's is what is left
+        layer.get_base_layer().weight.data = array(case["layer"]["weight"], dtype)
+    model.train(case["method"] == "velora")  # which compresses in training alone
     if any(adapter["dropout"] for adapter in adapters):
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
             drop = adapter["dropout"]
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            if case["method"] == "monteclora":  # in training it draws: nothing, here
+                for drawn in layer.lora_monteclora_sampler[name].sampler.buffer:
+                    drawn["z_mvn"].zero_()
     return Adapted(model, layer)
 
 
@@ -141,6 +147,10 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT clusters the rows of the weight by k-means, whatever clusters a case has")
     if case["method"] == "adamss" and case["operation"] in ("forward", "backward") and np.ndim(case["x"]) == 1:
         raise NotInPeft("PEFT's forward wants x to have a leading axis, and raises")
+    if case["method"] == "mica" and dtype == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
+    if case["method"] == "qalora":
+        raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
@@ -193,6 +203,9 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
+    if (diagonal := own.pop("diagonal", None)) is not None:
+        own["use_bdlora"] = {k: own["use_bdlora"][k] for k in ("nblocks", "match_strict")}
+        own["use_bdlora"] |= {f"target_modules_bd_{diagonal.lower()}": ["layer"]} if diagonal else {}
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
@@ -225,7 +238,8 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or case["method"] != "mica"]  # whose B is frozen
+    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters}
     held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
     every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]
     return [{key: nested(value) for key, value in own.items() if value.is_floating_point()} for own in every]
