@@ -96,9 +96,7 @@ class Method(ABC):
 
     peft_type: ClassVar[str]
     flag: ClassVar[str | None] = None  # the config key that selects this class among those of one peft_type
-    flag_value: ClassVar[bool | str | type] = (
-        True  # and what that key says: any true value, this very text, or a map that is this dataclass
-    )
+    flag_value: ClassVar[bool | str | type] = True  # and what it says: any true value, this text, or a map that is this dataclass
     tuner_prefix: ClassVar[str]
 
     @final
@@ -128,6 +126,7 @@ class WeightMethod(Method, Generic[P]):
 
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
+    cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
     @abstractmethod
@@ -322,6 +321,8 @@ class LowRank(WeightMethod[P]):
 
 class Additive(WeightMethod[P]):
     """W' = W + dW, b' = b + db."""
+
+    adds_bias: ClassVar[bool] = False  # whether it has a db: then a layer without a bias acts as one whose bias is zero
 
     @abstractmethod
     def delta(self, layer: Layer, p: P) -> Delta: ...

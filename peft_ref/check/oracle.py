@@ -151,6 +151,20 @@ def in_size(case: Case) -> Case:
     return replace(case, **sizes)
 
 
+def mixed(case: Case) -> Answer:
+    """The sizes that a Fourier transform of the adapter's numbers goes through: as if each were as large as the largest among them."""
+
+    def largest(array: NDArray | None) -> NDArray | None:
+        return None if array is None else np.full(array.shape, np.max(np.abs(array), initial=0.0))
+
+    def nothing(array: NDArray | None) -> NDArray | None:
+        return None if array is None else np.zeros(array.shape)
+
+    adapters = tuple(replace(a, tensors={k: np.asarray(largest(v)) for k, v in a.tensors.items()}) for a in case.adapters)
+    frozen: dict[str, Any] = {name: nothing(getattr(case, name)) for name in ("weight", "bias", "merged_weight", "merged_bias")}
+    return {k: np.abs(v) for k, v in answer(replace(case, adapters=adapters, x=largest(case.x), dy=largest(case.dy), **frozen)).items()}
+
+
 def smoke_case() -> Case:
     """A frozen linear layer without adapters: what every harness must get right."""
     rng = np.random.Generator(np.random.PCG64(1))

@@ -78,6 +78,8 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     if config.get("alpha_pattern"):
         mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
         mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
+    if config.get("lambda_pattern"):
+        mistakes["lambda-pattern-ignored"] = ("lambda_pattern is not read", asked(lambda_pattern={}))
     rank = config.get("r", config.get("init_r"))
     if alpha and alpha not in config and rank is not None:
         for value, text in ((0, "0"), (1, "1"), (rank, "r"), (16, "16"), (32, "32")):
@@ -85,6 +87,9 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
                 f"a missing {alpha} is taken for {text}; its default is {default}",
                 asked(**{alpha: value}),
             )
+    for size in ("block_size", "n_frequency"):
+        if config.get(f"{size}_pattern"):
+            mistakes["size-pattern-ignored"] = (f"{size}_pattern is not read", asked(**{f"{size}_pattern": {}}))
     if config.get("use_rslora"):
         mistakes["rslora-ignored"] = ("use_rslora is not read", asked(use_rslora=False))
     if config.get("feedforward_modules"):

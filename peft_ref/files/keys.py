@@ -19,6 +19,7 @@ from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Key, Method, WeightMethod, declared
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
+from peft_ref.files.removed import name_of_today
 from peft_ref.files.safetensors import Tensor
 from peft_ref.prompts import Prompt
 
@@ -55,7 +56,7 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
             continue
         if not key.startswith(PREFIX):
             raise KeyMismatchError(f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?")
-        name = key.removeprefix(PREFIX)
+        name = name_of_today(key.removeprefix(PREFIX)) if config.method.peft_type == "MISS" else key.removeprefix(PREFIX)
         place = _parameter(name, known, config)
         if place is None:
             rest[key] = name

@@ -19,6 +19,7 @@ from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
 from tests.methods import facts  # noqa: E402
+from tests.methods.facts import Facts  # noqa: E402
 
 nn = torch.nn
 
@@ -176,7 +177,13 @@ def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.rando
     return filled
 
 
-RANDOM = {name: own for name in METHODS.weights if (own := facts(name).random) is not None}
+def _drawn(own: Facts) -> Callable[[Any, dict[str, Any]], Any] | None:
+    """How a method draws a configuration; one that does not say takes one of those that it gives for `Net`."""
+    given = [config for base, config in own.models.values() if base is None]
+    return own.random or ((lambda rng, common: given[rng.integers(len(given))]()) if given else None)
+
+
+RANDOM = {name: drawn for name in METHODS.weights if (drawn := _drawn(facts(name))) is not None}
 
 
 def random_peft_config(rng: np.random.Generator, name: str) -> Any:

@@ -99,7 +99,9 @@ def test_float32_in_gives_float32_out(name: str, kind: str, data: st.DataObject)
     arrays = {"W": narrow(case.W), "b": narrow(case.b), "x": narrow(case.x), "dy": narrow(case.dy)}
     results = everything(case, arrays | {"params": type(params)(*map(narrow, params))})
     assert results["y"].dtype == np.float32
-    wide = {key: str(value.dtype) for key, value in results.items() if value is not None and value.dtype not in (np.float32, np.int64)}
+    wide = {
+        key: str(value.dtype) for key, value in results.items() if value is not None and value.dtype not in (np.float32, np.int64, np.int32)
+    }
     assert not wide
 
 
@@ -149,6 +151,11 @@ class Boxed:
 
     def __le__(self, other: Any) -> bool:
         return self.value <= float(other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Boxed) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __abs__(self) -> Boxed:
         return Boxed(abs(self.value))

@@ -42,6 +42,19 @@ def flip(rng: Any) -> bool:
     return bool(rng.integers(2))
 
 
+SIZES: list[Any] = [
+    *({"q": size} for size in (2, 1, 3, 0, -1, "2", None)),
+    {r"layers\.1\.q": 2},
+    {"layers.0.q": 2},
+    {"q|up": 2},
+    {"(q": 2},
+    {"none": 0},
+    {},
+    [],
+    ["q"],
+    None,
+    3,
+]
 NUMBERS: list[Any] = [1, 2, 3, 8, 0, -1, "8", None, 4.0, 2.5, True, [4], 1000]
 SWITCH: list[Any] = [True, False, None, "yes", "", 1, 0, []]
 BIASES: list[Any] = ["none", "all", "lora_only", "some_only", "some", "", None, True]

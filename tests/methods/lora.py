@@ -83,7 +83,6 @@ FACTS = Facts(
     made=as_made,
     differences=(
         Difference("we", r"lora_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
-        Difference("we", r"'mica' is not built yet", "not built, and refused so that it is not read as something else"),
         Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
         Difference(
             "we",

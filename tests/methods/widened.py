@@ -18,8 +18,13 @@ def widen(patch: pytest.MonkeyPatch) -> None:
 
         float32 = torch.float64
 
+        @staticmethod
+        def zeros(*size: Any, **options: Any) -> Any:
+            return torch.zeros(*size, **{"dtype": torch.float64, **options})
+
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
+    patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for module in (m for name in METHODS.weights for m in facts(name).float32_modules):
         patch.setattr(f"{module}.torch", Doubled())

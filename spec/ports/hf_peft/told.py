@@ -41,13 +41,29 @@ def _boft(layer: Any, config: Any) -> Told:
     }
 
 
+def _psoft(layer: Any, config: Any) -> Told:
+    turn = layer.psoft_R["default"]
+    told = {"psoft_orth": turn.orth, "psoft_mag_a": turn.mag_a, "psoft_mag_b": turn.mag_b}
+    series = {name: getattr(turn, name) for name in ("use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps")}
+    return {**rank_and_scale(layer, config), **told, **series}
+
+
 # What PEFT's layers call their dropout of the input.
-DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
+DROPOUTS: Mapping[str, str] = {
+    "DELORA": "delora_dropout",
+    "GRALORA": "gralora_dropout",
+    "HIRA": "hira_dropout",
+    "MISS": "miss_dropout",
+    "PSOFT": "psoft_dropout",
+}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BEFT": lambda layer, config: {},
     "ADAMSS": words("num_subspaces"),
     "BOFT": _boft,
+    "C3A": words("block_size"),
+    "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
     "GLORA": words("r"),
@@ -56,6 +72,10 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
+    "OSF": words("effective_rank"),
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
+    "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
+    "SHIRA": words("r"),
+    "TRAINABLE_TOKENS": words("token_indices"),
 }
