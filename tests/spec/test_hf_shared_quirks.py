@@ -137,3 +137,13 @@ def test_vblora_q1_the_bank_is_drawn_for_every_layer_and_the_last_one_kept() -> 
     assert not torch.equal(*banks)
     torch.manual_seed(5)
     assert torch.equal(banks[0], torch.empty(3, 1).uniform_(-0.02, 0.02))
+
+
+def test_unilora_q1_no_model_can_be_made_where_float64_is_the_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        base = Two()
+        with pytest.raises(RuntimeError, match="dtypes match"):
+            peft.get_peft_model(base, peft.UniLoraConfig(r=2, target_modules=NARROW))
+    finally:
+        torch.set_default_dtype(torch.float32)
