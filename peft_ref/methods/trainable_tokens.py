@@ -14,6 +14,7 @@ HF      peft.TrainableTokensConfig, on nn.Embedding and nn.Linear. On a linear l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, final
 
@@ -22,7 +23,7 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients
 from peft_ref.errors import ConfigError, UnsupportedLayerError
-from peft_ref.layers import Layer
+from peft_ref.layers import Embedding, Layer
 
 KINDS = frozenset({"embedding", "linear"})
 
@@ -59,6 +60,11 @@ class TrainableTokens(Reweight[Params]):
             raise UnsupportedLayerError(
                 f"trainable tokens: there is no token {max(self.token_indices)} among {rows} rows (HF PEFT refuses it too)."
             )
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        """An embedding that is just large enough: a file does not tell how many words there are."""
+        size = shapes.get("trainable_tokens_delta", ())
+        return Embedding(num_embeddings=max(self.token_indices, default=0) + 1, embedding_dim=size[1]) if len(size) == 2 else None
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         if not self.init_weights:

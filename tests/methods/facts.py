@@ -38,7 +38,8 @@ class Tour(NamedTuple):
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
     words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    return {**{word: value for word, value in words.items() if word not in DERIVED}, **method.switched_on()}
+    listed = {word: list(value) if isinstance(value, tuple) else value for word, value in words.items() if word not in DERIVED}
+    return {**method.switched_on(), **listed}
 
 
 def ranked(module: Any, method: Any) -> bool:

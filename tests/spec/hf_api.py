@@ -30,10 +30,29 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    *("Adamss", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "HRA"),
-    *("LNTuning", "Lily", "OFT", "OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira"),
-    *("Supertuning", "TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Vera", "WaveFT", "XLora"),
+    "Adamss",
+    "BOFT",
+    "Beft",
+    "C3A",
+    "Deft",
+    "Delora",
+    "FourierFT",
+    "Glora",
+    "HRA",
+    "OFT",
+    "OSF",
+    "Peanut",
+    "Psoft",
+    "Pvera",
+    "RandLora",
+    "Road",
+    "Shira",
+    "TrainableTokens",
+    "UniLora",
+    "VBLoRA",
+    "Vera",
 )
+
 CONFIG = Different(
     "fields by name only; a list of names stays a list; what is not built may only say that it is off; checked when it is made"
 )
@@ -47,6 +66,8 @@ NAMES: dict[str, Row] = {
         for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
     },
     # configurations
+    **{f"{name}Config": CONFIG for name in BUILT_METHODS},
+    **{f"{name}Model": Left(TUNER) for name in BUILT_METHODS},
     **{f"{name}Config": CONFIG for name in ("AdaLora", "AdaptionPrompt", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     **{f"{name}Config": CONFIG for name in ("CPT", "Cartridge", "MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
     "PeftConfig": Different(

@@ -60,8 +60,8 @@ def _unmerge_keeps(case: Case) -> Answer:
 
 def _unmerge_subtracts(case: Case) -> Answer:
     p = pose(case)
-    table = p.layer.kind == "embedding"
-    rows = p.merged_W.T if table else p.merged_W
+    table, merged = p.layer.kind == "embedding", np.asarray(p.merged_W)
+    rows = merged.T if table else merged
     for a in p.adapters:
         method: Any = a.method
         rows = np.stack(

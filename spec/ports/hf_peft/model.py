@@ -96,6 +96,9 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
             drop = adapter["dropout"]
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            if case["method"] == "monteclora":  # in training it draws: nothing, here
+                for drawn in layer.lora_monteclora_sampler[name].sampler.buffer:
+                    drawn["z_mvn"].zero_()
     return Adapted(model, layer)
 
 
@@ -235,7 +238,8 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or case["method"] != "mica"]  # whose B is frozen
+    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters}
     held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
     every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]
     return [{key: nested(value) for key, value in own.items() if value.is_floating_point()} for own in every]

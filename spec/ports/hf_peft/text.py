@@ -89,6 +89,8 @@ TEXT_OPERATIONS: Mapping[str, Callable[[Json], dict[str, Any]]] = {"targets": ta
 
 def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str) -> Any:
     """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
+    if given.get("init_lora_weights") == "mica" and torch.get_default_dtype() == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
     peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
     model = Named(modules).float() if given["peft_type"] == "PSOFT" else Named(modules)  # which refuses float64

@@ -77,4 +77,5 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
     "SHIRA": words("r"),
+    "TRAINABLE_TOKENS": words("token_indices"),
 }
