@@ -59,6 +59,9 @@ INPUTS = {
 }
 
 
+FLOAT = torch.Tensor.float
+
+
 class Pair(NamedTuple):
     """A PEFT model around one layer, and that layer with its adapters here."""
 
@@ -112,12 +115,16 @@ def pair(
         warnings.simplefilter("ignore")
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
+        widened = torch.Tensor.float
+        if own_facts(method).made_in_float32:
+            torch.Tensor.float = FLOAT  # type: ignore[method-assign]
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
             torch.set_default_dtype(before)
+            torch.Tensor.float = widened  # type: ignore[method-assign]
     model.double()
     if isinstance(layer, Linear) and not layer.transposed:
         layer = replace(layer, bias=bias)

@@ -86,7 +86,9 @@ def test_a_backend_computes_in_the_dtype_it_was_given(backend: Backend, name: st
     case = data.draw(cases(name, kind, few=True))
     dtype = backend.held[-1]  # the narrowest, where an upcast shows
     _, got = on(backend, case, dtype)
-    assert {what: backend.dtype_of(value) for what, value in got.items()} == dict.fromkeys(got, dtype)
+    found = {what: backend.dtype_of(value) for what, value in got.items()}
+    floats = {what: held for what, held in found.items() if not held.startswith("int")}  # places stay integers
+    assert floats == dict.fromkeys(floats, dtype)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)

@@ -38,6 +38,7 @@ FACTS = Facts(
     settings={"pvera": PVeRA(r=4, widest_in=5, widest_out=7), "pvera-wide": PVeRA(r=4, widest_in=13, widest_out=14)},
     beside=beside,
     settle=the_mean,
+    small={"r": 3},
     fields={
         "widest_in": st.sampled_from((None, 9)),
         "widest_out": st.sampled_from((None, 8)),

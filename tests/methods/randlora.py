@@ -39,6 +39,7 @@ FACTS = Facts(
     },
     beside=beside,
     unable=lambda case, dtype: "two-adapters" in case,
+    small={"r": 4},
     fields={
         "randlora_alpha": st.sampled_from((2, 1, 3.5, 0.25)),
         "widest_in": st.just(9),  # of one number there is no deviation, and a few thrown signs may all be zero

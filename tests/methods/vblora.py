@@ -39,6 +39,7 @@ FACTS = Facts(
         "vblora-one": VBLoRA(r=2, num_vectors=5, vector_length=1, topk=1),
         "vblora-all": VBLoRA(r=2, num_vectors=3, vector_length=2, topk=3),
     },
+    small={"r": 2, "num_vectors": 5, "vector_length": 4},
     fields={  # all of them chosen: where two logits change places it jumps
         "num_vectors": st.just(3),
         "topk": st.just(3),

@@ -53,6 +53,13 @@ KINDS: dict[str, Kind] = {
         "model.layers.1.mlp.down_proj",
         12,
     ),
+    "unilora": Kind(Net, lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=["q", "up"]), (), *Q),
+    "unilora with its places": Kind(
+        Net,
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=["q", "up"], save_indices=True),
+        ("unilora_indices", "unilora_scales"),
+        *Q,
+    ),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),

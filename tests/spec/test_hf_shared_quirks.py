@@ -137,3 +137,14 @@ def test_vblora_q1_the_bank_is_drawn_for_every_layer_and_the_last_one_kept() -> 
     assert not torch.equal(*banks)
     torch.manual_seed(5)
     assert torch.equal(banks[0], torch.empty(3, 1).uniform_(-0.02, 0.02))
+
+
+def test_unilora_q1_places_are_drawn_from_torchs_generator_and_thrown_away() -> None:
+    after = []
+    for targets in (NARROW, WIDE):
+        base = Two()
+        torch.manual_seed(5)
+        model = peft.get_peft_model(base, peft.UniLoraConfig(r=2, theta_d_length=4, target_modules=targets))
+        after.append((of(model, "default", "unilora_theta_d"), torch.rand(1)))
+    assert torch.equal(after[0][0], after[1][0])
+    assert not torch.equal(after[0][1], after[1][1])
