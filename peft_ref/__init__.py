@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from peft_ref.registry import TaskType as TaskType
     from peft_ref.stack import Adapter as Adapter
     from peft_ref.stack import Dropout as Dropout
+    from peft_ref.stack import RowDropout as RowDropout
     from peft_ref.stack import forward as forward
     from peft_ref.stack import merge as merge
     from peft_ref.stack import unmerge as unmerge
@@ -46,6 +47,7 @@ _HOME = {
     "Linear": "peft_ref.layers",
     "Adapter": "peft_ref.stack",
     "Dropout": "peft_ref.stack",
+    "RowDropout": "peft_ref.stack",
     "forward": "peft_ref.stack",
     "merge": "peft_ref.stack",
     "unmerge": "peft_ref.stack",

@@ -55,6 +55,14 @@ def to(array: np.ndarray[Any, Any], like: Array) -> Array:
     return xp.asarray(array, dtype=like.dtype, device=device(like))
 
 
+def integers(array: np.ndarray[Any, Any], like: Array, dtype: str = "int64") -> Array:
+    """NumPy integers (places in an array) as an array of `like`'s library and device."""
+    xp = namespace(like)
+    if xp is np:
+        return array.astype(dtype)
+    return xp.asarray(array.astype(dtype), device=device(like))
+
+
 def zeros_like(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of `shape` in `like`'s library, dtype and device."""
     xp = namespace(like)
@@ -127,6 +135,16 @@ def take_columns(W: Array, indices: Array) -> Array:
     return xp.reshape(xp.permute_dims(flat, (1, 0)), (*indices.shape, W.shape[0]))
 
 
+def scattered(values: Array, places: Array, n: int) -> Array:
+    """`n` numbers: values[k] at places[k], no two of them the same, and zero elsewhere. Every place looks up what belongs there."""
+    xp = namespace(values)
+    order = xp.argsort(places)
+    taken, every = xp.take(places, order), integers(np.arange(n), places, "int64")
+    at = xp.searchsorted(taken, every)
+    at = xp.where(at < taken.shape[0], at, taken.shape[0] - 1)
+    return xp.where(xp.take(taken, at) == every, xp.take(values, xp.take(order, at)), zeros_like((n,), values))
+
+
 def one_hot(indices: Array, n: int, like: Array) -> Array:
     """Rows of the identity: (len(indices), n) in `like`'s dtype, for a scatter-add as a matrix product."""
     xp = namespace(like)
@@ -148,10 +166,10 @@ def sum_to(d: Array, shape: tuple[int, ...]) -> Array:
 
 def tile(V: Array, shape: tuple[int, int]) -> Array:
     """`V` repeated along both axes and cut to `shape`: entry (i, j) is V[i mod rows, j mod columns]."""
-    xp = namespace(V)
-    for axis in (0, 1):
-        V = xp.concat([V] * -(-shape[axis] // V.shape[axis]), axis=axis) if shape[axis] > V.shape[axis] else V
-    return V[: shape[0], : shape[1]]
+    xp, (rows, columns) = namespace(V), V.shape
+    n, m = (-(-size // of) for size, of in zip(shape, V.shape, strict=True))
+    copies = xp.broadcast_to(xp.expand_dims(xp.expand_dims(V, axis=1), axis=0), (n, rows, m, columns))
+    return xp.reshape(copies, (n * rows, m * columns))[: shape[0], : shape[1]]
 
 
 def tile_vjp(d: Array, shape: tuple[int, int]) -> Array:

@@ -5,10 +5,12 @@ A method is a map of the frozen weight:   (W, b)  --T_theta-->  (W', b').   It n
     contract    a method writes                           derived here, once and final
     LowRank     factors(p) -> B, A and its vjp            delta, weight, merge, unmerge, a forward that never forms B A
     Additive    delta(p) -> dW, db and its vjp             weight, merge, unmerge, forward
+    Conditioned change(p, W0, b0) -> dW, db and its vjp    weight, merge, unmerge, forward
     Reweight    weight(p, W, b, W0) and its vjp           merge, forward; unmerge through `inverse` where one exists
 
 Several active adapters act one after the other on the weight: T_2 receives what T_1 returned. A reweighting method also receives
 W0, the weight under the whole stack, because DoRA measures its norm there. Additive methods commute, so for them this is a sum.
+A conditioned one computes what it adds from the frozen W0 and b0 alone, whatever stands below it: also a sum.
 
 Dropout reaches only what an adapter adds:  y = layer(x; W, b') + layer(drop(x); T(W0) - W0).  The mask is an argument.
 
@@ -82,6 +84,7 @@ class WeightGradients(NamedTuple, Generic[P]):
     params: P
     W: Array
     b: Array | None
+    b0: Array | None = None  # of the frozen bias, where a conditioned method read it beside b
 
 
 class Method(ABC):
@@ -319,6 +322,8 @@ class LowRank(WeightMethod[P]):
 class Additive(WeightMethod[P]):
     """W' = W + dW, b' = b + db."""
 
+    adds_bias: ClassVar[bool] = False  # whether it has a db: then a layer without a bias acts as one whose bias is zero
+
     @abstractmethod
     def delta(self, layer: Layer, p: P) -> Delta: ...
 
@@ -336,6 +341,39 @@ class Additive(WeightMethod[P]):
     @final
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         return _subtract(self, Delta(W, b), self.delta(layer, p))
+
+
+class Conditioned(WeightMethod[P]):
+    """W' = W + dW(W0, b0), b' = b + db(W0, b0): what is added is computed from the frozen weight and bias.
+
+    Where no `b0` is given, b is the frozen one.
+    """
+
+    @abstractmethod
+    def change(self, layer: Layer, p: P, W0: Array, b0: Array | None) -> Delta: ...
+
+    @abstractmethod
+    def change_vjp(self, layer: Layer, p: P, W0: Array, b0: Array | None, d: Delta) -> tuple[P, Array | None]:
+        """The gradients of p, and of b0 where the change reads it. W0 is frozen, and none is asked of it."""
+
+    @final
+    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        return _add(self, Delta(W, b), self.change(layer, p, W0, b if b0 is None else b0))
+
+    @final
+    def weight_vjp(
+        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None, b0: Array | None = None
+    ) -> WeightGradients[P]:
+        params, db0 = self.change_vjp(layer, p, W0, b if b0 is None else b0, Delta(dW, db))
+        if b0 is not None or db0 is None or db is None:
+            return WeightGradients(params, dW, db, db0)
+        return WeightGradients(params, dW, db + db0)
+
+    @final
+    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
+        if b is not None and b0 is None:
+            raise NotMergeableError(f"{type(self).__name__}: what was added is computed from the frozen bias, and none came.\n  Pass b0.")
+        return _subtract(self, Delta(W, b), self.change(layer, p, W0, b0))
 
 
 class Reweight(WeightMethod[P]):

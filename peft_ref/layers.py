@@ -42,6 +42,7 @@ class Layer(ABC):
 
     kernel_size: tuple[int, ...] = field(default=(), init=False, repr=False)
     groups: int = field(default=1, init=False, repr=False)
+    bias: bool = field(default=True, init=False, repr=False)  # some methods have other parameters on a layer without one
 
     @property
     @abstractmethod
@@ -144,6 +145,7 @@ class Linear(Layer):
     in_features: int
     out_features: int
     transposed: bool = False
+    bias: bool = True
 
     @property
     def kind(self) -> str:

@@ -3,7 +3,8 @@
     y_0 = layer(x; W_0, b_0),    (W_k, b_k) = T_k(W_{k-1}, b_{k-1}),    y = layer(x; W_n, b_n)
 
 Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
-one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0).
+one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0);
+one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from peft_ref.arrays import Array, namespace
-from peft_ref.contracts import Factors, LowRank, Reweight, WeightMethod
+from peft_ref.arrays import Array, column, namespace, zeros_like
+from peft_ref.contracts import Additive, Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 
@@ -24,10 +25,21 @@ class Dropout(NamedTuple):
     p: float
 
 
+class RowDropout(NamedTuple):
+    """What each row of a delta is multiplied by, for all inputs alike: `rank_dropout` and `module_dropout` of LoHa and LoKr in training."""
+
+    factors: Array  # m (out,)
+
+    @classmethod
+    def of(cls, mask: Array, *, scaled: bool) -> RowDropout:
+        """HF's rank_dropout, given what stays: LoHa divides by how much that is, LoKr where rank_dropout_scale is on. Of no row 0 / 0."""
+        return cls(mask / namespace(mask).mean(mask) if scaled else mask)
+
+
 class Adapter(NamedTuple):
     method: WeightMethod[Any]
     params: Any
-    dropout: Dropout | None = None
+    dropout: Dropout | RowDropout | None = None
 
 
 class StackGradients(NamedTuple):
@@ -39,6 +51,7 @@ class StackGradients(NamedTuple):
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
     """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
     sides = _sides(layer, adapters)
+    b = _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
     y = layer.apply(x, Ws[-1], bs[-1])
     for a, side in zip(adapters, sides, strict=True):
@@ -50,6 +63,7 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
     """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
     sides = _sides(layer, adapters)
+    frozen, b = b, _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
     dx = layer.input_vjp(x, Ws[-1], dy)
     db = layer.bias_vjp(dy) if bs[-1] is not None else None
@@ -63,24 +77,45 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             dx = None if dx is None or side_dx is None else dx + side_dx
             beside = beside if side_db is None else [*beside, side_db]
         else:
-            g = a.method.weight_vjp(layer, a.params, Ws[k], bs[k], W, dW, db)
+            g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
-    return StackGradients(dx, tuple(grads), None if b is None or db is None else sum(beside, db))
+            beside = beside if g.b0 is None else [*beside, g.b0]
+    return StackGradients(dx, tuple(grads), None if frozen is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
     """The weight and bias that do alone what the frozen ones do with the adapters."""
-    W0 = W
+    W0, b0 = W, b
     for a in adapters:
-        W, b = a.method.weight(layer, a.params, W, b, W0)
+        W, b = step(layer, a, W, b, W0, b0)
     return W, b
 
 
-def unmerge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array) -> tuple[Array, Array | None]:
-    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured."""
+def unmerge(
+    layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array, b0: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias that GLoRA reads."""
     for a in reversed(adapters):
-        W, b = a.method.unmerge(layer, a.params, W, b, W0)
+        if isinstance(a.method, Conditioned):
+            W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
+        else:
+            W, b = a.method.unmerge(layer, a.params, W, b, W0)
     return W, b
+
+
+def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None) -> tuple[Array, Array | None]:
+    """What one adapter makes of the weight and bias below it; W0 and b0 are those under the whole stack."""
+    if isinstance(a.method, Conditioned):
+        return a.method.weight(layer, a.params, W, b, W0, b0)
+    return a.method.weight(layer, a.params, W, b, W0)
+
+
+def _step_vjp(
+    layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None, dW: Array, db: Array | None
+) -> WeightGradients[Any]:
+    if isinstance(a.method, Conditioned):
+        return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db, b0)
+    return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db)
 
 
 def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
@@ -95,7 +130,12 @@ def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
                 f"adapter {k} ({type(a.method).__name__}) has dropout and a reweighting adapter without dropout follows it:"
                 " its effect is no weight that could be reweighted.\n  Put it last, or give it no dropout mask."
             )
-        if a.dropout is not None and layer.kind == "embedding":
+        if isinstance(a.dropout, RowDropout) and isinstance(a.method, LowRank):
+            raise ConfigError(
+                f"adapter {k} ({type(a.method).__name__}) forms no delta whose rows could drop out.\n  HF PEFT drops out its input: give a"
+                " Dropout."
+            )
+        if isinstance(a.dropout, Dropout) and layer.kind == "embedding":
             raise ConfigError(
                 f"adapter {k} ({type(a.method).__name__}) has a dropout mask on an embedding, whose input is integers.\n"
                 "  HF PEFT applies no dropout there: pass none."
@@ -104,13 +144,19 @@ def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
     return sides
 
 
+def _bias(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> Array | None:
+    """The bias to run with: zeros where there is none and an adapter has something to add to it. Merging has no place for that."""
+    wanted = b is None and any(isinstance(a.method, Additive) and a.method.adds_bias for a in adapters)
+    return zeros_like((layer.shape[0],), W) if wanted else b
+
+
 def _folded(
     layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], sides: Sequence[bool]
 ) -> tuple[list[Array], list[Array | None]]:
     """The weight and bias under the stack and after each adapter; a side adapter leaves them as they are."""
     Ws, bs = [W], [b]
     for a, side in zip(adapters, sides, strict=True):
-        after = (Ws[-1], bs[-1]) if side else a.method.weight(layer, a.params, Ws[-1], bs[-1], W)
+        after = (Ws[-1], bs[-1]) if side else step(layer, a, Ws[-1], bs[-1], W, b)
         Ws.append(after[0])
         bs.append(after[1])
     return Ws, bs
@@ -118,10 +164,17 @@ def _folded(
 
 def _drop(a: Adapter, x: Array) -> Array:
     """Dropout on the input, and its own gradient: a diagonal map is its own transpose."""
-    if a.dropout is None:
+    if not isinstance(a.dropout, Dropout):
         return x
     xp = namespace(x)
     return x * xp.astype(a.dropout.mask, x.dtype) / (1 - a.dropout.p)
+
+
+def _rows(a: Adapter, delta: Array) -> Array:
+    """The rows that stay, and its own gradient."""
+    if not isinstance(a.dropout, RowDropout):
+        return delta
+    return column(namespace(delta).astype(a.dropout.factors, delta.dtype)) * delta
 
 
 def _side(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array) -> Array:
@@ -130,7 +183,7 @@ def _side(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array) -> Arr
         B, A, b = a.method.factors(a.params)
         return layer.add_bias(layer.up(layer.down(A.shape[0]).apply(x, A, None), B), b)
     effective, b = a.method.weight(layer, a.params, W, b0, W)
-    return layer.apply(x, effective - W, None if b is None or b0 is None else b - b0)
+    return layer.apply(x, _rows(a, effective - W), None if b is None or b0 is None else b - b0)
 
 
 def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy: Array) -> tuple[Array | None, Any, Array | None]:
@@ -145,7 +198,7 @@ def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy
     else:
         effective, b = a.method.weight(layer, a.params, W, b0, W)
         db = None if b is None else layer.bias_vjp(dy)
-        d = a.method.weight_vjp(layer, a.params, W, b0, W, layer.weight_vjp(x, dy), db)
-        grads, dx = d.params, layer.input_vjp(x, effective - W, dy)
+        d = a.method.weight_vjp(layer, a.params, W, b0, W, _rows(a, layer.weight_vjp(x, dy)), db)
+        grads, dx = d.params, layer.input_vjp(x, _rows(a, effective - W), dy)
         db0 = None if d.b is None or db is None or b0 is None else d.b - db  # it reads b' - b0
     return None if dx is None else _drop(a, dx), grads, db0

@@ -199,6 +199,7 @@ def layer_from_json(data: Mapping[str, Any]) -> Layer:
             in_features=data["in_features"],
             out_features=data["out_features"],
             transposed=kind == "transposed_linear",
+            bias=data.get("bias", ()) is not None,
         )
     if kind == "embedding":
         return Embedding(num_embeddings=data["num_embeddings"], embedding_dim=data["embedding_dim"])

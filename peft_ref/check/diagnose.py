@@ -24,6 +24,7 @@ from peft_ref.check.mistake import AsIf, Mistake
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import answer, exact_answer, in_size, null_answer
 from peft_ref.check.result import Diagnosis, Verdict
+from peft_ref.check.suites import NOTHING
 from peft_ref.check.tolerance import PRECISION, Expected, anything, compare, expect, near
 
 T = TypeVar("T")
@@ -99,12 +100,13 @@ def rounded(answer: Answer, dtype: str) -> Answer:
 
 def expectation(case: Case, dtype: str) -> Expected:
     """The right answer to an array case with its tolerance in `dtype`."""
-    apart = case.method in SUITES and SUITES[case.method].base_apart
+    suite = SUITES.get(case.method, NOTHING)
+    apart = null_answer(in_size(case)) if suite.base_apart else suite.transformed(case) if suite.transformed else None
     try:
         right = exact_answer(case, PRECISION[dtype])
     except Undecided:
         return anything(answer(case))
-    expected = expect(right, dtype, null_answer(in_size(case)) if apart else None)
+    expected = expect(right, dtype, apart)
     return training.with_open_triplets(case, dtype, expected) if case.operation == "allocate" else expected
 
 

@@ -56,6 +56,7 @@ class Suite:
     fresh: Fresh | None = None  # how its fresh adapters start
     files: Files | None = None  # what its configurations mean, under which keys it is saved
     cases: tuple[Case, ...] = ()  # questions that are about no layer
+    transformed: Callable[[Case], Answer] | None = None  # sizes that an honest order, a Fourier transform, goes through
     base_apart: bool = False  # an honest order also subtracts the frozen layer's own answer and adds it again
 
 
@@ -170,7 +171,7 @@ def trained(layer: Layer, adapter: Adapter) -> list[str]:
 
 
 def dropped(x: Array, adapter: Adapter) -> Array:
-    return x if adapter.dropout is None else x * adapter.dropout.mask / (1 - adapter.dropout.p)
+    return x * adapter.dropout.mask / (1 - adapter.dropout.p) if isinstance(adapter.dropout, stack.Dropout) else x
 
 
 def with_config(case: Case, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Case | None:
@@ -247,7 +248,7 @@ def unmerge_that_merges(case: Case) -> Answer:
 
 def unmerge_the_frozen(case: Case) -> Answer:
     p = pose(case)
-    return stored(p.layer, *stack.unmerge(p.layer, p.W, p.b, p.adapters, p.W))
+    return stored(p.layer, *stack.unmerge(p.layer, p.W, p.b, p.adapters, p.W, p.b))
 
 
 def base_alone_backward(case: Case) -> Answer | None:

@@ -85,7 +85,7 @@ def solve(problem: Problem, operation: str) -> dict[str, Array]:
     if operation == "merge":
         return _weights(layer, *stack.merge(layer, W, b, adapters))
     if operation == "unmerge":
-        return _weights(layer, *stack.unmerge(layer, merged_W, merged_b, adapters, W))
+        return _weights(layer, *stack.unmerge(layer, merged_W, merged_b, adapters, W, b))
     raise ValueError(f"no arrays answer the operation {operation!r}")
 
 
@@ -149,6 +149,20 @@ def in_size(case: Case) -> Case:
     """The case with the sizes of the frozen layer's numbers: what its own answer adds up to without any cancellation."""
     sizes: dict[str, Any] = {name: None if (v := getattr(case, name)) is None else np.abs(v) for name in FROZEN}
     return replace(case, **sizes)
+
+
+def mixed(case: Case) -> Answer:
+    """The sizes that a Fourier transform of the adapter's numbers goes through: as if each were as large as the largest among them."""
+
+    def largest(array: NDArray | None) -> NDArray | None:
+        return None if array is None else np.full(array.shape, np.max(np.abs(array), initial=0.0))
+
+    def nothing(array: NDArray | None) -> NDArray | None:
+        return None if array is None else np.zeros(array.shape)
+
+    adapters = tuple(replace(a, tensors={k: np.asarray(largest(v)) for k, v in a.tensors.items()}) for a in case.adapters)
+    frozen: dict[str, Any] = {name: nothing(getattr(case, name)) for name in ("weight", "bias", "merged_weight", "merged_bias")}
+    return {k: np.abs(v) for k, v in answer(replace(case, adapters=adapters, x=largest(case.x), dy=largest(case.dy), **frozen)).items()}
 
 
 def smoke_case() -> Case:

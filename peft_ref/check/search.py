@@ -7,6 +7,7 @@ A convolution keeps its shape and loses its numbers, and so does a prompt; a tra
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -179,8 +180,7 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
         layer = Embedding(num_embeddings=n_in, embedding_dim=out)
     adapters = []
     for a in case.adapters:
-        config = {**a.config, "r": min(r, a.config["r"])} if "r" in a.config else dict(a.config)
-        method = build_method(case.method, config)
+        method = build_method(case.method, config := _smaller(a.config, n_in, out, r))
         try:
             method.check_layer(layer)
         except UnsupportedLayerError:
@@ -205,6 +205,18 @@ def resized(case: Case, n_in: int, out: int, r: int, rows: int) -> Case | None:
         merged_weight=None if case.merged_weight is None else np.zeros(layer.weight_shape),
         merged_bias=None if case.merged_bias is None else np.zeros(out),
     )
+
+
+def _smaller(config: Mapping[str, Any], n_in: int, out: int, r: int) -> dict[str, Any]:
+    """The configuration with sizes that fit."""
+    fitting: dict[str, int] = {}
+    if "r" in config:
+        fitting["r"] = min(r, config["r"])
+    if "block_size" in config:
+        fitting["block_size"] = math.gcd(n_in, out, config["block_size"])
+    if "n_frequency" in config:
+        fitting["n_frequency"] = min(n_in * out, config["n_frequency"])
+    return {**config, **fitting}
 
 
 def _arrays(case: Case) -> list[NDArray]:

@@ -116,7 +116,9 @@ def _same_meaning(want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
             return False
         for key, value in fields.items():
             number = have.get(key)
-            if isinstance(value, str) and number == value:
+            if isinstance(value, str | list | None):
+                if key not in have or number != value:
+                    return False
                 continue
             if not isinstance(number, int | float) or abs(number - value) > 1e-6 * abs(value):
                 return False

@@ -13,7 +13,7 @@ from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompt_saved import state_dict_cases
 from peft_ref.check.prompt_sizes import config_cases
 from peft_ref.check.prompt_starts import prompt_init_cases
-from peft_ref.check.variants import dyadic, generator
+from peft_ref.check.variants import dyadic, generator, places_of
 from peft_ref.files.adapter import spanned
 from peft_ref.files.config import from_dict
 from peft_ref.methods import METHODS
@@ -90,6 +90,7 @@ def _state_dicts(method: str, files: Files) -> Iterator[Case]:
         for name, layer in files.saved_on.items():
             specs = parsed.method_for(name).spec(layer)
             tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in specs if s.key not in together}
+            tensors |= {key: encode(places) for key, places in places_of(parsed.method_for(name), layer, rng).items()}
             together |= {s.key: tensors[s.key] for s in specs if s.shared and s.key in tensors}
             tensors |= {s.key: together[s.key] for s in specs if s.shared}
             modules.append({"name": name, "layer": layer_to_json(layer), "tensors": tensors})

@@ -85,6 +85,9 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
                 f"a missing {alpha} is taken for {text}; its default is {default}",
                 asked(**{alpha: value}),
             )
+    for size in ("block_size", "n_frequency"):
+        if config.get(f"{size}_pattern"):
+            mistakes["size-pattern-ignored"] = (f"{size}_pattern is not read", asked(**{f"{size}_pattern": {}}))
     if config.get("use_rslora"):
         mistakes["rslora-ignored"] = ("use_rslora is not read", asked(use_rslora=False))
     if config.get("feedforward_modules"):

@@ -11,6 +11,7 @@ no format rounds them on the way in.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ LAYERS: dict[str, Layer] = {
     "conv2d-groups": Conv(in_channels=6, out_channels=10, kernel_size=(3, 2), stride=(1, 2), groups=2),
     "conv1d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2,), padding=(2,), dilation=(3,)),
     "linear-large": Linear(in_features=13, out_features=11),
+    "linear-thirds": Linear(in_features=6, out_features=9),
+    "linear-square": Linear(in_features=8, out_features=8),
     "linear-both": Linear(in_features=8, out_features=12),
     "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
     "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), stride=(2,), padding=(1,)),
@@ -61,6 +64,8 @@ INPUTS: dict[str, tuple[int, ...]] = {
     "conv2d-groups": (2, 4, 5),
     "conv1d-dilation": (2, 7),
     "linear-large": (3, 2),
+    "linear-thirds": (2, 3),
+    "linear-square": (3,),
     "linear-both": (2, 3),
     "transposed-both": (2, 3),
     "conv1d-both": (2, 5),
@@ -119,12 +124,14 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     where = f"{name}.{layer_name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     has_bias = variant.bias and layer.kind != "embedding"
+    if isinstance(layer, Linear) and not has_bias:
+        layer = replace(layer, bias=False)
     weight = draw(rng, layer.weight_shape)
     bias = draw(rng, (layer.shape[0],)) if has_bias else None
     x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)
     adapters = []
     for method in methods:
-        places = {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
+        places = places_of(method, layer, rng)
         tensors = {s.key: variant.draws.get(s.field, draw)(rng, s.stored_shape) for s in method.spec(layer) if s.key not in places} | places
         dropout = (mask_of(rng, x.shape), variant.dropout) if variant.dropout else None
         adapters.append(CaseAdapter(config=config_of(method), tensors=tensors, dropout=dropout))
@@ -149,6 +156,13 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
         case = replace(case, merged_weight=draw(rng, layer.weight_shape))
         case = replace(case, merged_bias=draw(rng, (layer.shape[0],)) if has_bias else None)
     return case
+
+
+def places_of(method: WeightMethod[Any], layer: Layer, rng: np.random.Generator) -> dict[str, NDArray]:
+    """Integers that an adapter is saved with, of another seed than its configuration's: a port has to read them, not to draw them again."""
+    if "random_seed" in {f.name for f in dataclasses.fields(method)}:  # type: ignore[arg-type]  # every method is a dataclass
+        method = replace(method, random_seed=int(rng.integers(2**31)))  # type: ignore[type-var]
+    return {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
 
 
 def _input(rng: np.random.Generator, draw: Draw, layer: Layer, shape: tuple[int, ...]) -> NDArray:

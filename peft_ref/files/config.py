@@ -2,7 +2,8 @@
 
     method          the mathematics: peft_type and the switches choose the class, its fields are the hyper-parameters
     targets         where it goes: target_modules and what narrows them down
-    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules. AdaLoRA's rank_pattern is not by pattern
+    patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules, and block_size_pattern or
+                    n_frequency_pattern of the methods that have such a size. AdaLoRA's rank_pattern is not by pattern
                     and no rank: {"<module>.lora_E": [which triplets its training kept]}, and alpha_pattern it does not read
     housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -23,17 +25,20 @@ from typing import Any, get_type_hints
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.files.removed import as_of_today, is_removed
 from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, start_as_saved, switch_as_saved
-from peft_ref.graph.patterns import pattern_key
+from peft_ref.graph.patterns import key_below, pattern_key
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-# fields of a method that patterns decide, module by module, or the sizes of all modules together
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
-RANKS = ("r",)
+# fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
+RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
+LAMBDAS = ("delora_lambda",)
+SIZES = ("block_size", "n_frequency")  # hyper-parameters that `<name>_pattern` changes
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
@@ -44,7 +49,9 @@ class Patterns:
 
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)  # ranks; for AdaLoRA lists of booleans
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    lambda_pattern: Mapping[str, float] = field(default_factory=dict)  # DeLoRA's, of what a fresh adapter starts from
     feedforward_modules: str | tuple[str, ...] | None = None
+    size_pattern: Mapping[str, int] = field(default_factory=dict)  # in the file <the size's name>_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +74,21 @@ class AdapterConfig:
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
             return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
-        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS)):
-            if (key := pattern_key(tuple(pattern), module_name)) is not None:
+        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
+            if (key := self._matching(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
+        if p.size_pattern and (key := key_below(tuple(p.size_pattern), module_name)) is not None:
+            changes[_one_of(SIZES, names, self.method)] = p.size_pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
         method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
         return method.on_module(module_name)
+
+    def _matching(self, patterns: tuple[str, ...], module_name: str) -> str | None:
+        """The first pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
+        if self.method.peft_type == "OSF":
+            return next((key for key in patterns if re.search(key, module_name)), None)
+        return pattern_key(patterns, module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules
@@ -97,6 +112,8 @@ def parse(text: str, where: str = "adapter_config.json") -> AdapterConfig:
         data = json.loads(text, object_pairs_hook=once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise FileFormatError(f"{where} is not JSON: {error}.") from error
+    if is_removed(data):
+        return _split(as_of_today(data, where), where)
     return dataclasses.replace(_split(data, where), text=text)
 
 
@@ -118,7 +135,8 @@ def flatten(config: AdapterConfig) -> dict[str, Any]:
     """The flat configuration, keys in the order of the file it came from, else sorted as PEFT sorts them."""
     now = _flat(config)
     if config.text is None:
-        absent = {key for key in (*field_names(Targets), *field_names(Patterns)) if now.get(key) in (None, {})} - {"target_modules"}
+        words = (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES))
+        absent = {key for key in words if now.get(key) in (None, {})} - {"target_modules"}
         return {key: now[key] for key in sorted(now.keys() - absent)}
     read = json.loads(config.text)
     before = _flat(_split(read, "adapter_config.json"))
@@ -151,7 +169,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
             " nothing with a list).\n  Give 'self_attn', say, or null for the architecture's own."
         )
     spoken = {c.flag for c in siblings if not isinstance(c.flag_value, str) or c is cls}  # a text that selects nothing stays as it is
-    taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns)}
+    taken = {"peft_type", *spoken, *own, *given, *field_names(Patterns), _size_key(cls)}
     return AdapterConfig(
         method=method,
         targets=targets,
@@ -181,13 +199,16 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
+    sizes = places.pop("size_pattern", None)
+    if (size_key := _size_key(cls)) is not None:
+        places[size_key] = sizes
     return {**config.housekeeping, "peft_type": cls.peft_type, **switches, **fields, **{k: _lists(v) for k, v in places.items()}}
 
 
 def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
     names = field_names(type(method))
     found: dict[str, Mapping[str, Any]] = {}
-    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS)):
+    for key, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS), ("lambda_pattern", LAMBDAS)):
         pattern = data.get(key) or {}
         found[key] = dict(pattern)
         if "live_r" in names:
@@ -196,14 +217,37 @@ def _patterns(data: Mapping[str, Any], method: Method, where: str) -> Patterns:
             continue
         for expression, value in pattern.items():
             check_pattern(expression, f"{where}: {key}")
-            change = {_one_of(fields, names, method): value}
-            check_types(type(method), change, f"{where}: {key} of {expression!r}")
-            try:
-                dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {key} of {expression!r}: {error}") from error
+            _changed(method, {_one_of(fields, names, method): value}, f"{where}: {key} of {expression!r}")
     modules = _feedforward(data.get("feedforward_modules"), where)
-    return Patterns(rank_pattern=found["rank_pattern"], alpha_pattern=found["alpha_pattern"], feedforward_modules=modules)
+    return Patterns(**found, feedforward_modules=modules, size_pattern=_sizes(data, method, where))
+
+
+def _size_key(cls: type[Method]) -> str | None:
+    """The word of the pattern that changes this method's size module by module."""
+    return next((f"{size}_pattern" for size in SIZES if size in field_names(cls)), None)
+
+
+def _sizes(data: Mapping[str, Any], method: Method, where: str) -> Mapping[str, int]:
+    if (key := _size_key(type(method))) is None:
+        return {}
+    pattern = data.get(key, {})
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(
+            f"{where}: {key} is a {type(pattern).__name__}, {pattern!r:.60} (HF PEFT refuses it too).\n  Give a map, {{}} for none."
+        )
+    for expression, value in pattern.items():
+        check_pattern(expression, f"{where}: {key}")
+        _changed(method, {key.removesuffix("_pattern"): value}, f"{where}: {key} of {expression!r}")
+    return dict(pattern)
+
+
+def _changed(method: Method, change: Mapping[str, Any], where: str) -> None:
+    """Raise `ConfigError` where the method does not take the change."""
+    check_types(type(method), change, where)
+    try:
+        dataclasses.replace(method, **change)  # type: ignore[type-var]  # a dataclass
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _one_of(fields: tuple[str, ...], names: tuple[str, ...], method: Method) -> str:

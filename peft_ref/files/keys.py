@@ -19,6 +19,7 @@ from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Key, Method, WeightMethod, declared
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
+from peft_ref.files.removed import name_of_today
 from peft_ref.files.safetensors import Tensor
 from peft_ref.prompts import Prompt
 
@@ -55,7 +56,7 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
             continue
         if not key.startswith(PREFIX):
             raise KeyMismatchError(f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?")
-        name = key.removeprefix(PREFIX)
+        name = name_of_today(key.removeprefix(PREFIX)) if config.method.peft_type == "MISS" else key.removeprefix(PREFIX)
         place = _parameter(name, known, config)
         if place is None:
             rest[key] = name
@@ -132,18 +133,20 @@ def parameter_name(key: str, prefix: str = PREFIX) -> str:
 def with_adapter_name(key: str, adapter: str, tuner_prefix: str) -> str:
     """A file's key of an adapter tensor as PEFT has it in memory."""
     check_adapter_name(adapter)
-    *path, last = key.split(".")
-    if last == MAGNITUDE:
+    parts = key.split(".")
+    if parts[-1] == MAGNITUDE:
         return f"{key}.{adapter}.weight"
-    if last.startswith(tuner_prefix):
-        return f"{key}.{adapter}"
-    return ".".join([*path, adapter, last])
+    at = next((at for at in range(len(parts), 0, -1) if parts[at - 1].startswith(tuner_prefix)), len(parts) - 1)
+    return ".".join([*parts[:at], adapter, *parts[at:]])
 
 
 def without_adapter_name(key: str, adapter: str, tuner_prefix: str) -> str:
     """Undoes `with_adapter_name`; a key that holds no adapter name there stays as it is."""
     parts = key.removesuffix(".weight").split(".") if key.endswith(f".{MAGNITUDE}.{adapter}.weight") else key.split(".")
-    for at in (len(parts) - 1, len(parts) - 2):
+    for back in (1, 2, 3):
+        at = len(parts) - back
+        if back == 3 and not parts[-2].isdigit():  # one of a list: peanut_encoders.<adapter>.0.weight
+            break
         if at > 0 and parts[at] == adapter and parts[at - 1].startswith(tuner_prefix):
             return ".".join([*parts[:at], *parts[at + 1 :]])
     return key
@@ -155,9 +158,9 @@ def check_adapter_name(adapter: str) -> None:
 
 
 def _parameter(name: str, known: frozenset[str], config: AdapterConfig) -> tuple[str, str] | None:
-    """(module path, parameter key), if the last part or two of the name are a parameter of the method, or look like one."""
+    """(module path, parameter key), if the last one to three parts of the name are a parameter of the method, or look like one."""
     parts = name.split(".")
-    ends = [(".".join(parts[:-n]), ".".join(parts[-n:])) for n in (1, 2) if len(parts) > n]
+    ends = [(".".join(parts[:-n]), ".".join(parts[-n:])) for n in (1, 2, 3) if len(parts) > n]
     looks = [end for end in ends if end[1].startswith(config.method.tuner_prefix) and not _is_saved(name, config)]
     return next((end for end in ends if end[1] in known), looks[0] if looks else None)
 

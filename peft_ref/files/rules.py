@@ -6,7 +6,8 @@ is left of it:
     eva, lora_ga           need data; without it PEFT draws the default start and leaves the weight alone: read as True.  An adapter
                            trained from lora_ga belongs to a changed weight, which PEFT does not restore either
     pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
-    corda, loftq           take off what only data, or a quantiser, can tell: refused
+    corda, loftq           take off what only data, or a quantiser, can tell: kept by name. A model asks for the data, as PEFT does, or
+                           quantises its weight again
 
 PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
 What PEFT and this accept otherwise is a table in tests/files/test_config_space.py, and in test_prompt_space.py.
@@ -31,27 +32,20 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
         "arrow_config": "Arrow routes between adapters",
-        "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
         "enable_lora": "PEFT 0.2 adapted parts of a fused layer with a grouped convolution (MergedLinear)",
     },
     "ADALORA": {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
 }
 
 VARIANTS = ("kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config")
-PATTERNED = ("HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
-BIASED = ("GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
+PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
+BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
-INITS_NOT_BUILT = {
-    "corda": "takes a part off the frozen weight that only its calibration data can tell; PEFT cannot load it without them either",
-    "loftq": "replaces the frozen weight by a quantised one",
-}
 
 
 def init_as_saved(init: Any, where: str) -> Any:
@@ -60,11 +54,6 @@ def init_as_saved(init: Any, where: str) -> Any:
         return False  # PEFT leaves the factors as torch makes them
     if not isinstance(init, str):
         return init
-    if reason := INITS_NOT_BUILT.get(init.lower()):
-        raise ConfigError(
-            f"{where}: init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
-            " path_initial_model_for_weight_conversion, or over the weight it was trained on with init_lora_weights=True."
-        )
     if init.lower() == "mica":
         return True  # in other letters it is LoRA with MiCA's start, and B is trained
     if re.fullmatch(r"pissa_niter_\d+", init):
@@ -109,6 +98,8 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
                 refuse(f"{name}={data[name]!r:.60}", "There are null and a map.")
         if data.get("lora_bias") and (on := next((word for word in VARIANTS if data.get(word) not in (None, False)), None)):
             raise ConfigError(f"{where}: lora_bias with {on} is not built.\n  It would not be right without either.")
+        if data.get("init_lora_weights") == "loftq" and not data.get("loftq_config"):
+            refuse("init_lora_weights='loftq' without loftq_config", "Give {'loftq_bits': 4, 'loftq_iter': 1}, its defaults.")
         eva = data.get("eva_config") or {}
         if not _number(eva.get("rho", 2)) >= 1 or not 0 <= _number(eva.get("tau", 0.5)) <= 1:
             refuse(f"eva_config={dict(eva)}", "rho is 1 or more, tau from 0 to 1.")
@@ -121,7 +112,7 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
             refuse("use_dora with AdaLoRA", "Leave it out.")
         if data.get("init_lora_weights") == "loftq":
             refuse("init_lora_weights='loftq' with AdaLoRA", "Use true; every other name means that too.")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
         if not isinstance(data.get(name, {}), Mapping) and (kind in PATTERNED or data[name] is not None):
             refuse(f"{name} is a {type(data[name]).__name__}, {data[name]!r:.60}", "Give a map from name patterns to numbers, {} for none.")
     feedforward = data.get("feedforward_modules")

@@ -58,6 +58,12 @@ def pattern_key(patterns: Collection[str], name: str, matcher: Matcher | None = 
     return next((p for p in patterns if clock.start(rf"(.*\.)?({p})$", name, p) is not None), name if name in patterns else None)
 
 
+def key_below(patterns: Collection[str], name: str, matcher: Matcher | None = None) -> str | None:
+    """The first of `patterns` that ends `name` after a dot, or else `name` itself: PEFT's rule for sizes, with no group around it."""
+    clock = matcher or Matcher()
+    return next((p for p in patterns if clock.start(rf".*\.{p}$", name, p) is not None), name if name in patterns else None)
+
+
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 

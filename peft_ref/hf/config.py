@@ -66,6 +66,10 @@ class PeftConfig:
     def is_prompt_learning(self) -> bool:
         return False
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
     def frozen(self) -> AdapterConfig:
         """The same as a value. Raises `ConfigError` where it cannot be, or asks for what is not built."""
         name = type(self).__name__
@@ -81,7 +85,7 @@ class PeftConfig:
                     f"{type(self).__name__}: {key}={value!r:.60} is not built here, and would change nothing.\n  Leave it out."
                 )
         init = getattr(self, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(("eva", "lora_ga", "pissa_niter")):
+        if isinstance(init, str) and init.lower().startswith(("eva", "lora_ga", "corda", "pissa_niter")):
             remedy = "Use 'pissa', which is exact." if init.startswith("pissa") else "It starts from data, which is not asked for here."
             raise ConfigError(f"{type(self).__name__}: init_lora_weights={init!r} makes no fresh adapter here.\n  {remedy}")
         return self.frozen()

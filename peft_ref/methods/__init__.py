@@ -11,11 +11,19 @@ from peft_ref.registry import Registry
 
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.bdlora import BDLoRA as BDLoRA
+    from peft_ref.methods.beft import BEFT as BEFT
+    from peft_ref.methods.boft import BOFT as BOFT
+    from peft_ref.methods.c3a import C3A as C3A
     from peft_ref.methods.cartridge import Cartridge as Cartridge
     from peft_ref.methods.cpt import CPT as CPT
+    from peft_ref.methods.deft import DEFT as DEFT
+    from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
+    from peft_ref.methods.fourierft import FourierFT as FourierFT
+    from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
     from peft_ref.methods.hra import HRA as HRA
@@ -32,23 +40,38 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.monteclora import MonteCLoRA as MonteCLoRA
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
+    from peft_ref.methods.osf import OSF as OSF
     from peft_ref.methods.p_tuning import PTuning as PTuning
+    from peft_ref.methods.peanut import PEANuT as PEANuT
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
+    from peft_ref.methods.psoft import PSOFT as PSOFT
+    from peft_ref.methods.pvera import PVeRA as PVeRA
     from peft_ref.methods.qalora import QALoRA as QALoRA
+    from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
+    from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from peft_ref.methods.vblora import VBLoRA as VBLoRA
     from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
+        "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
         "bdlora": "BDLoRA",
+        "beft": "BEFT",
+        "boft": "BOFT",
+        "c3a": "C3A",
         "cartridge": "Cartridge",
         "cpt": "CPT",
+        "deft": "DEFT",
+        "delora": "DeLoRA",
         "dora": "DoRA",
+        "fourierft": "FourierFT",
+        "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
         "hra": "HRA",
@@ -65,12 +88,19 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "monteclora": "MonteCLoRA",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
+        "osf": "OSF",
         "p_tuning": "PTuning",
+        "peanut": "PEANuT",
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
+        "psoft": "PSOFT",
+        "pvera": "PVeRA",
         "qalora": "QALoRA",
+        "randlora": "RandLoRA",
         "road": "RoAd",
+        "shira": "SHiRA",
         "trainable_tokens": "TrainableTokens",
+        "vblora": "VBLoRA",
         "velora": "VeLoRA",
         "vera": "VeRA",
     }

@@ -7,8 +7,10 @@
     "pissa"       s B A is the best rank-r part of W, which W loses          arXiv:2404.02948
     "olora"       B and A are the first r columns of Q and rows of R, W = Q R; W loses s B A
 
-The last two change the frozen weight: an adapter trained from them belongs to the weight returned here. For the last three HF falls
-back to the default on an embedding and refuses a convolution.
+    "corda", "loftq", "eva", "lora_ga"   from data or a quantiser: functions of their own, in `corda_init.py` and its like
+
+pissa and olora change the frozen weight, as do corda, loftq and lora_ga: an adapter trained from them belongs to the weight returned here.
+For orthogonal, pissa and olora HF falls back to the default on an embedding and refuses a convolution.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from peft_ref.layers import Layer
 
 NAMES = ("gaussian", "orthogonal", "pissa", "olora")
 NEEDS_MATRIX = ("orthogonal", "pissa", "olora")
+FROM_DATA = ("corda", "loftq", "eva", "lora_ga")
 
 
 class _HasRank(Protocol):
@@ -45,7 +48,7 @@ def check_rank(method: _HasRank) -> None:
     if not 0 <= method.lora_dropout < 1:
         raise ConfigError(f"lora_dropout={method.lora_dropout}: a probability below 1 is needed.")
     init = method.init_lora_weights
-    if not isinstance(init, bool) and init not in NAMES:
+    if not isinstance(init, bool) and init not in (*NAMES, *FROM_DATA):
         raise ConfigError(f"init_lora_weights={init!r} is not built here.\n  There are True, False, {', '.join(map(repr, NAMES))}.")
     if init == "orthogonal" and method.r % 2:
         raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, got r={method.r}.")
@@ -68,6 +71,11 @@ def check_init(method: _HasRank, layer: Layer) -> None:
 
 def initial_factors(layer: Layer, W: Array, r: int, scale: float, init: bool | str, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """A (r, fan in), B (out, r/groups) and the frozen weight, in W's library and dtype."""
+    if init in FROM_DATA:
+        raise ConfigError(
+            f"init_lora_weights={init!r} is made of data, or by a quantiser, and of nothing that is known here.\n"
+            f"  Call peft_ref.methods.{init}_init, and give what it returns as the module's start."
+        )
     out, fan_in, mid = layer.shape[0], layer.fan_in, r // layer.groups
 
     def uniform(rows: int, columns: int) -> Array:

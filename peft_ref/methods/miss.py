@@ -9,7 +9,7 @@ For a gradient G of W':   dD_ki = sum of G_ij over the j with j mod r = k.   A f
 
 Paper   Kang and Yin 2024, arXiv:2409.15371
 HF      peft.MissConfig, on linear layers alone. `init_weights` is more than a start there: "mini" and "bat" are other methods, MiSSMini
-        and MiSSBat here. There is no scale. BONE, of which this is the successor, had other tensors.
+        and MiSSBat here. There is no scale. BONE, which PEFT has no more, was this with another key: peft_ref.files.removed.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def orthonormal_vjp(vectors: list[Array], dnormals: list[Array]) -> list[Array]:
         dv = _normalised_vjp(_left_over(u, normals[:k]), dnormals[k])
         back.append(_left_over(dv, normals[:k]))
         for j in range(k):
-            dnormals[j] = +(dnormals[j] - dot(normals[j] * u) * dv - dot(normals[j] * dv) * u)
+            dnormals[j] = +(dnormals[j] - dv * dot(normals[j] * u) - u * dot(normals[j] * dv))
     back.reverse()
     return back
 
@@ -59,3 +59,22 @@ def _left_over(u: Array, normals: list[Array]) -> Array:
     for n in normals:
         u = +(u - n * namespace(n).sum(n * u))
     return u
+
+
+def diagonal_signs(vectors: list[Array]) -> list[Array]:
+    """Of R's diagonal, as arrays of one element, where LAPACK factors the matrix of these columns into Q R: n_k times its sign is Q's.
+
+    Each column is reflected onto its first entry, with that entry's sign turned; one that is zero below it stays as it is.
+    """
+    xp, rest, signs = namespace(*vectors), list(vectors), []
+    while rest:
+        u, *later = rest
+        one = u[:1] * 0.0 + 1.0
+        upright = xp.where(u[:1] >= 0.0, one, -one)
+        size, below = norm(u), u[1:]
+        turns = xp.sum(below * below, axis=0, keepdims=True) > 0.0  # an empty sum, of the last row, is zero
+        signs.append(xp.where(turns, -upright, upright))
+        v = xp.concat([u[:1] + upright * size, below])
+        turned = [+(w - v * (2.0 * xp.sum(v * w) / xp.sum(v * v))) for w in later]
+        rest = [xp.where(turns, t, w)[1:] for w, t in zip(later, turned, strict=True)]
+    return signs

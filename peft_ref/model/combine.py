@@ -212,7 +212,7 @@ def _checked(model: Adapted, adapters: Sequence[str], weights: Sequence[float]) 
         raise ConfigError("adapters of a mixed model are not combined so (HF PEFT refuses it too).\n  Use the exact combination.")
     for source in sources:
         as_lora(source.config.method)
-    if (init := as_lora(sources[0].config.method).init_lora_weights) in ("pissa", "olora"):
+    if (init := as_lora(sources[0].config.method).init_lora_weights) in ("pissa", "olora", "corda", "loftq"):
         raise ConfigError(
             f"adapter {adapters[0]!r} has init_lora_weights={init!r}: HF PEFT would take its part off the frozen weight once more.\n"
             "  Combine exactly, or give the first adapter another init."

@@ -23,11 +23,13 @@ from peft_ref.model.adapted import Adapted, Merged
 from peft_ref.model.attaching import overlaid, weight_name
 from peft_ref.model.numbers import as_stored, is_finite, wide
 from peft_ref.model.ties import Ties, changed_name, check_ties
+from peft_ref.stack import Adapter, step
 
 
 def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = False, ties: Ties = "refuse") -> Adapted:
     """`model` with these adapters merged, or the active ones. `ties` says what a merge into a tied weight does."""
     check_ties(ties)
+    model.refuse_attention("merge")
     if isinstance(names, str):
         raise ConfigError(f"names={names!r} is one name (HF PEFT refuses it too).\n  Give a list of names.")
     if not model.enabled:
@@ -50,15 +52,18 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
 
 def unmerge(model: Adapted) -> Adapted:
     """`model` with nothing merged."""
+    model.refuse_attention("unmerge")
     return replace(model, merged=Merged())
 
 
 def unload(model: Adapted) -> Adapted:
     """The model without adapters, its weights as they are now. The pristine ones are still in `base`."""
+    model.refuse_attention("unload")
     copies: Mapping[str, Array] = {k: v for n in model.active_names for k, v in model.adapters[n].saved.items() if _known(model, k)}
     bare = overlaid(model, model.merged.weights, model.merged.untied)
     ties = model.base.tied()
-    apart = frozenset(s for s, first in ties.items() if s in copies or first in copies)
+    kept = {s for n in model.active_names for s in model.adapters[n].tied}
+    apart = frozenset(s for s, first in ties.items() if (s in copies or first in copies) and s not in kept)
     bare = overlaid(bare, copies, apart)
     return Adapted(base=bare.base, changed=bare.changed, untied=bare.untied, mixed=bare.mixed)
 
@@ -78,7 +83,8 @@ def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array],
     stored = weights.get(kept, frozen)
     stored_bias = None if bias is None else weights.get(bias, weights.get(model.base.resolve(bias), model.frozen(bias)))
     b = None if stored_bias is None else wide(stored_bias)
-    W_new, b_new = method.weight(layer, params, wide(layer.fold(stored)), b, wide(layer.fold(frozen)))
+    b0 = None if bias is None else wide(model.frozen(bias))
+    W_new, b_new = step(layer, Adapter(method, params), wide(layer.fold(stored)), b, wide(layer.fold(frozen)), b0)
     if safe and not (is_finite(W_new) and is_finite(b_new)):
         raise NotMergeableError(f"{what}: the merged weight is not finite (HF PEFT refuses it too).\n  The adapter is broken.")
     weights[kept] = as_stored(layer.unfold(W_new), stored)

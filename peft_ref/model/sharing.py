@@ -50,14 +50,17 @@ def common(model: Adapted, placed: Placed, rng: np.random.Generator) -> Mapping[
 
 
 def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
-    """The modules with what their file left out, made again from the configuration."""
+    """The modules with what their file left out, made again from the configuration, or from the frozen weight."""
     absent = {
         name: [s.field for s in method.spec(layer) if getattr(params, s.field) is None and not s.saved]
         for name, (method, layer, params) in modules.items()
     }
     if not any(absent.values()):
         return dict(modules)
-    made = common(model, placed, np.random.default_rng(0))
+    made, weights = dict(common(model, placed, np.random.default_rng(0))), Matrices(model, placed.layers)
+    for name, (method, layer, _) in modules.items():
+        if absent[name] and name not in made:  # what each works out from its own weight alone
+            made[name] = method.init(layer, weights[name], np.random.default_rng(0)).params
     return {
         name: m._replace(params=m.params._replace(**{field: getattr(made[name], field) for field in absent[name]}))
         for name, m in modules.items()

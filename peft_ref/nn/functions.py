@@ -4,16 +4,30 @@
     rms_norm     y = w x / rms(x),   rms^2 = mean(x^2) + eps
     layer_norm   y = w (x - mean x) / std(x) + b,   std^2 = mean((x - mean x)^2) + eps
 
-Norms act on the last axis; w and b have its length. Softmax is in peft_ref/attention.py.
+Norms act on the last axis; w and b have its length. Softmax is in peft_ref/attention.py, what acts
+element by element in peft_ref/activations.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from peft_ref.activations import Function, FunctionVjp
+from peft_ref.activations import erf as erf
+from peft_ref.activations import erf_vjp as erf_vjp
+from peft_ref.activations import gelu as gelu
+from peft_ref.activations import gelu_tanh as gelu_tanh
+from peft_ref.activations import gelu_tanh_vjp as gelu_tanh_vjp
+from peft_ref.activations import gelu_vjp as gelu_vjp
+from peft_ref.activations import relu as relu
+from peft_ref.activations import relu_vjp as relu_vjp
+from peft_ref.activations import sigmoid as sigmoid
+from peft_ref.activations import silu as silu
+from peft_ref.activations import silu_vjp as silu_vjp
+from peft_ref.activations import tanh as tanh
+from peft_ref.activations import tanh_vjp as tanh_vjp
 from peft_ref.arrays import Array, as_rows, namespace
 from peft_ref.arrays import sum_to as sum_to
 from peft_ref.attention import softmax as softmax
@@ -66,91 +80,6 @@ def layer_norm_vjp(x: Array, w: Array, b: Array, eps: float, dy: Array) -> NormG
 
 def _centred(x: Array) -> Array:
     return x - namespace(x).mean(x, axis=-1, keepdims=True)
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + e^-x) = e^min(x, 0) / (1 + e^-|x|): no power is positive, so nothing overflows."""
-    xp = namespace(x)
-    size = xp.abs(x)
-    return xp.exp(0.5 * (x - size)) / (1 + xp.exp(-size))
-
-
-def silu(x: Array) -> Array:
-    return x * sigmoid(x)
-
-
-def silu_vjp(x: Array, dy: Array) -> Array:
-    s = sigmoid(x)
-    return dy * s * (1 + x * (1 - s))
-
-
-def relu(x: Array) -> Array:
-    return x * namespace(x).astype(x > 0, x.dtype)
-
-
-def relu_vjp(x: Array, dy: Array) -> Array:
-    return dy * namespace(x).astype(x > 0, x.dtype)
-
-
-def tanh(x: Array) -> Array:
-    return namespace(x).tanh(x)
-
-
-def tanh_vjp(x: Array, dy: Array) -> Array:
-    y = tanh(x)
-    return dy * (1 - y * y)
-
-
-_FLAT = 6.0  # erf(6) is 1 in float64
-_PERIOD = 24.0
-_ERF = tuple((n * 2 * math.pi / _PERIOD, 4 / (math.pi * n) * math.exp(-((n * math.pi / _PERIOD) ** 2))) for n in range(1, 50, 2))
-
-
-def erf(x: Array) -> Array:
-    """The error function, which the array API lacks, from sines alone.
-
-    erf is the sign function blurred by the density e^{-t^2} / sqrt(pi). Blur a square wave of period P instead: each sine of its Fourier
-    series, 4 / (pi n) sin(n w t) for odd n with w = 2 pi / P, shrinks by e^{-(n w)^2 / 4}. For |x| <= 6 and P = 24 the nearest other edge
-    of the wave is 6 away and changes nothing above 1e-16, nor does the sine n = 51. From there on erf is 1 to the last bit.
-    """
-    xp = namespace(x)
-    t = xp.clip(x, -_FLAT, _FLAT)
-    y = 0 * t
-    for frequency, height in reversed(_ERF):
-        y = y + height * xp.sin(frequency * t)
-    return y
-
-
-def erf_vjp(x: Array, dy: Array) -> Array:
-    return dy * (2 / math.sqrt(math.pi)) * namespace(x).exp(-x * x)
-
-
-def gelu(x: Array) -> Array:
-    """x Phi(x), Phi the normal distribution function. HF's "gelu"."""
-    return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
-
-
-def gelu_vjp(x: Array, dy: Array) -> Array:
-    """x' Phi + x Phi', Phi' the normal density."""
-    density = namespace(x).exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return dy * (0.5 * (1 + erf(x * math.sqrt(0.5))) + x * density)
-
-
-_CUBIC, _STEEP = 0.044715, math.sqrt(2 / math.pi)
-
-
-def gelu_tanh(x: Array) -> Array:
-    """x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3), near `gelu`. HF's "gelu_new" and "gelu_pytorch_tanh"."""
-    return 0.5 * x * (1 + tanh(_STEEP * (x + _CUBIC * x * x * x)))
-
-
-def gelu_tanh_vjp(x: Array, dy: Array) -> Array:
-    t = tanh(_STEEP * (x + _CUBIC * x * x * x))
-    return dy * 0.5 * (1 + t + x * (1 - t * t) * _STEEP * (1 + 3 * _CUBIC * x * x))
-
-
-Function: TypeAlias = Callable[[Array], Array]
-FunctionVjp: TypeAlias = Callable[[Array, Array], Array]
 
 
 class Activation(NamedTuple):

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
+from peft_ref.contracts import KINDS, Additive, Conditioned, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
 from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt
@@ -18,7 +18,9 @@ RESERVED = frozenset(
     | {"layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "alpha_pattern", "rank_pattern"}
     | {"revision", "target_modules", "target_parameters", "task_type"}
 )
-CONTRACTS = "LowRank, Additive or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+CONTRACTS = (
+    "LowRank, Additive, Conditioned or Reweight (peft_ref.contracts), Prompt (peft_ref.prompts) or AttentionMethod (peft_ref.attending)"
+)
 _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
@@ -51,7 +53,9 @@ def _missing(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return [f"it is no subclass of {CONTRACTS}"]
     found = (
-        [] if issubclass(cls, LowRank | Additive | Reweight | Prompt | AttentionMethod) else [f"it is of no contract: choose {CONTRACTS}"]
+        []
+        if issubclass(cls, LowRank | Additive | Conditioned | Reweight | Prompt | AttentionMethod)
+        else [f"it is of no contract: choose {CONTRACTS}"]
     )
     if abstract := sorted(cls.__abstractmethods__):
         found.append(f"not written: {', '.join(abstract)}")

@@ -86,7 +86,7 @@ CONFIG_NAMES: Mapping[str, str] = MappingProxyType(
     {kind.value: f"{_CALLED.get(kind, kind.title().replace('_', ''))}Config" for kind in PeftType}
 )
 
-# What PEFT once had, and why its adapters are not another method's.
+# What PEFT once had, and what became of it.
 REMOVED: Mapping[str, str] = MappingProxyType(
-    {"BONE": "PEFT replaced it by MISS, whose checkpoints are others. Convert the adapter with the PEFT that wrote it"}
+    {"BONE": "PEFT replaced it by MISS, the same method under other names. An adapter's folder is read as one of MISS"}
 )

@@ -1,7 +1,7 @@
 """Dropout masks drawn by a NumPy generator, for a batch of a model whose modules all see (batch, T, in).
 
 HF      draws anew at every forward: lora_dropout, or what a method calls it, on what enters an adapter; encoder_dropout between the
-        layers of P-tuning's LSTM
+        layers of P-tuning's LSTM; rank_dropout on the rows of LoHa's and LoKr's delta, and module_dropout on all of it
 """
 
 from __future__ import annotations
@@ -11,22 +11,46 @@ from typing import Any
 
 import numpy as np
 
-from peft_ref.arrays import Array, to
+from peft_ref.arrays import Array, to, zeros_like
+from peft_ref.errors import ConfigError
+from peft_ref.files.config import AdapterConfig
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.prompts import Context
-from peft_ref.stack import Dropout
-from peft_ref.train.learner import Batch, Learner, context_of
+from peft_ref.stack import Dropout, RowDropout
+from peft_ref.train.learner import Batch, Learner, RowDrops, context_of
 
 
 def with_dropout(learner: Learner, batch: Batch, rng: np.random.Generator, like: Array) -> Batch:
     """`batch` with fresh masks in `like`'s library, where the methods ask for dropout."""
     ids = batch.inputs.input_ids
-    masks: dict[str, Dropout] = {}
+    masks: dict[str, Dropout | RowDropout] = {}
     for name, method in learner.methods.items():
         p, layer = 0.0 if method.dropout is None else float(getattr(method, method.dropout)), learner.net.layers[name]
         if p > 0 and layer.kind != "embedding" and ids is not None:
             masks[name] = Dropout(_drawn(rng, (*ids.shape, layer.fan_in), p, like), p)
+        elif learner.row_drops is not None and (rows := _of_rows(learner.row_drops, layer.shape[0], rng, like)) is not None:
+            masks[name] = rows
     return replace(batch, dropout=masks, context=_of_encoder(learner, batch, rng, like))
+
+
+def row_drops(config: AdapterConfig) -> RowDrops | None:
+    """The dropout of LoHa and LoKr, which their configurations say beside the method: it is no part of what an adapter computes."""
+    kind, said = config.method.peft_type, config.housekeeping
+    if kind not in ("LOHA", "LOKR"):
+        return None
+    for name in ("rank_dropout", "module_dropout"):
+        p = said.get(name, 0.0)
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p < 1:
+            raise ConfigError(f"{name}={p!r}: a probability below 1 is needed to train.")
+    rank, module = float(said.get("rank_dropout", 0.0)), float(said.get("module_dropout", 0.0))
+    scaled = kind == "LOHA" or bool(said.get("rank_dropout_scale", False))
+    return RowDrops(rank, module, scaled) if rank or module else None
+
+
+def _of_rows(drops: RowDrops, out: int, rng: np.random.Generator, like: Array) -> RowDropout | None:
+    if drops.module and rng.random() < drops.module:
+        return RowDropout(zeros_like((out,), like))
+    return RowDropout.of(_drawn(rng, (out,), drops.rank, like), scaled=drops.scaled) if drops.rank else None
 
 
 def _of_encoder(learner: Learner, batch: Batch, rng: np.random.Generator, like: Array) -> Context | None:

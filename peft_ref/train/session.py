@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.config import DERIVED, flatten, from_dict
 from peft_ref.files.rules import field_names
@@ -24,7 +25,6 @@ from peft_ref.train.tiny import write_tiny
 
 TASK = "CAUSAL_LM"
 BESIDE = ("bias", "feedforward_modules")
-DROPOUTS = ("rank_dropout", "module_dropout")  # PEFT's of LoHa and its like
 
 
 class Session(NamedTuple):
@@ -46,6 +46,9 @@ def named_config(name: str, given: Mapping[str, Any], steps: int) -> dict[str, A
     known = {*field_names(cls), *field_names(Targets), *BESIDE} - DERIVED
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"{name} has no {unknown[0]}.\n  It has {', '.join(sorted(known))}.")
+    targets = given.get("target_modules")
+    if issubclass(cls, AttentionMethod) and isinstance(targets, list) and len(targets) == 1:
+        given = {**given, "target_modules": targets[0]}  # the last part of a name, and no list
     length = {"total_step": steps} if "total_step" in field_names(cls) else {}
     return {"peft_type": cls.peft_type, **cls.switched_on(), **length, **given}
 
@@ -63,8 +66,6 @@ def prepared(model: Path | None, data: Path, config: Mapping[str, Any], plan: Pl
     said = {"task_type": TASK, **config, "base_model_name_or_path": os.fspath(model), "inference_mode": False}
     if said["task_type"] != TASK:
         raise ConfigError(f"task_type={said['task_type']!r}, and what is trained here is a language model: {TASK}.")
-    if dropped := next((name for name in DROPOUTS if said.get(name)), None):
-        raise ConfigError(f"{dropped}={said[dropped]}: this dropout is not built here.\n  Set it to 0.")
     read = from_dict(said)
     training = start(loaded.model, loaded.graph, read, np.random.default_rng([plan.seed, 0]))
     count = sum(int(np.prod(array.shape)) for _, array in leaves(training.params))

@@ -22,7 +22,7 @@ FEW = ("--method", "lora", "--case", "lora.linear.plain", "--no-search")
 RIGHT = ("--", sys.executable, "-S", str(PORTS / "port.py"))
 WRONG = ("--", sys.executable, "-S", str(PORTS / "planted.py"))
 MISBEHAVING = ("--", sys.executable, "-S", str(Path(__file__).parent / "ports" / "misbehaving.py"))
-VERBS = ("check", "cases", "ranks")
+VERBS = ("check", "cases", "ranks", "convert")
 
 Capture = pytest.CaptureFixture[str]
 

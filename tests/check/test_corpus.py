@@ -116,6 +116,8 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     sizes = _sizes(layer)
     ranks = [a.config["r"] for a in case.adapters if a.config.get("r")]
     assert 1 not in (*sizes, *ranks)
+    if ".linear-square." in case.id:  # on purpose: where C3A's adapters chain, and OSF has projections of its own
+        return
     for one in (sizes, (*layer.shape, *ranks)):
         assert len(set(one)) == len(one), (case.id, one)
     assert case.x is not None

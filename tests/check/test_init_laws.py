@@ -27,6 +27,11 @@ PROMPTS = {i: c for i, c in CASES.items() if c.method in METHODS.prompts}
 DTYPES = tuple(PRECISION)
 
 
+def sent(value: Any, dtype: str) -> Any:
+    """A tensor as a port of that dtype sends it: places are integers in any."""
+    return value if value.dtype.kind in "iu" else round_to(value, dtype)
+
+
 def fresh(case: Case, dtype: str, seed: int) -> Draws:
     """What an honest port draws: computed in float64 or float32, each number rounded once to its format."""
     wide = np.float64 if dtype == "float64" else np.float32
@@ -47,12 +52,12 @@ def fresh(case: Case, dtype: str, seed: int) -> Draws:
     for i in range(case.question["draws"]):
         start = method.init(case.layer, W, np.random.default_rng([seed, i]))
         tensors = {**method.pack(case.layer, start.params), "weight": case.layer.unfold(start.W)}
-        out.append({k: round_to(v, dtype) for k, v in tensors.items()})
+        out.append({k: sent(v, dtype) for k, v in tensors.items()})
     return out
 
 
 def graded(case: Case, draws: Draws, dtype: str) -> str:
-    return grade_init(case, {"draws": [{k: encode(round_to(v, dtype)) for k, v in draw.items()} for draw in draws]}, dtype)
+    return grade_init(case, {"draws": [{k: encode(sent(v, dtype)) for k, v in draw.items()} for draw in draws]}, dtype)
 
 
 def accused(case: Case, dtype: str, seeds: range) -> list[str]:

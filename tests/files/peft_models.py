@@ -19,6 +19,7 @@ from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.stack import Adapter, forward  # noqa: E402
 from tests.methods import facts  # noqa: E402
+from tests.methods.facts import Facts  # noqa: E402
 
 nn = torch.nn
 
@@ -114,7 +115,7 @@ def layer_of(module: Any) -> Layer:
     if isinstance(module, nn.Embedding):
         return Embedding(num_embeddings=module.num_embeddings, embedding_dim=module.embedding_dim)
     if isinstance(module, nn.Linear):
-        return Linear(in_features=module.in_features, out_features=module.out_features)
+        return Linear(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
     if isinstance(module, transformers.pytorch_utils.Conv1D):
         return Linear(in_features=module.weight.shape[0], out_features=module.weight.shape[1], transposed=True)
     return Conv(
@@ -176,57 +177,22 @@ def with_random_parameters(config: Any, modules: dict[str, Layer], rng: np.rando
     return filled
 
 
-def random_peft_config(rng: np.random.Generator) -> Any:
+def _drawn(own: Facts) -> Callable[[Any, dict[str, Any]], Any] | None:
+    """How a method draws a configuration; one that does not say takes one of those that it gives for `Net`."""
+    given = [config for base, config in own.models.values() if base is None]
+    return own.random or ((lambda rng, common: given[rng.integers(len(given))]()) if given else None)
+
+
+RANDOM = {name: drawn for name in METHODS.weights if (drawn := _drawn(facts(name))) is not None}
+
+
+def random_peft_config(rng: np.random.Generator, name: str) -> Any:
     """A configuration of a method on weights, for `Net`."""
-    keys = ["q", "up", "layers.0.q", r"layers\.[01]\.up", r".*\.q", "conv2", "nothing"]
-
-    def pattern() -> dict[str, int]:
-        return {keys[i]: int(rng.integers(1, 9)) for i in rng.permutation(len(keys))[: rng.integers(0, 4)]}
-
-    targets = ["q", "up", "conv2"] if rng.integers(2) else r".*\.(q|up)"
     common = {
-        "target_modules": targets,
+        "target_modules": ["q", "up", "conv2"] if rng.integers(2) else r".*\.(q|up)",
         "exclude_modules": [None, ["head"], ".*head"][rng.integers(3)],
         "modules_to_save": [None, ["head"]][rng.integers(2)],
         "task_type": [None, "CAUSAL_LM"][rng.integers(2)],
         "base_model_name_or_path": [None, "a/b", "ü"][rng.integers(3)],
     }
-    kind = rng.integers(6)
-    if kind == 0:
-        dora = bool(rng.integers(2))
-        layers = {} if isinstance(targets, str) else {"layers_to_transform": [None, 1, [0, 1]][rng.integers(3)]}
-        return peft.LoraConfig(
-            r=int(rng.integers(1, 65)),
-            lora_alpha=[8, 2.5, 1e-7][rng.integers(3)],
-            lora_dropout=float(rng.random()),
-            use_rslora=bool(rng.integers(2)),
-            use_dora=dora,
-            lora_bias=not dora and bool(rng.integers(2)),
-            bias=str(rng.choice(["none", "all", "lora_only"])),
-            rank_pattern=pattern(),
-            alpha_pattern=pattern(),
-            **layers,
-            **common,
-        )
-    if kind == 1:
-        return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(), alpha_pattern=pattern(), **common)
-    if kind == 2:
-        patterns = {k: v for k, v in common.items() if k != "target_modules"}
-        return peft.HRAConfig(
-            r=int(rng.integers(1, 5)), init_weights=False, apply_GS=bool(rng.integers(2)), target_modules=["q", "up"], **patterns
-        )
-    if kind == 3:
-        size = {"r": int(rng.integers(1, 7)), "oft_block_size": 0} if rng.integers(2) else {"oft_block_size": int(rng.integers(1, 9))}
-        return peft.OFTConfig(
-            **size,
-            coft=False,  # PEFT overwrites what it loaded: OFT-Q6
-            block_share=bool(rng.integers(2)),
-            use_cayley_neumann=bool(rng.integers(2)),
-            num_cayley_neumann_terms=int(rng.integers(1, 7)),
-            **{**common, "target_modules": ["q", "up"]},
-        )
-    if kind == 4:
-        plain = {k: v for k, v in common.items() if k != "exclude_modules"}
-        variant = f"road_{(1, 2, 4)[rng.integers(3)]}"
-        return peft.RoadConfig(variant=variant, group_size=int(rng.choice([2, 10])), **{**plain, "target_modules": ["q"]})
-    return peft.IA3Config(feedforward_modules=[["up"], [], r".*\.up", None][rng.integers(4)], **common)
+    return RANDOM[name](rng, common)

@@ -14,7 +14,7 @@ import pytest
 from peft_ref.errors import ConfigError, FileFormatError, TargetError
 from peft_ref.files.config import AdapterConfig, Patterns, flatten, from_dict, parse, render
 from peft_ref.layers import Linear
-from peft_ref.methods import IA3, DoRA, LoHa, LoRA
+from peft_ref.methods import IA3, DoRA, LoHa, LoHaEffective, LoRA
 
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q", "v"]}
 
@@ -194,8 +194,6 @@ def test_what_cannot_be_is_a_config_error_that_says_where(what: str) -> None:
 NOT_BUILT: dict[str, Any] = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "target_parameters": ["experts.weight"],
-    "layer_replication": [[0, 4]],
     "trainable_token_indices": [3],
 }
 
@@ -207,10 +205,10 @@ def test_a_switch_that_is_not_built_is_refused_when_on_and_kept_when_off(switch:
     assert flatten(lora(**{switch: None}))[switch] is None
 
 
-@pytest.mark.parametrize("switch", ["target_parameters", "layer_replication", "trainable_token_indices"])
+@pytest.mark.parametrize("switch", ["trainable_token_indices", "target_parameters"])
 def test_what_adalora_inherits_from_lora_and_is_not_built_is_refused_when_on(switch: str) -> None:
     with pytest.raises(ConfigError, match=f"{switch}=.*not built yet"):
-        from_dict({**ADALORA, switch: NOT_BUILT[switch]})
+        from_dict({**ADALORA, switch: {**NOT_BUILT, "target_parameters": ["experts.weight"]}[switch]})
 
 
 def test_adaloras_rank_pattern_says_for_each_module_how_many_triplets_are_left() -> None:
@@ -227,13 +225,7 @@ def test_adalora_reads_every_name_of_an_init_as_true_and_no_alpha_pattern() -> N
     assert flatten(config)["alpha_pattern"] == {"q": 99}
 
 
-@pytest.mark.parametrize("init", ["corda", "loftq"])
-def test_an_init_that_leaves_more_behind_than_plain_lora_is_refused(init: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{init}' is not built yet"):
-        lora(init_lora_weights=init)
-
-
-@pytest.mark.parametrize(("init", "meaning"), [("eva", True), ("lora_ga", True), ("pissa_niter_16", "pissa")])
+@pytest.mark.parametrize(("init", "meaning"), [("eva", True), ("lora_ga", True), ("pissa_niter_16", "pissa"), ("corda", "corda")])
 def test_an_init_that_needs_data_means_what_a_saved_adapter_computes_and_is_kept(init: str, meaning: bool | str) -> None:
     config = lora(init_lora_weights=init)
     assert config.method == LoRA(r=4, lora_alpha=6, init_lora_weights=meaning)
@@ -256,9 +248,11 @@ def test_an_init_is_read_as_peft_reads_it_and_kept(init: Any, meaning: bool | st
     assert flatten(config)["init_lora_weights"] == init
 
 
-def test_loha_s_effective_conv_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use_effective_conv2d=True is not built yet"):
-        from_dict({"peft_type": "LOHA", "use_effective_conv2d": True})
+def test_loha_with_a_core_is_a_method_of_its_own() -> None:
+    data = {"peft_type": "LOHA", "use_effective_conv2d": True, "r": 4}
+    assert from_dict(data).method == LoHaEffective(r=4)
+    assert flatten(from_dict(data)) == data
+    assert from_dict({"peft_type": "LOHA", "use_effective_conv2d": False}).method == LoHa()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"peft_type": "LORA", "r": 4, "r": 8}'])

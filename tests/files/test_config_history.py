@@ -13,7 +13,7 @@ from peft_ref.errors import ConfigError, FileFormatError
 from peft_ref.files.adapter import CONFIG, load_config
 from peft_ref.files.config import from_dict, render
 from peft_ref.files.rules import field_names
-from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA, PromptTuning
+from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA, PromptTuning, method_class
 
 # LoRA's configuration grew release by release: the keys that came, and the value that was written when nobody said anything.
 FIRST: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_a_merged_linear_of_peft_0_2_is_refused_and_not_read_as_lora() -> None:
 
 def test_a_removed_method_is_refused_with_what_became_of_it() -> None:
     with pytest.raises(ConfigError, match=r"'BONE' is not built here\.\n  PEFT replaced it by MISS"):
-        from_dict({"peft_type": "BONE", "r": 8})
+        method_class("BONE")
 
 
 def test_a_folder_without_a_configuration_is_said_so(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from peft_ref.files.safetensors import serialize  # noqa: E402
 from peft_ref.methods import CPT, METHODS  # noqa: E402
 from peft_ref.prompts import EMBEDDING, SAVED, Prompt  # noqa: E402
 from tests.files.peft_models import (  # noqa: E402
+    RANDOM,
     Net,
     assert_same_files,
     layer_of,
@@ -112,20 +113,11 @@ def assert_same_outputs(model: Any, adapter: AdapterFile, rng: np.random.Generat
         np.testing.assert_allclose(our_output(module, modules[name].base_layer, x), theirs, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def random_weights_config(rng: np.random.Generator) -> Any:
-    if rng.integers(5) == 0:
-        return peft.AdaLoraConfig(
-            init_r=int(rng.integers(2, 6)),
-            target_r=2,
-            lora_alpha=int(rng.integers(1, 9)),
-            total_step=9,
-            target_modules=["q", "up", "conv2"][: rng.integers(1, 4)],
-            bias=str(rng.choice(["none", "all"])),
-        )
-    config = random_peft_config(rng)
+def random_weights_config(rng: np.random.Generator, method: str) -> Any:
+    config = random_peft_config(rng, method)
     config.base_model_name_or_path = None
     for name in ("rank_pattern", "alpha_pattern"):  # PEFT saves them sorted: in another order the file would mean another adapter
-        if hasattr(config, name):
+        if getattr(config, name, None):
             setattr(config, name, dict(sorted(getattr(config, name).items())))
     if config.peft_type == "IA3" and config.feedforward_modules is None:
         config.feedforward_modules = []  # Net has no default
@@ -134,11 +126,11 @@ def random_weights_config(rng: np.random.Generator) -> Any:
 
 def test_methods_on_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(40)
-    kinds = set()
+    kinds, names = set(), list(RANDOM)
     for i in range(ON_WEIGHTS):
         torch.manual_seed(i)
         hf, ours, fresh = (tmp_path / f"{i}{name}" for name in ("hf", "ours", "fresh"))
-        trained = adapted(random_weights_config(rng), Net().to(torch.float64))
+        trained = adapted(random_weights_config(rng, names[i % len(names)]), Net().to(torch.float64))
         trained.save_pretrained(hf)
         layers = {name: layer_of(module) for name, module in tuned(trained).items()}
         adapter = load_adapter(hf, layers=layers)

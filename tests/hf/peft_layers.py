@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,8 @@ LAYERS: dict[str, Layer] = {
     "conv2d-pointwise": Conv(in_channels=6, out_channels=5, kernel_size=(1, 1), stride=(2, 1), padding=(1, 2)),
     "conv2d-groups": Conv(in_channels=4, out_channels=6, kernel_size=(2, 3), stride=(1, 2), padding=(0, 1), groups=2),
     "conv2d-dilation": Conv(in_channels=3, out_channels=5, kernel_size=(2, 3), padding=(2, 1), dilation=(3, 2)),
+    "linear-thirds": Linear(in_features=6, out_features=9),
+    "linear-square": Linear(in_features=8, out_features=8),
     "linear-both": Linear(in_features=8, out_features=12),
     "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
     "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), padding=(1,)),
@@ -46,6 +49,8 @@ INPUTS = {
     "conv2d-pointwise": (2, 6, 7, 4),
     "conv2d-groups": (2, 4, 5, 6),
     "conv2d-dilation": (2, 3, 8, 7),
+    "linear-thirds": (2, 3, 6),
+    "linear-square": (5, 8),
     "linear-both": (2, 3, 8),
     "transposed-both": (2, 3, 8),
     "conv1d-both": (2, 6, 5),
@@ -105,18 +110,21 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.set_default_dtype(getattr(torch, own_facts(method).drawn_in))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
     model.double()
+    if isinstance(layer, Linear) and not layer.transposed:
+        layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
-    own_facts(method).settled(tuner)
+    own_facts(method).settle(tuner)
     adapters, parameters = [], []
     common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
@@ -124,10 +132,14 @@ def pair(
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
+        method = own_facts(method).as_made_by(tuner, name, method)
         for spec in method.spec(layer):
             if spec.saved:
                 place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
                 assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
+                if not spec.trained and not saved[f"base_model.{place}"].is_floating_point():
+                    tensors[spec.key] = saved[f"base_model.{place}"].numpy()  # both sides made it alike
+                    continue
             parameter = _parameter(model, spec.key, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             if spec.shared:
@@ -138,7 +150,7 @@ def pair(
             else:
                 values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
+        assert len([key for key in saved if ".wide." not in key]) == sum(1 + s.repeated for s in method.spec(layer) if s.saved)
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer
@@ -148,9 +160,9 @@ def pair(
 
 
 def _parameter(model: Any, key: str, adapter: str) -> Any:
-    """The torch parameter behind a checkpoint key: PEFT puts the adapter's name last, or before a last `weight` or `bias`."""
+    """The torch parameter or buffer behind a checkpoint key: PEFT puts the adapter's name among its words, at times a `weight` last."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
-        own = name.removeprefix("base_model.model.target.")
-        if own in (f"{key}.{adapter}", f"{key}.{adapter}.weight", f"{key.rpartition('.')[0]}.{adapter}.{key.rpartition('.')[2]}"):
+        own = ".".join(word for word in name.removeprefix("base_model.model.target.").split(".") if word != adapter)
+        if own in (key, f"{key}.weight") and f".{adapter}" in name:
             return parameter
     raise KeyError(key)

@@ -18,6 +18,7 @@ import peft  # noqa: E402
 from peft_ref import hf  # noqa: E402
 from peft_ref.errors import FileFormatError  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
+from tests.methods import facts  # noqa: E402
 
 CLASSES = {cls.__name__: cls for cls in hf.PEFT_TYPE_TO_CONFIG_MAPPING.values()}
 NEEDED: dict[str, dict[str, Any]] = {"AdaLoraConfig": {"total_step": 9}, "CPTConfig": {"task_type": "CAUSAL_LM"}}
@@ -31,21 +32,28 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "AdaLoraConfig": [{"deltaT": 2, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.1}],
     "IA3Config": [{"target_modules": ["a"], "feedforward_modules": ["a"]}],
     "LoHaConfig": [{"r": 2, "rank_dropout": 0.5, "target_modules": ["a"]}],
+    "LoKrConfig": [{"r": 2, "rank_dropout": 0.5, "decompose_both": True, "target_modules": ["a"]}, {"init_weights": "lycoris"}],
+    "HiraConfig": [{"r": 2, "hira_dropout": 0.5, "init_weights": "gaussian", "target_modules": ["a"], "rank_pattern": {"a": 3}}],
+    "GraloraConfig": [{"r": 4, "hybrid_r": 2, "gralora_k": 4, "bias": "all", "target_modules": ["a"]}],
+    "MissConfig": [{"r": 2, "target_modules": ["a"]}, {"r": 2, "mini_r": 2, "init_weights": "mini"}, {"r": 2, "init_weights": "bat"}],
     "PromptTuningConfig": [
         {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "b", "num_virtual_tokens": 2},
         {"prompt_tuning_init": "SAMPLE_VOCAB", "task_type": "SEQ_CLS", "modules_to_save": ["a"]},
     ],
     "PrefixTuningConfig": [{"prefix_projection": True, "encoder_hidden_size": 3}],
     "PromptEncoderConfig": [{"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3, "num_layers": 1}],
+    "AdaptionPromptConfig": [{"adapter_len": 3, "adapter_layers": 2, "target_modules": "attn"}],
     "CartridgeConfig": [{"num_virtual_tokens": 3, "num_frozen_tokens": 2}],
     "CPTConfig": [{"cpt_token_ids": [3, 1], "cpt_tokens_type_mask": [1, 4], "opt_weighted_loss_type": "decay"}],
     "MultitaskPromptTuningConfig": [{"num_tasks": 3, "prompt_tuning_init": "ONLY_SOURCE_SHARED"}],
 }
-CASES = [(name, {**NEEDED.get(name, {}), **options}) for name in CLASSES for options in ({}, *OPTIONS[name])]
+# Of classes without a row of their own, those of the quick tour.
+TOURED = {tour.config: [dict(tour.options)] for name in METHODS.weights if (tour := facts(name).tour)}
+CASES = [(name, {**NEEDED.get(name, {}), **options}) for name in CLASSES for options in ({}, *OPTIONS.get(name, TOURED.get(name, [])))]
 
 
 def test_every_method_has_a_class() -> None:
-    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in (METHODS.weights | METHODS.prompts).values()}
+    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in METHODS.values()}
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "PeftConfig", "PromptLearningConfig"])

@@ -58,7 +58,7 @@ def everything(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
         W1, b1 = stack.merge(layer, W, b, adapters)
     except NotMergeableError:
         return results
-    W2, b2 = stack.unmerge(layer, W1, b1, adapters, W)
+    W2, b2 = stack.unmerge(layer, W1, b1, adapters, W, b)
     g = case.method.weight_vjp(layer, arrays["params"], W, b, W, W1, b1)
     packed = case.method.pack(layer, arrays["params"])
     unpacked = case.method.unpack(layer, packed)
@@ -99,7 +99,9 @@ def test_float32_in_gives_float32_out(name: str, kind: str, data: st.DataObject)
     arrays = {"W": narrow(case.W), "b": narrow(case.b), "x": narrow(case.x), "dy": narrow(case.dy)}
     results = everything(case, arrays | {"params": type(params)(*map(narrow, params))})
     assert results["y"].dtype == np.float32
-    wide = {key: str(value.dtype) for key, value in results.items() if value is not None and value.dtype not in (np.float32, np.int64)}
+    wide = {
+        key: str(value.dtype) for key, value in results.items() if value is not None and value.dtype not in (np.float32, np.int64, np.int32)
+    }
     assert not wide
 
 
@@ -124,7 +126,7 @@ def test_an_object_array_of_floats_gives_the_same_numbers(name: str, kind: str, 
 
 
 class Boxed:
-    """A float that knows only +, -, *, /, the square root, sine, cosine and its order; NumPy's object arrays call these."""
+    """A float that knows only +, -, *, /, the functions that `check.exact` knows, and its order; NumPy's object arrays call these."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -144,6 +146,17 @@ class Boxed:
     def __gt__(self, other: Any) -> bool:
         return self.value > float(other)
 
+    def __ge__(self, other: Any) -> bool:
+        return self.value >= float(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.value <= float(other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Boxed) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __abs__(self) -> Boxed:
         return Boxed(abs(self.value))
 
@@ -152,6 +165,12 @@ class Boxed:
 
     def __pos__(self) -> Boxed:
         return self
+
+    def exp(self) -> Boxed:
+        return Boxed(math.exp(self.value))
+
+    def tanh(self) -> Boxed:
+        return Boxed(math.tanh(self.value))
 
     def cos(self) -> Boxed:
         return Boxed(math.cos(self.value))

@@ -60,7 +60,7 @@ def test_unmerge_undoes_merge(name: str, kind: str, data: st.DataObject) -> None
     case = data.draw(cases(name, kind))
     adapters = [Adapter(case.method, case.params()), companion(data, case, 21)]
     if (after := merged(case, adapters)) is not None:
-        W, b = stack.unmerge(case.layer, *after, adapters, case.W)
+        W, b = stack.unmerge(case.layer, *after, adapters, case.W, case.b)
         assert_close(W, case.W, "the weight", rounding=1e-8)
         if case.b is not None:
             assert b is not None
@@ -78,7 +78,7 @@ def test_unmerge_gives_the_same_bits_back_where_nothing_is_rounded(name: str, ki
         change is not None and not _short(change - before) for change, before in zip(after, (case.W, case.b), strict=True)
     ):
         return  # a scale like 1/3: W + dW is rounded
-    W, b = stack.unmerge(case.layer, *after, adapters, case.W)
+    W, b = stack.unmerge(case.layer, *after, adapters, case.W, case.b)
     assert_same_bits(W, case.W, "the weight")
     if case.b is not None:
         assert b is not None

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from peft_ref.contracts import WeightMethod
+from peft_ref.errors import UnsupportedLayerError
+from peft_ref.layers import Layer
 from peft_ref.methods import METHODS
 from tests.methods.facts import Facts
 
@@ -23,3 +25,12 @@ def facts(name: str) -> Facts:
 def made(name: str, **options: Any) -> WeightMethod[Any]:
     """The method with its defaults; where a hyper-parameter has none, with the least that it needs."""
     return METHODS.weights[name](**{**facts(name).required, **options})
+
+
+def takes(method: WeightMethod[Any], layer: Layer) -> bool:
+    """Whether the method works on a layer like this."""
+    try:
+        method.check_layer(layer)
+    except UnsupportedLayerError:
+        return False
+    return True

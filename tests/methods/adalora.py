@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.methods.adalora import AdaLoRA
+from tests.methods.config_words import random_word
 from tests.methods.facts import Facts, Tour, as_configured
 
 
@@ -15,7 +16,21 @@ def peft_options(method: AdaLoRA) -> Mapping[str, Any]:
     return {word: value for word, value in as_configured(method).items() if word != "live_r"}
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    import peft
+
+    return peft.AdaLoraConfig(
+        init_r=int(rng.integers(2, 6)),
+        target_r=2,
+        lora_alpha=int(rng.integers(1, 9)),
+        total_step=9,
+        bias=random_word(rng, "none", "all"),
+        **common,
+    )
+
+
 FACTS = Facts(
+    random=random_config,
     # The smallest of no scores is nothing: where no triplet is to go, PEFT's allocator crashes.
     unable=lambda case, dtype: case == "adalora.allocator.nothing-goes.allocate",
     settings={

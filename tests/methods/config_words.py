@@ -26,6 +26,35 @@ PATTERNS: dict[str, list[Any]] = {
     "rank_pattern": [*({"q": r} for r in RANKS), {r"layers\.1\.q": 6}, {"(q": 2}, {"none": 0}, {}, [], ["q"], None, "q"],
     "alpha_pattern": [{}, {"q": 2}, {"q": 0.5}, {"q": 0}, {"q": -1}, {"q": "2"}, {"q": None}, {"(q": 2}, {"none": "2"}, [], ["q"], None, 3],
 }
+MODULES = ["q", "up", "layers.0.q", r"layers\.[01]\.up", r".*\.q", "conv2", "nothing"]
+
+
+def pattern(rng: Any) -> dict[str, int]:
+    """Some modules of `Net`, by several ways to name them, and their ranks."""
+    return {MODULES[i]: int(rng.integers(1, 9)) for i in rng.permutation(len(MODULES))[: rng.integers(0, 4)]}
+
+
+def random_word(rng: Any, *values: Any) -> Any:
+    return values[rng.integers(len(values))]
+
+
+def flip(rng: Any) -> bool:
+    return bool(rng.integers(2))
+
+
+SIZES: list[Any] = [
+    *({"q": size} for size in (2, 1, 3, 0, -1, "2", None)),
+    {r"layers\.1\.q": 2},
+    {"layers.0.q": 2},
+    {"q|up": 2},
+    {"(q": 2},
+    {"none": 0},
+    {},
+    [],
+    ["q"],
+    None,
+    3,
+]
 NUMBERS: list[Any] = [1, 2, 3, 8, 0, -1, "8", None, 4.0, 2.5, True, [4], 1000]
 SWITCH: list[Any] = [True, False, None, "yes", "", 1, 0, []]
 BIASES: list[Any] = ["none", "all", "lora_only", "some_only", "some", "", None, True]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.methods.dora import DoRA
 from tests.methods.facts import Facts, Tour
+from tests.methods.lora import lora, options
 
 
 def numbers(name: str, values: Any) -> Any:
@@ -16,7 +17,12 @@ def numbers(name: str, values: Any) -> Any:
     return np.abs(values) + 0.5 if name == "m" else values
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    return lora(**options(rng, common), use_dora=True)()
+
+
 FACTS = Facts(
+    random=random_config,
     unable=lambda case, dtype: case in {f"dora.conv1d-dilation.plain.{operation}" for operation in ("forward", "backward")},
     settings={"dora": DoRA(r=4, lora_alpha=6), "dora-rslora": DoRA(r=4, lora_alpha=6, use_rslora=True)},
     numbers=numbers,

@@ -53,13 +53,22 @@ class Facts:
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
     compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
+    as_made_by: Callable[[Any, str, Any], Any] = lambda tuner, adapter, method: method  # with what only PEFT's layer tells of an adapter
+    impose: Callable[[Any, str, Any], None] = lambda tuner, adapter, method: None  # the same, put into PEFT's layer
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
-    drawn_in: str = "float64"  # the format PEFT makes its layer in; it computes in float64
-    settled: Callable[[Any], None] = lambda tuner: None  # what is done to PEFT's layer so that it draws nothing in training mode
+    peft_dropout: str | None = None  # what PEFT's layer calls its dropout of the input, where not as the configuration
+    several: bool = True  # all active adapters act in PEFT's forward pass
+    without_signs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = (
+        None  # of a start from singular vectors, what their signs leave
+    )
+    silent: bool = False  # PEFT passes over a layer that it does not take, without a word
+    made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
+    settle: Callable[[Any], None] = lambda tuner: None  # takes PEFT's layer out of chance
     alone: bool = False  # PEFT refuses a second adapter like it on one layer
     bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
+    float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
     unable: Callable[[str, str], bool] = lambda case, dtype: False  # cases that PEFT's port skips (spec/ports/hf_peft)
@@ -67,6 +76,7 @@ class Facts:
 
     # Hypothesis (tests/laws/strategies.py): values of fields, and which layers, by kind.
     required: Options = field(default_factory=dict)  # of fields without a default
+    small: Options = field(default_factory=dict)  # where the defaults are too large for a layer of four inputs, as in tests/model
     fields: Strategies = field(default_factory=dict)
     fresh: Strategies = field(default_factory=dict)  # of starts that promise to change nothing
     few: Strategies = field(default_factory=dict)  # for backends that compile: one of each
@@ -78,6 +88,10 @@ class Facts:
     space: Mapping[str, list[Any]] = field(default_factory=dict)
     made: Callable[[Any, Any], bool] = ranked
     differences: tuple[Difference, ...] = ()
+
+    # A random configuration of PEFT's for `Net`, given a generator and the words of all, which may be changed; without it one
+    # of `models` (tests/files/peft_models.py).
+    random: Callable[[Any, dict[str, Any]], Any] | None = None
 
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.
     models: Mapping[str, tuple[Make | None, Make]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Linear
 from peft_ref.methods.gralora import GraLoRA
-from tests.methods.config_words import LAYERS, NUMBERS, OWN_TARGETS, SWITCH
+from tests.methods.config_words import LAYERS, NUMBERS, OWN_TARGETS, SWITCH, random_word
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.hira import gpt2
 from tests.methods.wrong import replaced
@@ -27,7 +27,14 @@ def even() -> Any:
     return nn.ModuleDict({"c": nn.Linear(6, 10), "d": nn.Linear(8, 4)})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    own = {"r": random_word(rng, 2, 4), "hybrid_r": int(rng.integers(3)), "alpha": int(rng.integers(1, 9)), "target_modules": ["q"]}
+    return gralora(**{**{word: value for word, value in common.items() if word != "exclude_modules"}, **own})()
+
+
 FACTS = Facts(
+    random=random_config,
+    small={"r": 2, "gralora_k": 1},
     settings={
         "gralora": GraLoRA(r=4, alpha=6),
         "gralora-four": GraLoRA(r=8, alpha=6, gralora_k=4),

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from peft_ref.methods.hira import HiRA
-from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS, pattern
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import Draw, key_with, replaced
 
@@ -28,7 +28,15 @@ def swapped(case: Any, draw: Draw, rng: Any) -> Draw:
     return {**draw, a: rng.normal(size=draw[a].shape), b: draw[b] * 0}
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    own = {"r": int(rng.integers(1, 9)), "hira_dropout": float(rng.random()), "rank_pattern": pattern(rng)}
+    return hira(**own, **common)
+
+
 FACTS = Facts(
+    random=random_config,
+    dialects={"unmerge-saved-copy": lambda case, dtype: case.endswith(".unmerge")},
+    small={"r": 2},
     settings={"hira": HiRA(r=4)},
     config={"peft_type": "HIRA", "r": 4, "target_modules": ["q", "up"]},
     space=TARGETS

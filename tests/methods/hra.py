@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Conv, Linear
 from peft_ref.methods.hra import HRA
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS, flip
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
 
@@ -30,7 +30,14 @@ def small_conv() -> Any:
     return nn.ModuleDict({"c": nn.Conv2d(4, 6, 2)})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    own = {"r": int(rng.integers(1, 5)), "init_weights": False, "apply_GS": flip(rng)}
+    return hra(**{**common, **own, "target_modules": ["q", "up"]})
+
+
 FACTS = Facts(
+    random=random_config,
+    small={"r": 2},
     settings={"hra": HRA(r=4), "hra-odd": HRA(r=3), "hra-orthogonal": HRA(r=4, apply_GS=True)},
     # Gram-Schmidt on any vectors is too ill conditioned for differences; its gradient is compared with PEFT's.
     fields={"apply_GS": st.just(False)},

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peft_ref.methods.ia3 import IA3
-from tests.methods.config_words import SWITCH, TARGETS
+from tests.methods.config_words import SWITCH, TARGETS, random_word
 from tests.methods.facts import Facts, Tour
 
 
@@ -20,7 +20,14 @@ def as_made(module: Any, method: Any) -> bool:
     return bool(module.is_feedforward == method.is_feedforward)
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    import peft
+
+    return peft.IA3Config(feedforward_modules=random_word(rng, ["up"], [], r".*\.up", None), **common)
+
+
 FACTS = Facts(
+    random=random_config,
     # It divides by l + 1e-8; in float32 that is l.
     dialects={"ia3-unmerge-epsilon": lambda case, dtype: dtype == "float64" and case.endswith(".unmerge")},
     settings={"ia3": IA3(), "ia3-feedforward": IA3(is_feedforward=True)},

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft_ref.methods.loha import LoHa
-from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS, pattern
 from tests.methods.facts import Facts, Tour
 
+
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    import peft
+
+    return peft.LoHaConfig(r=int(rng.integers(1, 9)), alpha=3, rank_pattern=pattern(rng), alpha_pattern=pattern(rng), **common)
+
+
 FACTS = Facts(
+    random=random_config,
     settings={"loha": LoHa(r=4, alpha=6, init_weights=False)},
     config={"peft_type": "LOHA", "r": 4, "alpha": 6, "target_modules": ["q", "up"]},
     space=TARGETS

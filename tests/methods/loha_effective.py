@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from peft_ref.methods.loha_effective import LoHaEffective
+from tests.methods.config_words import pattern
 from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
@@ -16,7 +17,14 @@ def loha(**options: Any) -> Any:
     return lambda: peft.LoHaConfig(**{"target_modules": ["q", "up", "conv1", "conv2"], "use_effective_conv2d": True, **options})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    patterns = {"rank_pattern": pattern(rng), "alpha_pattern": pattern(rng)}
+    return loha(**{**common, **patterns, "r": int(rng.integers(1, 5)), "alpha": 3, "target_modules": ["q", "conv1", "conv2"]})()
+
+
 FACTS = Facts(
+    random=random_config,
+    small={"r": 2},
     settings={"loha-effective": LoHaEffective(r=4, alpha=6), "loha-effective-one": LoHaEffective(r=1, alpha=2, init_weights=False)},
     models={
         "loha effective": (None, loha(r=2, alpha=3)),  # PEFT keeps the scale as a float32, so only a dyadic one can be compared

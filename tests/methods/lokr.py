@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.methods.lokr import LoKr
-from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS, flip, pattern, random_word
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
 
@@ -27,7 +27,23 @@ def wide() -> Any:
     return nn.ModuleDict({"c": nn.Conv2d(24, 40, (2, 1)), "d": nn.Conv1d(24, 40, 3)})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    return lokr(
+        **common,
+        r=int(rng.integers(1, 9)),
+        alpha=random_word(rng, 3, 0.5),
+        decompose_both=flip(rng),
+        decompose_factor=random_word(rng, -1, 2, 3, 5),
+        use_effective_conv2d=flip(rng),
+        init_weights=random_word(rng, True, False, "lycoris"),
+        rank_pattern=pattern(rng),
+        alpha_pattern=pattern(rng),
+    )()
+
+
 FACTS = Facts(
+    random=random_config,
+    small={"r": 2},
     settings={
         "lokr": LoKr(r=2, alpha=3, decompose_factor=2),
         "lokr-full": LoKr(r=8, alpha=12),

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.methods.lora import LoRA
-from tests.methods.config_words import BIASES, LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS
+from tests.methods.config_words import BIASES, LAYERS, NUMBERS, PATTERNS, SWITCH, TARGETS, flip, pattern, random_word
 from tests.methods.facts import Difference, Facts, Tour, ranked
 
 INITS: list[Any] = ["gaussian", "Gaussian", "olora", "OLoRA", "pissa", "PISSA", "pissa_niter_2", "pissa_niter_x", "pissa_x", "orthogonal"]
@@ -27,7 +27,28 @@ def as_made(module: Any, method: Any) -> bool:
     return ranked(module, method) and bool(module.use_dora["default"]) == (type(method).__name__ == "DoRA")
 
 
+def options(rng: Any, common: dict[str, Any]) -> dict[str, Any]:
+    """Words that LoRA and DoRA share, at random."""
+    layers = {} if isinstance(common["target_modules"], str) else {"layers_to_transform": random_word(rng, None, 1, [0, 1])}
+    return {
+        **common,
+        **layers,
+        "r": int(rng.integers(1, 65)),
+        "lora_alpha": random_word(rng, 8, 2.5, 1e-7),
+        "lora_dropout": float(rng.random()),
+        "use_rslora": flip(rng),
+        "bias": random_word(rng, "none", "all", "lora_only"),
+        "rank_pattern": pattern(rng),
+        "alpha_pattern": pattern(rng),
+    }
+
+
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    return lora(**options(rng, common), lora_bias=flip(rng))()
+
+
 FACTS = Facts(
+    random=random_config,
     # A is built without the layer's dilation; two starts are worked out in float32 and refused in float64
     unable=lambda case, dtype: case in DILATED or (dtype == "float64" and case in COMPUTED),
     settings={
@@ -68,6 +89,7 @@ FACTS = Facts(
             r"init_lora_weights='(magic|pissa_x|pissa_niter_x|PISSA|Orthogonal)' is not built here|'orthogonal' needs an even",
             "PEFT checks a value when a module asks for it, and here none did; a file is wrong all the same",
         ),
+        Difference("PEFT", r"preprocess_corda", "it wants the data that the start was made of; so does a model here, a reader does not"),
         Difference("PEFT", r"No module named 'megatron'", "it wants megatron installed where a configuration names it"),
     ),
     tour=Tour("LoraConfig", {"r": 2, "lora_alpha": 5}),

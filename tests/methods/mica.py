@@ -11,7 +11,7 @@ from tests.methods.wrong import replaced
 
 FACTS = Facts(
     unable=lambda case, dtype: dtype == "float64",  # PEFT refuses a float64 weight
-    drawn_in="float32",
+    made_in_float32=True,
     settings={"mica": MiCA(r=4, lora_alpha=6), "mica-rslora": MiCA(r=2, lora_alpha=6, use_rslora=True)},
     fields={"r": st.sampled_from((2, 1))},
     few={"r": st.just(1)},

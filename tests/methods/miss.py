@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_ref.layers import Linear
 from peft_ref.methods.miss import MiSS
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS, flip
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced
 
@@ -20,7 +20,13 @@ def miss(**options: Any) -> Any:
     return lambda: peft.MissConfig(**{"target_modules": ["q", "up"], **options})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    return miss(**{**common, "r": int(rng.integers(1, 7)), "init_weights": flip(rng), "target_modules": ["q", "up"]})()
+
+
 FACTS = Facts(
+    random=random_config,
+    small={"r": 2},
     settings={"miss": MiSS(r=2), "miss-blocks": MiSS(r=4)},
     config={"peft_type": "MISS", "r": 4, "target_modules": ["q", "up"]},
     space=TARGETS

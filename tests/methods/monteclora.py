@@ -24,7 +24,7 @@ def without_noise(tuner: Any) -> None:
 
 
 FACTS = Facts(
-    settled=without_noise,
+    settle=without_noise,
     settings={"monteclora": MonteCLoRA(r=4, lora_alpha=6, monteclora_config=THREE)},
     fields={"monteclora_config": st.just(THREE)},
     models={"monteclora": (None, lora(monteclora_config={"num_samples": 3, "buffer_size": 2}, target_modules=["q", "up"]))},

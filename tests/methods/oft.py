@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Conv, Embedding, Linear
 from peft_ref.methods.oft import OFT
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
+from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS, flip
 from tests.methods.facts import Difference, Facts, Tour
 
 
@@ -35,9 +35,18 @@ def pointwise() -> Any:
     return nn.ModuleDict({"c": nn.Conv2d(4, 6, 1)})
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    """`coft` stays off: PEFT overwrites what it loaded, OFT-Q6."""
+    size = {"r": int(rng.integers(1, 7)), "oft_block_size": 0} if flip(rng) else {"oft_block_size": int(rng.integers(1, 9))}
+    ways = {"block_share": flip(rng), "use_cayley_neumann": flip(rng), "num_cayley_neumann_terms": int(rng.integers(1, 7))}
+    return oft(**{**common, **size, **ways, "target_modules": ["q", "up"]})
+
+
 FACTS = Facts(
+    random=random_config,
     unable=lambda case, dtype: dtype == "float64" and case.endswith(".unmerge"),  # PEFT inverts in float32
     dialects={"adapters-reversed": lambda case, dtype: case.startswith("oft.linear-blocks.two-adapters.") and not case.endswith("merge")},
+    small={"oft_block_size": 2},
     settings={
         "oft": OFT(oft_block_size=5),
         "oft-two": OFT(oft_block_size=2),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Linear
 from peft_ref.methods.road import RoAd
-from tests.methods.config_words import OWN_TARGETS
+from tests.methods.config_words import OWN_TARGETS, random_word
 from tests.methods.facts import Facts, Tour
 
 
@@ -22,8 +22,15 @@ def road(**options: Any) -> Any:
     return peft.RoadConfig(target_modules=["q"], **options)
 
 
+def random_config(rng: Any, common: dict[str, Any]) -> Any:
+    own = {"variant": f"road_{random_word(rng, 1, 2, 4)}", "group_size": random_word(rng, 2, 10)}
+    return road(**own, **{word: value for word, value in common.items() if word not in ("exclude_modules", "target_modules")})
+
+
 FACTS = Facts(
+    random=random_config,
     unable=lambda case, dtype: dtype == "float64" and case.endswith(".unmerge"),  # PEFT inverts in float32
+    small={"group_size": 2},
     settings={
         **{f"road-{n}": RoAd(variant=f"road_{n}", group_size=4) for n in (1, 2, 4)},
         "road-pairs": RoAd(group_size=2),

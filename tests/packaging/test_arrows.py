@@ -19,7 +19,7 @@ import pytest
 FLOORS = (
     {"errors"},
     {"arrays", "sizes"},
-    {"layers", "attention"},
+    {"layers", "attention", "activations"},
     {"contracts"},
     {"prompts", "attending"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
@@ -34,7 +34,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "sizes", "layers", "attention", "contracts", "prompts", "attending", "registry"}
+MATHEMATICS = {"errors", "arrays", "sizes", "layers", "attention", "activations", "contracts", "prompts", "attending", "registry"}
 MATHEMATICS |= {"methods", "stack", "splice"}
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -131,7 +131,7 @@ def plain(own: ModuleType) -> Any:
 @pytest.mark.parametrize(
     ("cls", "messages"),
     [
-        (lambda own: 3, ["3 is no complete method", "no subclass of LowRank, Additive or Reweight"]),
+        (lambda own: 3, ["3 is no complete method", "no subclass of LowRank, Additive, Conditioned or Reweight"]),
         (lambda own: int, ["int is no complete method", "no subclass"]),
         (plain, ["Plain is no complete method", "it is no dataclass"]),
         (

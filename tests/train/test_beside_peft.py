@@ -20,7 +20,9 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from peft_ref.errors import ConfigError  # noqa: E402
 from peft_ref.files.adapter import all_tensors, load_config  # noqa: E402
+from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.model import adapt, load  # noqa: E402
 from peft_ref.nn import Inputs  # noqa: E402
 from peft_ref.nn.optim import AdamW  # noqa: E402
@@ -28,8 +30,8 @@ from peft_ref.nn.schedules import linear  # noqa: E402
 from peft_ref.nn.tree import leaves  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
-from peft_ref.train.dropout import with_dropout  # noqa: E402
-from tests.nn.beside_hf import all_close, close, float64, pair, scatter, to_torch  # noqa: E402
+from peft_ref.train.dropout import row_drops, with_dropout  # noqa: E402
+from tests.nn.beside_hf import all_close, close, float64, pair, scatter, share_again, to_torch  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
 LLAMA = {
@@ -66,11 +68,18 @@ T5 = {
 }
 SIZES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", LLAMA),
+    "tied llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "bert": ("BertForSequenceClassification", BERT),
     "t5": ("T5ForConditionalGeneration", T5),
 }
 CAUSAL, N = "CAUSAL_LM", {"num_virtual_tokens": 3}
+CPT = {
+    "cpt_token_ids": [7, 3, 10, 5, 2, 9],
+    "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 8],
+    "opt_projection_epsilon": 2.0,
+    "opt_projection_format_epsilon": 8.0,
+}
 Q, R = ["q_proj", "v_proj", "down_proj"], {"r": 3, "lora_alpha": 7}
 
 
@@ -87,6 +96,12 @@ CASES: Mapping[str, Case] = {
     "lora": Case(peft.LoraConfig, {**R, "target_modules": Q}),
     "dora": Case(peft.LoraConfig, {**R, "target_modules": Q, "use_dora": True}),
     "loha": Case(peft.LoHaConfig, {"r": 2, "alpha": 3, "target_modules": Q}),
+    "lokr": Case(peft.LoKrConfig, {"r": 2, "alpha": 3, "decompose_factor": 3, "target_modules": Q}),
+    "hira": Case(peft.HiraConfig, {"r": 3, "target_modules": Q}),
+    "gralora": Case(peft.GraloraConfig, {"r": 4, "alpha": 6, "hybrid_r": 2, "target_modules": Q}),
+    "miss": Case(peft.MissConfig, {"r": 5, "target_modules": Q}),
+    "miss mini": Case(peft.MissConfig, {"r": 5, "mini_r": 2, "init_weights": "mini", "target_modules": Q}),
+    "miss bat": Case(peft.MissConfig, {"r": 2, "init_weights": "bat", "target_modules": Q}),
     "ia3": Case(peft.IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "adalora": Case(
         peft.AdaLoraConfig,
@@ -106,6 +121,18 @@ CASES: Mapping[str, Case] = {
         {**N, "encoder_hidden_size": 5, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.0},
     ),
     "multitask": Case(peft.MultitaskPromptTuningConfig, {**N, "num_tasks": 2, "num_ranks": 2}),
+    "cpt": Case(peft.CPTConfig, {**CPT, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.75}, accumulate=2),
+    "cpt without decay": Case(peft.CPTConfig, CPT),
+    "cartridge": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 1}),
+    "cartridge, none frozen": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 0}, accumulate=2),
+    "adaption prompt": Case(peft.AdaptionPromptConfig, {"adapter_len": 3, "adapter_layers": 2}),
+    "adaption prompt on gpt2": Case(peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 1}, "gpt2", accumulate=2),
+    "a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": Q, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
+    "factors of a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": [*Q, "lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
@@ -127,6 +154,7 @@ def both(case: Case, folder: Path) -> Both:
         warnings.simplefilter("ignore")
         live = peft.get_peft_model(base.live, case.config(task_type=case.task, **case.options)).eval()  # without the base's dropout
         scatter(live.prompt_encoder if hasattr(live, "prompt_encoder") else live, 2)
+        share_again(live)
         live.save_pretrained(folder, save_embedding_layers=False)
     config = load_config(folder)
     if not isinstance(config.method, Prompt):
@@ -150,6 +178,8 @@ def example(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     labels = rng.integers(1, 17, (3, 5)) if case.model == "t5" else ids
     labels = np.where(rng.random(labels.shape) < 0.3, -100, labels)
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if case.config is peft.CPTConfig:  # of the example before the input, and the answers of two
+        return {**given, "input_type_mask": rng.choice([0, 1, 2, 3, 4, 4, 8, 8], (3, 6))}
     return given | ({"task_ids": np.asarray([1, 0, 1])} if case.config is peft.MultitaskPromptTuningConfig else {})
 
 
@@ -211,7 +241,7 @@ def compare(live: Any, training: Training, state: State) -> None:
     if training.learner.prompt is not None:
         theirs = {name: p.detach().numpy() for name, p in live.prompt_encoder["default"].named_parameters()}
         all_close(dict(state.params.prompt), theirs, CLOSE)
-    with warnings.catch_warnings():
+    with float64(), warnings.catch_warnings():  # saving projects CPT's once more
         warnings.simplefilter("ignore")
         saved = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
     got = {key: np.asarray(value) for key, value in all_tensors(file_of(training, state)).items()}
@@ -239,6 +269,34 @@ def test_given_dropout_masks_do_what_pefts_dropout_does(dora: bool, tmp_path: Pa
         close(params.A, module.lora_A["default"].weight.grad, f"{name} A")
         close(params.B, module.lora_B["default"].weight.grad, f"{name} B")
     assert abs(float(found.loss) - float(training.learner.loss(training.params, [batch(given)]))) > 1e-6
+
+
+def test_rows_drop_out_of_deltas_as_with_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"r": 2, "target_modules": Q, "rank_dropout": 0.3, "module_dropout": 0.4, "rank_dropout_scale": True}
+    live, training = both(Case(peft.LoKrConfig, options), tmp_path)
+    assert training.learner.row_drops == (0.3, 0.4, True)
+    rng = np.random.default_rng(6)
+    given = example(Case(peft.LoKrConfig, options), rng)
+    drawn = with_dropout(training.learner, batch(given), rng, np.zeros(0))
+    factors = {name: drop.factors for name, drop in drawn.dropout.items()}
+    assert factors.keys() == training.learner.methods.keys()
+    assert {bool(v.any()) for v in factors.values()} == {False, True}, "some whole deltas are to drop out, and not all"
+    draws = []
+    for v in (factors[name] for name, _ in live.base_model.model.named_modules() if name in factors):  # in the order of the forward pass
+        draws += [torch.tensor([float(v.any())]), *([torch.tensor(v > 0).double()] if v.any() else [])]
+    live.train()
+    monkeypatch.setattr(torch, "rand", lambda *shape: draws.pop(0).reshape(shape))
+    with float64():
+        loss = live(**to_torch(given)).loss
+    assert not draws
+    close(training.learner.loss(training.params, [drawn]), loss.detach(), "loss", 1e-6)  # PEFT's mask is a float32
+
+
+@pytest.mark.parametrize("p", [1.0, -0.1, None, "0.1", True])
+def test_a_row_dropout_that_is_no_probability_is_refused_in_training(p: Any) -> None:
+    config = from_dict({"peft_type": "LOHA", "target_modules": Q, "rank_dropout": p})
+    with pytest.raises(ConfigError, match="rank_dropout="):
+        row_drops(config)
 
 
 class Masked(torch.nn.Module):  # type: ignore[misc]  # torch has no types here

@@ -23,6 +23,7 @@ from peft_ref.methods import METHODS
 from peft_ref.train import checkpoint
 from peft_ref.train.run import Plan
 from peft_ref.train.session import method_keys
+from tests.methods import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = bytes(range(97, 123)) * 8 + b"some words, and again some words. " * 8
@@ -31,6 +32,7 @@ ADALORA = ("--method", "adalora", "--init-r", "4", "--target-r", "2", "--tinit",
 PTUNING = ("--method", "p_tuning", "--num-virtual-tokens", "2", "--encoder-hidden-size", "4")
 LSTM = ("--encoder-reparameterization-type", "LSTM", "--encoder-dropout", "0.3")
 OPTIONS = {
+    "adaption_prompt": ("--adapter-len", "3", "--adapter-layers", "1", "--target-modules", "self_attn"),
     "cartridge": ("--num-virtual-tokens", "3"),
     "cpt": ("--cpt-token-ids", "97", "98", "99", "--cpt-tokens-type-mask", "1", "2", "4", "--opt-weighted-loss-type", "decay"),
     "adalora": ("--target-modules", "q_proj", "down_proj"),
@@ -43,6 +45,12 @@ OPTIONS = {
     "prefix_tuning": ("--num-virtual-tokens", "2", "--token-dim", "16", "--num-attention-heads", "2"),
     "prompt_tuning": ("--num-virtual-tokens", "2"),
 }
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The arguments of a method: its row above, or what makes it small."""
+    words = ((f"--{word.replace('_', '-')}", str(value)) for word, value in facts(name).small.items())
+    return OPTIONS.get(name) or ("--target-modules", "q_proj", *(part for pair in words for part in pair))
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +120,9 @@ def train(*arguments: str) -> int:
     return main(["train", *SMALL, "--steps", "3", *arguments])
 
 
-@pytest.mark.parametrize("name", [*METHODS.weights, *METHODS.prompts])
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_is_trained_and_its_file_is_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--method", name, *OPTIONS[name], "--json") == 0
+    assert train("--method", name, *options(name), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["losses"]) == 3
     assert len(set(told["losses"])) == 3

@@ -53,7 +53,7 @@ FILES = Files(
     configs_clause="MISSMINI-C14",
     keys_clause="MISSMINI-C15",
     configs={"plain": {"r": 4, "mini_r": 1, "init_weights": "mini"}, "size-missing": {"r": 2, "init_weights": "mini"}},
-    told={"r": "r", "mini_r": "mini_r"},
+    told={"r": "r"},
 )
 
 SUITE = Suite(

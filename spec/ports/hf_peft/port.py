@@ -23,7 +23,7 @@ import attention  # noqa: E402
 import peft  # noqa: E402
 import prompts  # noqa: E402
 import torch  # noqa: E402
-from model import DTYPES, NotInPeft, adapted, array, fresh, gradients, nested  # noqa: E402
+from model import DTYPES, NotInPeft, adapted, array, float32_meaning, fresh, gradients, nested  # noqa: E402
 from text import TEXT_OPERATIONS  # noqa: E402
 from training import TRAINING_OPERATIONS  # noqa: E402
 
@@ -52,7 +52,11 @@ def delta(case: Json, dtype: torch.dtype) -> Json:
     if own is not None:
         adapter = layer.active_adapters[0]
         return {"weight": nested(getattr(layer.lora_variant[adapter], own)(layer, adapter))}
-    return {"weight": nested(layer.get_delta_weight(layer.active_adapters[0]))}
+    found = layer.get_delta_weight(layer.active_adapters[0])
+    found = found.to_dense() if found.is_sparse else found
+    if case["method"] == "fourierft" and case["layer"]["kind"] == "transposed_linear":
+        found = found.T  # PEFT turns it when it uses it
+    return {"weight": nested(found)}
 
 
 def merge(case: Json, dtype: torch.dtype) -> Json:
@@ -110,7 +114,8 @@ def reply(case: Json, dtype: torch.dtype) -> Json:
             return {"id": case["id"], "answer": text[operation](case)}
         if operation not in arrays:
             return {"id": case["id"], "skipped": f"this port does not know the operation {operation}"}
-        return {"id": case["id"], "answer": arrays[operation](case, dtype)}
+        with float32_meaning(dtype, case["method"]):
+            return {"id": case["id"], "answer": arrays[operation](case, dtype)}
     except NotInPeft as reason:
         return {"id": case["id"], "skipped": str(reason)}
     except Exception as error:  # whatever PEFT raises costs this case, and is told

@@ -50,11 +50,8 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    model = adapted(
-        [(name, nn.Linear(64 if case["adapter_config"]["peft_type"] == "LORA" else 2, 64)) for name in case["modules"]],
-        case["adapter_config"],
-        "default",
-    )
+    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA") else 64  # what their defaults fit on
+    model = adapted([(name, nn.Linear(side, side)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")  # what loading does
@@ -74,7 +71,12 @@ def state_dict(case: Json) -> dict[str, Any]:
         layer = model.get_base_model().get_submodule(module["name"])
         for key, value in module["tensors"].items():
             parameter = parameter_of(layer, key, adapter)
+            if not parameter.is_floating_point():  # places, which are no parameter there
+                parameter.copy_(array(value, parameter.dtype))
+                continue
             tensor = array(value, parameter.dtype)
+            if tensor.shape != parameter.shape and case["adapter_config"]["peft_type"] == "ADAMSS":
+                raise NotInPeft("the shapes of PEFT's tensors are those of the clusters that it finds in the weight")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")
             parameter.data = tensor
@@ -91,13 +93,18 @@ def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str)
         raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
     peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
-    return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
+    model = Named(modules).float() if given["peft_type"] == "PSOFT" else Named(modules)  # which refuses float64
+    return get_peft_model(model, peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
 
 
 def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
     attribute, *rest = key.split(".")
     holder = getattr(layer, attribute)[adapter]
-    return holder if isinstance(holder, torch.Tensor) else getattr(holder, rest[0] if rest else "weight")
+    if isinstance(holder, torch.Tensor):
+        return holder
+    for word in rest or ["weight"]:
+        holder = holder[int(word)] if word.isdigit() else getattr(holder, word)
+    return holder
 
 
 def small(kind: str) -> nn.Module:
@@ -114,6 +121,8 @@ def sized(layer: Json) -> nn.Module:
     """A layer of the case's sizes with any numbers."""
     if layer["kind"] == "linear":
         return nn.Linear(layer["in_features"], layer["out_features"])
+    if layer["kind"] in CONVOLUTIONS:
+        return CONVOLUTIONS[layer["kind"]](layer["in_channels"], layer["out_channels"], tuple(layer["kernel_size"]), groups=layer["groups"])
     if layer["kind"] == "embedding":
         return nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
     raise ValueError(f"state_dict on a {layer['kind']} layer is not asked yet")

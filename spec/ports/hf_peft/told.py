@@ -25,11 +25,6 @@ def _adalora(layer: Any, config: Any) -> Told:
     return {"r": layer.r["default"], "scaling": layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5)}
 
 
-def _miss(layer: Any, config: Any) -> Told:
-    """The height of a small block is not kept on a layer that has none."""
-    return {"r": layer.miss_r["default"], "mini_r": config.mini_r}
-
-
 def _oft(layer: Any, config: Any) -> Told:
     """The number and the size of blocks as they were asked for; the layer itself keeps what became of them."""
     rotation = layer.oft_R["default"]
@@ -37,16 +32,50 @@ def _oft(layer: Any, config: Any) -> Told:
     return {**made, "r": config.r, "oft_block_size": config.oft_block_size}
 
 
+def _boft(layer: Any, config: Any) -> Told:
+    """Blocks as they were asked for, and how many factors became of what was asked."""
+    return {
+        "boft_block_size": config.boft_block_size,
+        "boft_block_num": config.boft_block_num,
+        "boft_n_butterfly_factor": layer.boft_R["default"].shape[0],
+    }
+
+
+def _psoft(layer: Any, config: Any) -> Told:
+    turn = layer.psoft_R["default"]
+    told = {"psoft_orth": turn.orth, "psoft_mag_a": turn.mag_a, "psoft_mag_b": turn.mag_b}
+    series = {name: getattr(turn, name) for name in ("use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps")}
+    return {**rank_and_scale(layer, config), **told, **series}
+
+
 # What PEFT's layers call their dropout of the input.
-DROPOUTS: Mapping[str, str] = {"GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
+DROPOUTS: Mapping[str, str] = {
+    "DELORA": "delora_dropout",
+    "GRALORA": "gralora_dropout",
+    "HIRA": "hira_dropout",
+    "MISS": "miss_dropout",
+    "PSOFT": "psoft_dropout",
+}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "BEFT": lambda layer, config: {},
+    "ADAMSS": words("num_subspaces"),
+    "BOFT": _boft,
+    "C3A": words("block_size"),
+    "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
+    "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
+    "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
+    "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
-    "MISS": _miss,
+    "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
+    "OSF": words("effective_rank"),
+    "PEANUT": words("r", "depth", "scaling", "act_fn"),
+    "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
+    "SHIRA": words("r"),
     "TRAINABLE_TOKENS": words("token_indices"),
 }
