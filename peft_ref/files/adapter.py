@@ -124,6 +124,8 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
             "\n  Use peft_ref.model.parameters.load with the model."
         )
     if layers is not None:
+        silent = {n: {} for n, la in layers.items() if all(s.shared or not s.saved for s in config.method_for(n).spec(la))}
+        found = found._replace(modules={**silent, **found.modules})  # a method may save nothing beside a layer
         _check_modules(config, found.modules, layers)
     alone, config = config, spanned(config, layers, {key: tuple(tensor.shape) for key, tensor in found.shared.items()})
     _checked_dtypes(found.shared, SHARED_PREFIX)

@@ -70,7 +70,7 @@ from peft_ref.hf.configs_rotating import (
     PsoftConfig,
     RoadConfig,
 )
-from peft_ref.hf.configs_shared import PveraConfig, RandLoraConfig, VBLoRAConfig, VeraConfig
+from peft_ref.hf.configs_shared import PveraConfig, RandLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
 from peft_ref.hf.converting import convert_to_lora, save_as_lora
 from peft_ref.hf.mapping import (
     get_layer_status,
@@ -154,6 +154,7 @@ __all__ = [
     "ShiraConfig",
     "TaskType",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
     "convert_to_lora",

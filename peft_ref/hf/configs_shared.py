@@ -56,6 +56,26 @@ class RandLoraConfig(PeftConfig):
 
 @registered
 @dataclass(kw_only=True)
+class UniLoraConfig(PeftConfig):
+    r: int = 4
+    proj_seed: int = 42
+    theta_d_length: int = 256
+    target_modules: list[str] | str | None = None
+    unilora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.UNILORA
+
+
+@registered
+@dataclass(kw_only=True)
 class VBLoRAConfig(PeftConfig):
     r: int = 4
     num_vectors: int = 256

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from peft_ref.methods.unilora import UniLoRA as UniLoRA
     from peft_ref.methods.vblora import VBLoRA as VBLoRA
     from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
@@ -100,6 +101,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "road": "RoAd",
         "shira": "SHiRA",
         "trainable_tokens": "TrainableTokens",
+        "unilora": "UniLoRA",
         "vblora": "VBLoRA",
         "velora": "VeLoRA",
         "vera": "VeRA",

@@ -188,3 +188,14 @@ def test_a_plain_adapter_keeps_every_modules_scale_also_where_peft_refuses() -> 
     fewer = replace(file, modules=dict(list(file.modules.items())[1:]))
     with pytest.raises(KeyMismatchError, match="one of the two"):
         plain(file, fewer)
+
+
+def test_kasa_belongs_to_a_weight_that_was_cut_off_and_is_no_lora() -> None:
+    if not any(cls.flag == "kasa_config" for cls in METHODS.values()):
+        pytest.skip("KaSA is not built here yet")
+    config = peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), target_modules=["q"])
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(peft.get_peft_model(net(), config), 2)
+    ours = add(adapt(frozen_graph(net())), "a", config_of(config), np.random.default_rng(0))
+    with pytest.raises(ConfigError, match="cuts the frozen weight off"):
+        as_lora(ours, "a", rank=2)

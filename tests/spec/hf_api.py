@@ -30,18 +30,6 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    "Frod",
-    "LNTuning",
-    "Lily",
-    "Poly",
-    "Shadow",
-    "Supertuning",
-    "TinyLora",
-    "UniLora",
-    "WaveFT",
-    "XLora",
-)
-BUILT_METHODS = (
     "Adamss",
     "BOFT",
     "Beft",
@@ -60,6 +48,7 @@ BUILT_METHODS = (
     "Road",
     "Shira",
     "TrainableTokens",
+    "UniLora",
     "VBLoRA",
     "Vera",
 )
