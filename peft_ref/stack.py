@@ -96,11 +96,13 @@ def unmerge(
     layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array, b0: Array | None = None
 ) -> tuple[Array, Array | None]:
     """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias that GLoRA reads."""
-    for a in reversed(adapters):
+    for k in reversed(range(len(adapters))):
+        a = adapters[k]
         if isinstance(a.method, Conditioned):
             W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
         else:
-            W, b = a.method.unmerge(layer, a.params, W, b, W0)
+            before = merge(layer, W0, b0, adapters[:k])[0] if a.method.replaces else W0
+            W, b = a.method.unmerge(layer, a.params, W, b, before)
     return W, b
 
 
