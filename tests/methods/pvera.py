@@ -37,6 +37,7 @@ def the_mean(tuner: Any) -> None:
 FACTS = Facts(
     settings={"pvera": PVeRA(r=4, widest_in=5, widest_out=7), "pvera-wide": PVeRA(r=4, widest_in=13, widest_out=14)},
     beside=beside,
+    unable=lambda case, dtype: "two-adapters" in case,
     settle=the_mean,
     small={"r": 3},
     fields={

@@ -32,8 +32,9 @@ INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
-SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B")
-TAKEN_OVER = ("vera", "pvera")
+SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "vblora_vector_bank", "unilora_theta_d")
+TAKEN_OVER = ("vera", "pvera", "randlora")
+SEEDED = (*TAKEN_OVER, "unilora")  # what a seed decides depends on torch's default dtype, and PEFT's users have float32
 
 
 class NotInPeft(Exception):
@@ -128,7 +129,12 @@ def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
 def made(case: Json, dtype: torch.dtype) -> Any:
     """The model with fresh adapters. PSOFT refuses to make them on a float64 weight, and computes in float64 once they are there."""
     first = torch.float32 if case["method"] == "psoft" and dtype == torch.float64 else dtype
-    return inject(build(case["layer"], first), case["layer"], case["adapters"]).to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if case["method"] in SEEDED else before)
+    try:
+        return inject(build(case["layer"], first), case["layer"], case["adapters"]).to(dtype)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def hidden(keys: Iterable[str]) -> list[str]:
@@ -237,7 +243,8 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or case["method"] != "mica"]  # whose B is frozen
+    every_name = model.named_parameters(remove_duplicate=False)  # what layers share has one in each of them
+    parameters = [(name, p) for name, p in every_name if p.requires_grad or case["method"] != "mica"]  # whose B is frozen
     trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters}
     held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
     every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]

@@ -49,16 +49,15 @@ def _psoft(layer: Any, config: Any) -> Told:
 
 
 # What PEFT's layers call their dropout of the input.
-DROPOUTS: Mapping[str, str] = {
-    "DELORA": "delora_dropout",
-    "GRALORA": "gralora_dropout",
-    "HIRA": "hira_dropout",
-    "MISS": "miss_dropout",
-    "PSOFT": "psoft_dropout",
-}
+NAMED = ("DELORA", "GRALORA", "HIRA", "MISS", "PSOFT", "PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA")
+DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
+    "VERA": words("r"),
+    "VBLORA": words("r", "topk"),
+    "UNILORA": words("r"),
+    "PVERA": words("r"),
     "BEFT": lambda layer, config: {},
     "ADAMSS": words("num_subspaces"),
     "BOFT": _boft,
