@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.vera import VeRA as VeRA
+    from peft_ref.methods.waveft import WaveFT as WaveFT
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
@@ -87,6 +88,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "road": "RoAd",
         "shira": "SHiRA",
         "vera": "VeRA",
+        "waveft": "WaveFT",
     }
 )
 register_method, method_class = METHODS.register, METHODS.method_class

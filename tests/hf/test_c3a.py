@@ -111,7 +111,9 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(layer_name: str, adapters:
     close(p.W, p.tuner.base_layer.weight.detach().numpy())
 
 
-@pytest.mark.parametrize(("layer_name", "block"), [("linear", 2), ("linear-thirds", 4), *((n, 1) for n in LAYERS if LAYERS[n].kind != "linear")])
+@pytest.mark.parametrize(
+    ("layer_name", "block"), [("linear", 2), ("linear-thirds", 4), *((n, 1) for n in LAYERS if LAYERS[n].kind != "linear")]
+)
 def test_a_layer_we_refuse_peft_refuses_too(layer_name: str, block: int) -> None:
     method, layer = C3A(block_size=block), LAYERS[layer_name]
     with pytest.raises(UnsupportedLayerError, match=r"block_size=|not supported"):

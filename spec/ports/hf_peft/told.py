@@ -64,4 +64,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
     "ROAD": words("variant", "group_size"),
     "SHIRA": words("r"),
+    "WAVEFT": lambda layer, config: {
+        name: getattr(layer, f"waveft_{name}")["default"] for name in ("n_frequency", "scaling", "wavelet_family", "use_idwt")
+    },
 }
