@@ -112,7 +112,7 @@ class WaveFT(Additive[Params]):
             return np.eye(out)[:, i], np.eye(n_in)[:, j]
         low = np.asarray(LOW_PASS[self.wavelet_family])
         (i, below), (j, right) = (_half(at, size, len(low) - 2) for at, size in ((i, out), (j, n_in)))
-        return pulses(low, out, i, right), pulses(low, n_in, j, below)
+        return pulses(low, out, i, right) / 2, pulses(low, n_in, j, below)  # each filter is sqrt(2) too large
 
     def _waves(self, layer: Layer, like: Array) -> tuple[Array, Array]:
         rows, columns = self.tables(layer, self.places(layer))

@@ -8,7 +8,6 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.layers import Linear
-from peft_ref.methods.c3a import C3A
 from tests.methods.config_words import LAYERS, NUMBERS, OWN_TARGETS, SIZES
 from tests.methods.facts import Difference, Facts, Tour
 from tests.methods.wrong import replaced

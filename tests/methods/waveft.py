@@ -86,6 +86,6 @@ FACTS = Facts(
         ),
     },
     bits=None,  # irrational filters
-    irrational=True,
+    irrational=True,  # all but Haar
     tour=Tour("WaveFTConfig", {"n_frequency": 3}),
 )

@@ -130,7 +130,7 @@ def synthesis(layer: Layer, m: WaveFT, *, crossed: bool = True, reversed_: bool 
         halves.append(np.divmod(at + (wide - size) // 2 * centred, wide // 2))
     (below, k), (beside, across) = halves
     rows, columns = (beside, below) if crossed else (below, beside)
-    r, q = pulses(low, layer.shape[0], k, rows == 1), pulses(low, layer.shape[1], across, columns == 1)
+    r, q = pulses(low, layer.shape[0], k, rows == 1) / 2, pulses(low, layer.shape[1], across, columns == 1)
     return r * np.where(rows == 1, sign, 1.0), q * np.where(columns == 1, sign, 1.0)
 
 
@@ -217,7 +217,7 @@ SUITE = Suite(
         Mistake(
             name="waveft-bands-exchanged",
             clause="WAVEFT-C5",
-            sentence="the upper right part of the spectrum is high along the columns, and the lower left along the rows: the other way round",
+            sentence="the upper right part of the spectrum and the lower left one have each other's filters",
             replay=other_tables(lambda layer, m: synthesis(layer, m, crossed=False), on=transformed),
         ),
         Mistake(
