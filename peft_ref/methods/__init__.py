@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.qalora import QALoRA as QALoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
+    from peft_ref.methods.supertuning import SuperTuning as SuperTuning
     from peft_ref.methods.vera import VeRA as VeRA
     from peft_ref.methods.waveft import WaveFT as WaveFT
 
@@ -87,6 +88,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "qalora": "QALoRA",
         "road": "RoAd",
         "shira": "SHiRA",
+        "supertuning": "SuperTuning",
         "vera": "VeRA",
         "waveft": "WaveFT",
     }

@@ -2,16 +2,16 @@
 
     W' = W + D      D = s sum_k c_k r_k q_k^T      c (n,)    r_k (out,)    q_k (in,)    s = scaling
 
-One level of synthesis. With h the low-pass filter of the family, of L numbers, and g the high-pass one, g_t = (-1)^t h_(L-1-t), the spectrum
-has H rows: out + L - 2, one more where that is odd, and as many columns in the same way from `in`; the places drawn in (out, in) stand in its
-middle. For a place (i, j) of the spectrum, with k = i mod H/2 and l = j mod V/2 (H rows, V columns):
+One level of synthesis, with h the low-pass filter of the family, of L numbers, and g_t = (-1)^t h_(L-1-t) the high-pass one. The spectrum
+has H rows, out + L - 2 and one more where that is odd, and V columns, from `in` alike; the places drawn in (out, in) stand in its middle.
+For a place (i, j) of the spectrum, with k = i mod H/2 and l = j mod V/2:
     r[x] = f[x + L - 2 - 2 k]    f = g where j lies in the right half, else h
     q[y] = f[y + L - 2 - 2 l]    f = g where i lies in the lower half, else h       zero where the filter has no such number
 With use_idwt=False r and q are rows of the identity: c_k stands at its place. For a gradient G of W':   dc_k = s r_k^T G q_k.
 A fresh c is zero, so a fresh adapter changes nothing.
 
 Paper   PEFT's documentation names none
-HF      peft.WaveFTConfig, on linear layers and Conv1D. The places are the first n of torch's random permutation and not saved. The filters of
+HF      peft.WaveFTConfig, on linear layers and Conv1D. The places are the first n of torch's random permutation, not saved. Filters of
         db11 to db38, sym11 to sym20 and coif6 to coif17 are promised and missing, coif5's is broken, coif4's is no wavelet: WAVEFT-Q1, Q2.
 """
 

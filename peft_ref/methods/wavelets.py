@@ -1,8 +1,9 @@
 """The low-pass filters by which wavelets of the families Daubechies, symlets and coiflets are put together again.
 
 Daubechies' numbers, as PEFT has them, times sqrt(2): so Haar's are ones, and two filters make twice what they should. Two of its tables
-are no wavelet's: the filter of coif4 is not orthogonal to its own shifts, and its sum is not 2; that of coif5 has 48 numbers in place of 30, and PEFT crashes on it, so it is not here. The high-pass filter is the
-low-pass one backwards, with every other sign changed.
+are no wavelet's: the filter of coif4 is not orthogonal to its own shifts, and its sum is not 2; that of coif5
+has 48 numbers in place of 30, and PEFT crashes on it, so it is not here. The high-pass filter is the low-pass one backwards, with
+every other sign changed.
 """
 
 from __future__ import annotations
