@@ -72,6 +72,7 @@ class Prompt(Method):
     place: ClassVar[str] = "embeddings"
     file_keys: ClassVar[frozenset[str]] = frozenset({SAVED})
     only_task: ClassVar[str | None] = None  # where PEFT has the method for one task alone
+    as_wide: ClassVar[tuple[str, ...]] = ()  # its own sizes that are token_dim where they are left out
     own_sizes: ClassVar[bool] = True  # whether sizes that a configuration gives count, or always the model's
 
     def __post_init__(self) -> None:
@@ -100,6 +101,10 @@ class Prompt(Method):
     @abstractmethod
     def prompt_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
         """The gradient of every tensor, given that of the prompt."""
+
+    def projected(self, p: Tensors) -> Tensors:
+        """What is in the tensors once a prompt was made of them, where HF PEFT writes into them: what a training steps from."""
+        return p
 
     def differentiated(self, p: Tensors, ctx: Context) -> Callable[[Tensors], Array]:
         """The map of tensors whose derivative at `p` `prompt_vjp` is: `prompt`, unless something is held constant on purpose."""
@@ -141,8 +146,7 @@ class Prompt(Method):
             "num_attention_heads": heads,
             "num_transformer_submodules": self.num_transformer_submodules or (2 if task_type == "SEQ_2_SEQ_LM" else 1),
         }
-        if getattr(self, "encoder_hidden_size", 0) is None:
-            known["encoder_hidden_size"] = width
+        known |= {name: width for name in self.as_wide if getattr(self, name) is None}
         return replace(self, **known)
 
     @final

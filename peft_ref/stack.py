@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, column, namespace, zeros_like
-from peft_ref.contracts import Additive, Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Additive, Factors, LowRank, Reweight, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 

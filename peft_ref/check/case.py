@@ -87,8 +87,16 @@ def _built(cls: type[M], name: str, config: Mapping[str, Any]) -> M:
 
 def config_of(method: Method) -> dict[str, Any]:
     """The configuration of a method as a case carries it."""
-    config = {"peft_type": method.peft_type, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    words: dict[str, Any] = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    config = {"peft_type": method.peft_type, **{word: as_json(value) for word, value in words.items()}}
     return {**method.switched_on(), **config}
+
+
+def as_json(value: Any) -> Any:
+    """A map or a tuple within a configuration as JSON has it."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 # ---- JSON

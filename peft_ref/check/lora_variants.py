@@ -20,6 +20,7 @@ def variants(
     rank: int = 4,
     draws: Mapping[str, Draw] | None = None,
     prefix: str = "",
+    rounded: Mapping[str, Any] | None = None,
 ) -> tuple[Variant, ...]:
     """On the first of `layers` everything, on the others the plain question."""
     first, own = layers[0], dict(draws or {})
@@ -29,7 +30,13 @@ def variants(
         return Variant(name=prefix + name, clause=clause, configs=configs, layers=on, draws=own, **more)
 
     dropped = () if first.startswith("embedding") else (one("dropout", {**plain, "lora_dropout": 0.75}, dropout=0.75),)
+    inexact = (
+        ()
+        if rounded is None
+        else (one("rounded", {**config, "r": 9, "lora_alpha": 5, **rounded}, on=("linear-large",), numbers="rounded"),)
+    )
     return (
+        *inexact,
         one("plain", plain, on=layers),
         one("small", plain, numbers="small"),
         one("no-bias", plain, bias=False),
@@ -40,6 +47,8 @@ def variants(
     )
 
 
+# Where B is not trained, what is missing from both gradients is missing from A's.
+OF_ONE_FACTOR = ("grad-A-scale-missing", "grad-B-scale-missing")
 FAMILY: tuple[Mistake, ...] = (
     *lora.SCALING,
     *lora.LAYOUT,

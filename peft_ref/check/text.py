@@ -17,7 +17,7 @@ import numpy as np
 
 from peft_ref.attending import AttentionMethod
 from peft_ref.check.attending_text import grade_blocks, right_added, right_blocks
-from peft_ref.check.case import Case, decode, encode, layer_from_json
+from peft_ref.check.case import Case, as_json, decode, encode, layer_from_json
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompt_saved import grade_saved, right_saved
 from peft_ref.check.prompt_sizes import grade_sizes, right_sizes
@@ -58,7 +58,9 @@ def right_config(case: Case, question: Mapping[str, Any]) -> dict[str, Any]:
     files, config = SUITES[case.method].files, from_dict(question["adapter_config"])
     assert files is not None
     methods = {name: config.method_for(name) for name in question["modules"]}
-    return {"modules": {name: {word: getattr(method, held) for word, held in files.told.items()} for name, method in methods.items()}}
+    return {
+        "modules": {name: {word: as_json(getattr(method, held)) for word, held in files.told.items()} for name, method in methods.items()}
+    }
 
 
 def right_state_dict(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +116,9 @@ def _same_meaning(want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
             return False
         for key, value in fields.items():
             number = have.get(key)
-            if isinstance(value, str) and number == value:
+            if isinstance(value, str | list | None):
+                if key not in have or number != value:
+                    return False
                 continue
             if not isinstance(number, int | float) or abs(number - value) > 1e-6 * abs(value):
                 return False

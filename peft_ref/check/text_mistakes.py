@@ -78,6 +78,8 @@ def config_mistakes(question: Question) -> dict[str, tuple[str, Question]]:
     if config.get("alpha_pattern"):
         mistakes["per-layer-alpha-lost"] = ("alpha_pattern is not read", asked(alpha_pattern={}))
         mistakes["patterns-ignored"] = ("rank_pattern and alpha_pattern are not read", asked(rank_pattern={}, alpha_pattern={}))
+    if config.get("lambda_pattern"):
+        mistakes["lambda-pattern-ignored"] = ("lambda_pattern is not read", asked(lambda_pattern={}))
     rank = config.get("r", config.get("init_r"))
     if alpha and alpha not in config and rank is not None:
         for value, text in ((0, "0"), (1, "1"), (rank, "r"), (16, "16"), (32, "32")):

@@ -46,7 +46,7 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {  # the defaults of peft_ref.train.
 def add_parser(verbs: Any) -> None:
     from peft_ref.methods import METHODS
 
-    able = [*METHODS.weights, *METHODS.prompts]
+    able = sorted(METHODS)
     parser = verbs.add_parser(
         "train",
         help="train an adapter on a text, with NumPy alone",

@@ -96,6 +96,8 @@ def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> d
                 )
             elif (came := tuple(shared[key].shape)) != spec.stored_shape:
                 raise ShapeError(f"{SHARED_PREFIX}{key} is {came}, expected {spec.stored_shape}.\n  {module.method} at {name!r}.")
+            elif (beside := getattr(module.params, spec.field)) is not None and not bool(namespace(beside).all(beside == shared[key])):
+                raise KeyMismatchError(f"{PREFIX}{name}.{spec.key} is not {SHARED_PREFIX}{key}, of which it is a copy.\n  Make them equal.")
             else:
                 given[spec.field] = namespace(shared[key]).reshape(shared[key], spec.shape) if spec.shape != came else shared[key]
             used.add(key)
@@ -116,7 +118,16 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
     if isinstance(config.method, AttentionMethod):
         blocks = {name: _of_block(config.method, own, name) for name, own in found.modules.items()}
         return AdapterFile(config=config, attention=blocks, modules_to_save=found.modules_to_save, embeddings=found.embeddings)
+    if layers is None and config.targets.target_parameters:
+        raise UnsupportedLayerError(
+            f"target_parameters={list(config.targets.target_parameters)}: tensors do not tell which parameter they belong to."
+            "\n  Use peft_ref.model.parameters.load with the model."
+        )
     if layers is not None:
+        silent: dict[str, Mapping[str, Tensor]] = {
+            n: {} for n, la in layers.items() if all(s.shared or not s.saved for s in config.method_for(n).spec(la))
+        }
+        found = found._replace(modules={**silent, **found.modules})  # a method may save nothing beside a layer
         _check_modules(config, found.modules, layers)
     alone, config = config, spanned(config, layers, {key: tuple(tensor.shape) for key, tensor in found.shared.items()})
     _checked_dtypes(found.shared, SHARED_PREFIX)
@@ -124,8 +135,8 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
     for name, own in found.modules.items():
         if "base_layer" in name.split("."):
             raise UnsupportedLayerError(
-                f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to several"
-                " target_parameters of one module,\n  which are not built yet."
+                f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to"
+                " target_parameters.\n  Use peft_ref.model.blocks, or peft_ref.model.parameters, with the model."
             )
         _checked_dtypes(own, f"{PREFIX}{name}.")
         method = config.method_for(name)
@@ -203,9 +214,15 @@ def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Ma
 
 def save_adapter(folder: str | os.PathLike[str], adapter: AdapterFile, name: str = DEFAULT) -> Path:
     """Write an adapter's two files, both or none, and say where they lie."""
+    return save_tensors(folder, adapter.config, all_tensors(adapter), adapter.metadata, name)
+
+
+def save_tensors(
+    folder: str | os.PathLike[str], config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = DEFAULT
+) -> Path:
+    """`save_adapter` of tensors under their keys in a file."""
     place = _place(Path(folder), name)
-    weights = serialize(all_tensors(adapter), adapter.metadata)
-    replace_files(place, {WEIGHTS: weights, CONFIG: render(adapter.config).encode()})
+    replace_files(place, {WEIGHTS: serialize(tensors, metadata), CONFIG: render(config).encode()})
     return place
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -32,9 +33,9 @@ from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
 
-# fields of a method that patterns decide, module by module, or the sizes of all modules together
-DERIVED = frozenset({"diagonal", "is_feedforward", "live_r", "widest_in", "widest_out"})
-RANKS = ("r",)
+# fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
+DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
+RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)
 SIZES_BY_ANY_PATTERN = frozenset({"WAVEFT"})  # read like a rank_pattern; the others' must end the name after a dot
@@ -75,7 +76,7 @@ class AdapterConfig:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
             return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
-            if (key := pattern_key(tuple(pattern), module_name)) is not None:
+            if (key := self._matching(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
         size_of = pattern_key if self.method.peft_type in SIZES_BY_ANY_PATTERN else key_below
         if p.size_pattern and (key := size_of(tuple(p.size_pattern), module_name)) is not None:
@@ -84,6 +85,12 @@ class AdapterConfig:
             changes["is_feedforward"] = self._is_feedforward(module_name)
         method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
         return method.on_module(module_name)
+
+    def _matching(self, patterns: tuple[str, ...], module_name: str) -> str | None:
+        """The first pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
+        if self.method.peft_type == "OSF":
+            return next((key for key in patterns if re.search(key, module_name)), None)
+        return pattern_key(patterns, module_name)
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules
@@ -190,7 +197,7 @@ def _flat(config: AdapterConfig) -> dict[str, Any]:
         if other.flag and not isinstance(other.flag_value, str):
             switches[other.flag] = None if isinstance(other.flag_value, type) else False
     switches |= cls.switched_on()  # a map is one of the fields
-    fields = {name: value for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
+    fields = {name: _map(value) for name, value in dataclasses.asdict(method).items() if name not in DERIVED}  # type: ignore[call-overload]
     places = {**dataclasses.asdict(config.targets), **dataclasses.asdict(config.patterns)}
     if isinstance(method, Prompt):  # it has no targets
         places = {"modules_to_save": places["modules_to_save"]}
@@ -274,3 +281,8 @@ def _feedforward(modules: Any, where: str) -> str | tuple[str, ...] | None:
 
 def _lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | frozenset | set) else value
+
+
+def _map(value: Any) -> Any:
+    """A map within a configuration, its keys in order, as PEFT writes it."""
+    return {key: _lists(value[key]) for key in sorted(value)} if isinstance(value, dict) else _lists(value)

@@ -8,7 +8,6 @@ is left of it:
     pissa_niter_N          takes the best rank-r part off the weight, by a randomised SVD: read as pissa, which that SVD approximates
     corda, loftq           take off what only data, or a quantiser, can tell: kept by name. A model asks for the data, as PEFT does, or
                            quantises its weight again
-    mica                   holds B constant in training, which is another gradient: refused
 
 PEFT asks switches for their truth only, so null, 0 and 1 are read as false and true; a text or a list is refused: "no" would be true.
 What PEFT and this accept otherwise is a table in tests/files/test_config_space.py, and in test_prompt_space.py.
@@ -32,17 +31,12 @@ TASK_TYPES = tuple(task.value for task in TaskType)
 SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
-        "velora_config": "VeLoRA has a gradient of its own",
-        "monteclora_config": "MonteCLoRA adds noise in training",
         "arrow_config": "Arrow routes between adapters",
-        "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
         "enable_lora": "PEFT 0.2 adapted parts of a fused layer with a grouped convolution (MergedLinear)",
     },
     "ADALORA": {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "layer_replication": "layer_replication rebuilds the model",
         "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
 }
@@ -52,7 +46,6 @@ PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module loo
 BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
-INITS_NOT_BUILT = {"mica": "holds B constant in training"}
 
 
 def init_as_saved(init: Any, where: str) -> Any:
@@ -61,11 +54,8 @@ def init_as_saved(init: Any, where: str) -> Any:
         return False  # PEFT leaves the factors as torch makes them
     if not isinstance(init, str):
         return init
-    if reason := INITS_NOT_BUILT.get(init.lower()):
-        raise ConfigError(
-            f"{where}: init_lora_weights={init!r} is not built yet: it {reason}.\n  Save the adapter with PEFT's"
-            " path_initial_model_for_weight_conversion, or over the weight it was trained on with init_lora_weights=True."
-        )
+    if init.lower() == "mica":
+        return True  # in other letters it is LoRA with MiCA's start, and B is trained
     if re.fullmatch(r"pissa_niter_\d+", init):
         return "pissa"
     lower = init.lower() if init.lower() in INITS_OF_ANY_CASE else init

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
+from peft_ref.attending import AttentionBlock, AttentionMethod
 from peft_ref.errors import ConfigError, TargetError
+from peft_ref.graph.protocol import Graph
+from peft_ref.graph.targets import Targets
 
 # What an attention block is called, by HF's model_type; PEFT knows no other.
 DEFAULT_BLOCKS: Mapping[str, str] = MappingProxyType({"gpt2": "attn", "llama": "self_attn", "mistral": "self_attn"})
@@ -31,3 +35,18 @@ def attention_blocks(modules: Sequence[str], model_type: str | None, layers: int
             f"adapter_layers={layers}, and the model has {len(found)} blocks whose name ends in {ending!r} (HF PEFT refuses it too)."
         )
     return tuple(found[-layers:])
+
+
+def blocks_of(method: AttentionMethod[Any], targets: Targets, graph: Graph) -> dict[str, AttentionBlock]:
+    """The blocks of the graph that get the method's adapter, by name."""
+    modules, target = graph.modules(), targets.target_modules
+    if not isinstance(target, str | None):
+        raise ConfigError(f"target_modules={target!r:.80} of {method.peft_type}: the last part of a name is needed, 'self_attn' say.")
+    names = attention_blocks(list(modules), graph.model_type, method.adapter_layers, target)
+    found = {name: block for name in names if (block := modules[name].block) is not None}
+    if unknown := [name for name in names if name not in found]:
+        raise TargetError(
+            f"{unknown[0]!r} is not known as an attention block that takes an adapter.\n"
+            "  Name the attention, and load the model with peft_ref.nn."
+        )
+    return found

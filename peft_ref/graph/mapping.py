@@ -45,6 +45,7 @@ class MappingGraph(Graph):
     layers: Mapping[str, Layer] = field(default_factory=dict)  # by module name: what the names do not tell
     model_config: Mapping[str, Any] = field(default_factory=dict)  # HF's config.json
     ties: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, Array] = field(default_factory=dict)  # its buffers
     head: str | None = None  # the output head, which "all-linear" leaves out
 
     @property
@@ -77,6 +78,9 @@ class MappingGraph(Graph):
 
     def weight(self, name: str) -> Array:
         return self.arrays[self.resolve(name)]
+
+    def buffers(self) -> Mapping[str, Array]:
+        return self.kept
 
     def tied(self) -> Mapping[str, str]:
         return self.ties

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionBlock
 from peft_ref.contracts import KINDS
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.layers import Layer
@@ -41,6 +42,7 @@ class Module:
     weight: str | None = None  # the name of its parameter "weight"
     bias: str | None = None
     class_name: str = ""  # empty where only the kind is known
+    block: AttentionBlock | None = None  # of an attention block that takes an adapter, where the model is known that well
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS | {OTHER}:
@@ -80,6 +82,10 @@ class Graph(ABC):
 
     def tied(self) -> Mapping[str, str]:
         """The second names of parameters, each with the first."""
+        return MappingProxyType({})
+
+    def buffers(self) -> Mapping[str, Array]:
+        """What a model keeps beside its parameters, a running mean say: nothing but `modules_to_save` looks at it."""
         return MappingProxyType({})
 
     def aliases(self) -> Mapping[str, str]:

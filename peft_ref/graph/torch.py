@@ -77,6 +77,10 @@ class TorchGraph(Graph):
     def tied(self) -> Mapping[str, str]:
         return self._tied
 
+    def buffers(self) -> Mapping[str, Array]:
+        stored = self._model.state_dict().keys()  # not those that are worked out anew
+        return {name: b.detach() for name, b in self._model.named_buffers() if name in stored}
+
     def aliases(self) -> Mapping[str, str]:
         return self._aliases
 

@@ -12,7 +12,7 @@ what is left out: spec/hf_api.md.
 
 config, configs    the configurations        base       a model that runs, as HF's
 state, prompted    what a PeftModel holds    wrapped    what PeftModel and PeftMixedModel share
-peft_model, mixed, auto, mapping             the classes and functions
+peft_model, mixed, auto, mapping, converting the classes and functions
 """
 
 from peft_ref.hf.auto import (
@@ -38,6 +38,7 @@ from peft_ref.hf.config import (
 )
 from peft_ref.hf.configs import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     CartridgeConfig,
     CPTConfig,
     IA3Config,
@@ -48,7 +49,29 @@ from peft_ref.hf.configs import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from peft_ref.hf.configs_additive import (
+    AdamssConfig,
+    BeftConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    ShiraConfig,
+    TrainableTokensConfig,
+)
 from peft_ref.hf.configs_kin import GraloraConfig, HiraConfig, LoKrConfig, MissConfig
+from peft_ref.hf.configs_rotating import (
+    BOFTConfig,
+    DeftConfig,
+    GloraConfig,
+    HRAConfig,
+    OFTConfig,
+    OSFConfig,
+    PeanutConfig,
+    PsoftConfig,
+    RoadConfig,
+)
+from peft_ref.hf.configs_shared import PveraConfig, RandLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
+from peft_ref.hf.converting import convert_to_lora, save_as_lora
 from peft_ref.hf.mapping import (
     get_layer_status,
     get_model_status,
@@ -75,6 +98,8 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "AdaLoraConfig",
+    "AdamssConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -82,10 +107,18 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BaseModel",
+    "BeftConfig",
+    "C3AConfig",
     "CPTConfig",
     "CartridgeConfig",
+    "DeftConfig",
+    "DeloraConfig",
+    "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
+    "HRAConfig",
     "HiraConfig",
     "IA3Config",
     "LoHaConfig",
@@ -95,6 +128,9 @@ __all__ = [
     "ModelOutput",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "OFTConfig",
+    "OSFConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PeftMixedModel",
     "PeftModel",
@@ -111,7 +147,17 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PsoftConfig",
+    "PveraConfig",
+    "RandLoraConfig",
+    "RoadConfig",
+    "ShiraConfig",
     "TaskType",
+    "TrainableTokensConfig",
+    "UniLoraConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
+    "convert_to_lora",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
@@ -119,5 +165,6 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "save_as_lora",
     "set_peft_model_state_dict",
 ]

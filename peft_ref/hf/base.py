@@ -9,7 +9,8 @@ HF      the transformers model that PEFT wraps. Adapters are not put into it: a 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array
@@ -18,6 +19,8 @@ from peft_ref.graph.protocol import Graph
 from peft_ref.model.adapted import Adapted
 from peft_ref.nn import BertForQuestionAnswering, Cache, Inputs, Loaded, Model, ModelGraph, Net, Output, load
 from peft_ref.nn.generate import Front
+
+RENAMED = {"past": "past_key_values"}  # ours: HF's
 
 
 @final
@@ -64,26 +67,18 @@ class BaseModel:
         decoder_inputs_embeds: Array | None = None,
         decoder_attention_mask: Array | None = None,
     ) -> ModelOutput:
-        inputs = Inputs(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            past=past_key_values,
-            decoder_input_ids=decoder_input_ids,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            decoder_attention_mask=decoder_attention_mask,
-        )
-        return as_output(self.graph, run(self.graph, inputs))
+        return as_output(self.graph, run(self.graph, as_inputs(locals())))
 
     __call__ = forward
 
     def __repr__(self) -> str:
         return f"BaseModel({class_name(self.graph) or type(self.graph).__name__})"
+
+
+def as_inputs(given: Mapping[str, Any]) -> Inputs:
+    """The arguments of a call, by HF's names, as a model's inputs; an argument that is none of them is for the caller."""
+    called = {f.name: RENAMED.get(f.name, f.name) for f in fields(Inputs)}
+    return Inputs(**{name: given[argument] for name, argument in called.items() if argument in given})
 
 
 def model_in(graph: Graph) -> Model:
@@ -101,9 +96,8 @@ def model_in(graph: Graph) -> Model:
 def net_of(graph: Graph) -> Net:
     """The numbers as they are now, with the adapters that act on them."""
     model = model_in(graph)
-    adapters = graph.injection() if isinstance(graph, Adapted) else {}
-    weights = {name: graph.weight(name) for name in graph.parameters()}
-    return Net(weights=weights, layers=model.layers(), ties=graph.tied(), adapters=adapters)
+    net = replace(model.net({name: graph.weight(name) for name in graph.parameters()}), ties=graph.tied())
+    return replace(net, adapters=graph.injection(), attention=graph.attention()) if isinstance(graph, Adapted) else net
 
 
 class Ready(NamedTuple):

@@ -66,6 +66,10 @@ class PeftConfig:
     def is_prompt_learning(self) -> bool:
         return False
 
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
     def frozen(self) -> AdapterConfig:
         """The same as a value. Raises `ConfigError` where it cannot be, or asks for what is not built."""
         name = type(self).__name__

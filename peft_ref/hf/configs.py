@@ -61,7 +61,6 @@ class LoraConfig(PeftConfig):
     kind: ClassVar[PeftType | None] = PeftType.LORA
     unused: ClassVar[tuple[str, ...]] = (
         "megatron_config",
-        "ensure_weight_tying",
         "eva_config",
         "corda_config",
         "lora_ga_config",
@@ -116,6 +115,20 @@ class LoHaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     kind: ClassVar[PeftType | None] = PeftType.LOHA
+
+
+@registered
+@dataclass(kw_only=True)
+class AdaptionPromptConfig(PeftConfig):
+    target_modules: str | None = None
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.ADAPTION_PROMPT
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return True
 
 
 @registered

@@ -94,10 +94,10 @@ def inject_adapter_in_model(
 ) -> BaseModel:
     """A model in whose layers a fresh adapter acts, with no PeftModel around it. `model` itself stays as it is."""
     refuse({"state_dict": state_dict})
-    if peft_config.is_prompt_learning:
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ConfigError(f"{peft_config.peft_type} is in no layer (HF PEFT refuses it too).\n  Use get_peft_model.")
     made = PeftModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, rng=rng, ties=ties)
-    return BaseModel(_adapted(made))
+    return BaseModel(adapted_of(made))
 
 
 def get_peft_model_state_dict(
@@ -109,7 +109,7 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """What the adapter's file holds, by key."""
     refuse({"state_dict": state_dict, "unwrap_compiled": unwrap_compiled})
-    state = Layered(adapted=_adapted(model)) if isinstance(model, BaseModel) else model.state
+    state = Layered(adapted=adapted_of(model)) if isinstance(model, BaseModel) else model.state
     return all_tensors(state.file(adapter_name, save_embedding_layers))
 
 
@@ -139,14 +139,14 @@ def load_peft_weights(
 
 
 def get_layer_status(model: PeftModel | BaseModel) -> list[LayerStatus]:
-    return layer_status(_adapted(model))
+    return layer_status(adapted_of(model))
 
 
 def get_model_status(model: PeftModel | BaseModel) -> ModelStatus:
-    return model_status(_adapted(model))
+    return model_status(adapted_of(model))
 
 
-def _adapted(model: PeftModel | BaseModel) -> Adapted:
+def adapted_of(model: PeftModel | BaseModel) -> Adapted:
     graph = model.graph if isinstance(model, BaseModel) else getattr(model.state, "adapted", None)
     if not isinstance(graph, Adapted):
         raise ConfigError(f"{model!r} has no adapters in its layers (HF PEFT refuses it too).")

@@ -12,7 +12,7 @@ import numpy as np
 
 from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError
-from peft_ref.files.adapter import DEFAULT, load_config, save_adapter
+from peft_ref.files.adapter import DEFAULT, load_adapter, load_config, save_adapter
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import BaseModel, auto_mapping
 from peft_ref.hf.config import PeftConfig, as_kept, of, plain
@@ -30,6 +30,7 @@ from peft_ref.model import (
     model_status,
     set_trainable,
 )
+from peft_ref.model.converting import plain as plain_lora
 from peft_ref.model.pruning import Majority
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Loaded
@@ -92,12 +93,7 @@ class PeftModel(Wrapped):
         path_initial_model_for_weight_conversion: str | None = None,
     ) -> None:
         """Each adapter's two files: "default" into the folder, the others into folders below by their names."""
-        refuse(
-            {
-                "safe_serialization=False": not safe_serialization,
-                "path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion,
-            }
-        )
+        refuse({"safe_serialization=False": not safe_serialization})
         if Path(save_directory).is_file():
             raise ConfigError(f"{save_directory} is a file (HF PEFT refuses it too).\n  Give a folder.")
         names = list(self._configs) if selected_adapters is None else list(selected_adapters)
@@ -106,6 +102,9 @@ class PeftModel(Wrapped):
         files = {name: self._state.file(name, save_embedding_layers) for name in names} if is_main_process else {}
         for name, file in files.items():
             config = as_kept(self._configs[name], file.config)
+            if path_initial_model_for_weight_conversion is not None:
+                file = plain_lora(replace(file, config=config), load_adapter(path_initial_model_for_weight_conversion))
+                config = file.config
             housekeeping = dict(config.housekeeping)
             if housekeeping.get("task_type") is None and (mapping := auto_mapping(self._state.base)):
                 housekeeping["auto_mapping"] = mapping

@@ -1,6 +1,6 @@
 """What a PeftModel holds: a value, of one of two kinds. Every operation returns the next one.
 
-Layered     adapters on layers, of whatever method: `peft_ref.model.Adapted`, and nothing beside it
+Layered     adapters on layers and attention blocks, of whatever method: `peft_ref.model.Adapted`, and nothing beside it
 Prompted    prompts before the inputs: `prompted.py`
 """
 
@@ -18,7 +18,6 @@ from peft_ref.arrays import Array, namespace
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import AdapterFile, from_state_dict
 from peft_ref.files.config import AdapterConfig
-from peft_ref.files.keys import parameter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.hf.base import Ready, model_in, net_of, run
 from peft_ref.methods import AdaLoRA
@@ -27,11 +26,13 @@ from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
 from peft_ref.model.running import acting_alone, run_rows
 from peft_ref.model.sharing import brought_modules
+from peft_ref.model.storing import beside, brought_to, read_blocks
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
 
-FAN = frozenset({"GRALORA", "LORA", "ADALORA", "IA3", "VERA"})  # whose configuration says how the last module stores its weight
+# Whose configuration says how the last module stores its weight.
+FAN = frozenset({"ADALORA", "DEFT", "FROD", "GRALORA", "IA3", "LORA", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA"})
 
 
 class Start(NamedTuple):
@@ -147,6 +148,11 @@ class Layered(State):
 
     def renumbered(self, name: str, tensors: Mapping[str, Any]) -> Layered:
         adapter = self.adapted.attached(name)
+        if adapter.blocks:
+            blocks = read_blocks(adapter.config, tensors, adapter.blocks).attention
+            return Layered(
+                adapted=update(self.adapted, name, {b: brought_to(self.adapted, b, found).params for b, found in blocks.items()})
+            )
         read = from_state_dict(adapter.config, tensors, {module: found.layer for module, found in adapter.modules.items()})
         likes = {module: self.adapted.frozen(weight_name(self.adapted, module)) for module in read.modules}
         unsaved = {module: {s.field for s in m.method.spec(m.layer) if not s.saved} for module, m in adapter.modules.items()}
@@ -154,8 +160,7 @@ class Layered(State):
             module: found.params._replace(**{field: getattr(adapter.modules[module].params, field) for field in unsaved[module]})
             for module, found in brought_modules(read.modules, likes).items()
         }
-        saved = {parameter_name(key): tensor for key, tensor in read.modules_to_save.items()}
-        frozen = {parameter_name(key): tensor for key, tensor in {**read.biases, **read.embeddings}.items()}
+        saved, frozen = beside(read, adapter.tied)
         biases = {self.base.resolve(key): self._like(key, tensor) for key, tensor in frozen.items()}
         return Layered(adapted=update(self.adapted, name, params, saved={k: self._like(k, t) for k, t in saved.items()}, biases=biases))
 

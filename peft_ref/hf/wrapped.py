@@ -20,14 +20,14 @@ from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import DEFAULT, AdapterFile, load_adapter, load_config
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph
-from peft_ref.hf.base import BaseModel, ModelOutput, as_output
+from peft_ref.hf.base import BaseModel, ModelOutput, as_inputs, as_output
 from peft_ref.hf.config import PeftConfig, of
 from peft_ref.hf.prompted import Prompted
 from peft_ref.hf.state import Layered, Start, State
 from peft_ref.model import Adapted, adapt, disable, enable, merge, merge_and_unload, unload, unmerge
 from peft_ref.model.numbers import HALF
 from peft_ref.model.ties import Ties
-from peft_ref.nn import Cache, Inputs, Loaded
+from peft_ref.nn import Cache, Loaded
 from peft_ref.nn.generate import Sampling, generate, greedy, sampler
 
 Seed: TypeAlias = np.random.Generator | int | None
@@ -232,6 +232,7 @@ class Wrapped:
         adapter_names: Sequence[str] | None = None,
         position_ids: Array | None = None,
         token_type_ids: Array | None = None,
+        input_type_mask: Array | None = None,
         start_positions: Array | None = None,
         end_positions: Array | None = None,
         past_key_values: Cache | None = None,
@@ -240,22 +241,9 @@ class Wrapped:
         decoder_attention_mask: Array | None = None,
     ) -> ModelOutput:
         """What the model puts out with the adapters that act on it, in evaluation: without dropout."""
+        inputs = as_inputs(locals())
         unbuilt = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         refuse({**unbuilt, "return_dict=False": return_dict is False})
-        inputs = Inputs(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            past=past_key_values,
-            decoder_input_ids=decoder_input_ids,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            decoder_attention_mask=decoder_attention_mask,
-        )
         return as_output(self._state.base, self._state.output(inputs, task_ids, adapter_names))
 
     __call__ = forward

@@ -11,6 +11,7 @@ from peft_ref.registry import Registry
 
 if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.adalora import AdaLoRA as AdaLoRA
+    from peft_ref.methods.adamss import AdaMSS as AdaMSS
     from peft_ref.methods.adaption_prompt import AdaptionPrompt as AdaptionPrompt
     from peft_ref.methods.bdlora import BDLoRA as BDLoRA
     from peft_ref.methods.beft import BEFT as BEFT
@@ -32,9 +33,11 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
     from peft_ref.methods.lora import LoRA as LoRA
+    from peft_ref.methods.mica import MiCA as MiCA
     from peft_ref.methods.miss import MiSS as MiSS
     from peft_ref.methods.miss_bat import MiSSBat as MiSSBat
     from peft_ref.methods.miss_mini import MiSSMini as MiSSMini
+    from peft_ref.methods.monteclora import MonteCLoRA as MonteCLoRA
     from peft_ref.methods.multitask_prompt_tuning import MultitaskPromptTuning as MultitaskPromptTuning
     from peft_ref.methods.oft import OFT as OFT
     from peft_ref.methods.osf import OSF as OSF
@@ -43,16 +46,23 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from peft_ref.methods.prompt_tuning import PromptTuning as PromptTuning
     from peft_ref.methods.psoft import PSOFT as PSOFT
+    from peft_ref.methods.pvera import PVeRA as PVeRA
     from peft_ref.methods.qalora import QALoRA as QALoRA
+    from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.supertuning import SuperTuning as SuperTuning
+    from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from peft_ref.methods.unilora import UniLoRA as UniLoRA
+    from peft_ref.methods.vblora import VBLoRA as VBLoRA
+    from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
     from peft_ref.methods.waveft import WaveFT as WaveFT
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
         "adalora": "AdaLoRA",
+        "adamss": "AdaMSS",
         "adaption_prompt": "AdaptionPrompt",
         "bdlora": "BDLoRA",
         "beft": "BEFT",
@@ -74,9 +84,11 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",
         "lora": "LoRA",
+        "mica": "MiCA",
         "miss": "MiSS",
         "miss_bat": "MiSSBat",
         "miss_mini": "MiSSMini",
+        "monteclora": "MonteCLoRA",
         "multitask_prompt_tuning": "MultitaskPromptTuning",
         "oft": "OFT",
         "osf": "OSF",
@@ -85,10 +97,16 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "prefix_tuning": "PrefixTuning",
         "prompt_tuning": "PromptTuning",
         "psoft": "PSOFT",
+        "pvera": "PVeRA",
         "qalora": "QALoRA",
+        "randlora": "RandLoRA",
         "road": "RoAd",
         "shira": "SHiRA",
         "supertuning": "SuperTuning",
+        "trainable_tokens": "TrainableTokens",
+        "unilora": "UniLoRA",
+        "vblora": "VBLoRA",
+        "velora": "VeLoRA",
         "vera": "VeRA",
         "waveft": "WaveFT",
     }

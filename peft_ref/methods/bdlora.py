@@ -9,13 +9,14 @@ n is nblocks. For a gradient G of W' the blocks of s B^T G and of s G A^T are th
 A fresh B is zero.
 
 Paper   none in PEFT 0.21.2's page; made for serving many adapters
-HF      peft.LoraConfig(use_bdlora=BdLoraConfig(...)). A block-diagonal A is uniform within sqrt(6 n / in): kaiming_uniform_ with a = 0 where
-        LoRA's A has a = sqrt 5. A module of neither list is LoRA's with match_strict=False and refused with it.
+HF      peft.LoraConfig(use_bdlora=BdLoraConfig(...)). A block-diagonal A is uniform within sqrt(6 n / in): kaiming_uniform_ with a = 0
+        where LoRA's A has a = sqrt 5. A module of neither list is LoRA's with match_strict=False and refused with it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, final
 
@@ -24,7 +25,7 @@ import numpy as np
 from peft_ref.arrays import Array, column, device, namespace, tile, tile_vjp, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
 from peft_ref.methods.submap import as_submap
 
@@ -95,6 +96,10 @@ class BDLoRA(LowRank[Params]):
 
     def on_module(self, name: str) -> Self:
         return replace(self, diagonal=self.use_bdlora.diagonal_of(name))
+
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+        return Linear(in_features=A[1] * self.blocks("A"), out_features=B[0]) if len(A) == len(B) == 2 else None
 
     def blocks(self, factor: str) -> int:
         """Of how many blocks a factor is made."""

@@ -29,7 +29,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, sum_to, to, zeros_like
-from peft_ref.contracts import Conditioned, Delta, Key, ParamSpec, Start
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Delta, Key, ParamSpec, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer, Linear
 
@@ -52,7 +53,7 @@ def _x(name: str, vector: str, zeros: str) -> tuple[Key, ...]:
     """The keys of what is no product, by its form."""
     stored = {"vector": ("X", vector), "constant": ("X", "1"), "none": ("zeros", zeros)}
     forms = {form: at for form, at in stored.items() if form in FORMS[WORD[name]]}
-    return tuple(Key(f"glora_{name}.{end}", shape, KINDS, _is(name, form)) for form, (end, shape) in forms.items())
+    return tuple(Key(f"glora_{name}.{end}", shape, KINDS, _is(name, form), form != "none") for form, (end, shape) in forms.items())
 
 
 def _factor(name: str, end: str) -> Key:
@@ -141,7 +142,7 @@ class GLoRA(Conditioned[Params]):
             if form == "lora":
                 down, up = getattr(p, f"{end}d"), getattr(p, f"{end}u")
                 grads |= {f"{end}d": full[end] @ xp.matrix_transpose(up), f"{end}u": xp.matrix_transpose(down) @ full[end]}
-            else:
+            elif form != "none":
                 grads[end] = sum_to(full[end], getattr(p, end).shape)
         return self.to_params(**grads), None if d.b is None or b0 is None else p.D * d.b
 

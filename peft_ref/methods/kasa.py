@@ -68,6 +68,7 @@ class KaSA(LowRank[Params]):
     tuner_prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    cuts_weight: ClassVar[bool] = True
     dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:

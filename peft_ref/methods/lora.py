@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
 from peft_ref.contracts import Factors, Key, LowRank, Start, conv_key
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
@@ -49,6 +49,12 @@ class Params(NamedTuple):
         Key("lora_B.bias", kinds=LINEAR, when="lora_bias"),
         conv_key("lora_B.bias", "out", when="lora_bias"),
     ] = None
+
+
+def transposed(p: Params) -> Params:
+    """The factors of the transposed delta: those of a head that is tied to a table, from the table's."""
+    xp = namespace(p.A, p.B)
+    return Params(A=xp.matrix_transpose(p.B), B=xp.matrix_transpose(p.A), c=None)
 
 
 @final

@@ -77,7 +77,7 @@ def lora_ga(
     if config.scale == "stable":
         B = B * (layer.weight_shape[0] ** 0.25 / config.stable_gamma**0.5)
     elif config.scale == "weight_svd" and float(S_b[0]) > 0:
-        B = B * (xp.linalg.svdvals(W)[0] / S_b[0])
+        B = B * (xp.linalg.svd(W, full_matrices=False)[1][0] / S_b[0])
     elif config.scale == "gd_scale":
         A, B = A / method.scale, B / method.scale
     return Start(Params(A, B), W - method.scale * (B @ A))

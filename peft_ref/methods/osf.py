@@ -3,7 +3,7 @@
     W' = W + U diag(S) V - U_0 diag(S_0) V_0      so W' = W_high + U diag(S) V
 
     W = U_w diag(S_w) V_w, singular values from large to small: the first k of them are the high part, kept as they are; the rest,
-    l = min(out, in) - k, are U_0 (out, l), S_0 (l,), V_0 (l, in), and the start of U, S and V.  So a fresh adapter changes nothing.
+    l = min(out, in) - k, are U_0 (out, n), S_0 (l,), V_0 (l, in), and the start of U, S and V.  So a fresh adapter changes nothing.
 
 For a gradient G of W':  dS = column sums of U * (G V^T),  and of U and V the part that leaves the high subspace alone:
     dU = P (G V^T diag(S))        P = I - U_high U_high^T, where U_w is square as U_0 U_0^T, which is the same
@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.contracts import Factors, Key, LowRank, Start, WeightMap
+from peft_ref.contracts import Additive, Delta, Key, Start, WeightMap
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
 
@@ -40,7 +40,7 @@ class Params(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class OSF(LowRank[Params]):
+class OSF(Additive[Params]):
     effective_rank: int | float | None = None
     init_weights: bool = True
 
@@ -79,24 +79,20 @@ class OSF(LowRank[Params]):
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         (out, n_in), k = layer.shape, self.high(layer)
         U, S, V = namespace(W).linalg.svd(W, full_matrices=False)
+        low, n = (U[:, k:], S[k:], V[k:, :]), S.shape[0] - k
+        if not self.init_weights:
+            drawn = rng.normal(size=(out, n)), rng.normal(size=n), rng.normal(size=(n, n_in))
+            low = to(drawn[0], W), to(drawn[1], W), to(drawn[2], W)
         frozen = {"U_0": U[:, k:], "S_0": S[k:], "V_0": V[k:, :]}
         beside = {"U_high": U[:, :k]} if out > n_in else {"V_high": V[:k, :]} if out < n_in else {}
-        if self.init_weights:
-            return Start(Params(U[:, k:], S[k:], V[k:, :], *frozen.values(), beside.get("U_high"), beside.get("V_high")), W)
-        drawn = {
-            "U": rng.normal(size=(out, S.shape[0] - k)),
-            "S": rng.normal(size=S.shape[0] - k),
-            "V": rng.normal(size=(S.shape[0] - k, n_in)),
-        }
-        return Start(self.to_params(**{name: to(v, W) for name, v in drawn.items()}, **frozen, **beside), W)
+        return Start(self.to_params(U=low[0], S=low[1], V=low[2], **frozen, **beside), W)
 
-    def factors(self, p: Params) -> Factors:
-        xp = namespace(p.U)
-        return Factors(B=xp.concat([p.U * p.S, -(p.U_0 * p.S_0)], axis=1), A=xp.concat([p.V, p.V_0], axis=0))
+    def delta(self, layer: Layer, p: Params) -> Delta:
+        return Delta((p.U * p.S) @ p.V - (p.U_0 * p.S_0) @ p.V_0)
 
-    def factors_vjp(self, p: Params, d: Factors) -> Params:
-        xp, low = namespace(p.U), p.S.shape[0]
-        dUS, dV = d.B[:, :low], d.A[:low, :]
+    def delta_vjp(self, layer: Layer, p: Params, d: Delta) -> Params:
+        xp = namespace(d.W)
+        dUS, dV = d.W @ xp.matrix_transpose(p.V), xp.matrix_transpose(p.U * p.S) @ d.W
         return self.to_params(U=self._left(p, dUS * p.S), S=xp.sum(dUS * p.U, axis=0), V=self._right(p, dV))
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:

@@ -40,6 +40,7 @@ class PTuning(TablePrompt):
 
     peft_type: ClassVar[str] = "P_TUNING"
     tuner_prefix: ClassVar[str] = "p_tuning_"
+    as_wide: ClassVar[tuple[str, ...]] = ("encoder_hidden_size",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,6 +38,7 @@ class PrefixTuning(TablePrompt):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     tuner_prefix: ClassVar[str] = "prefix_tuning_"
+    as_wide: ClassVar[tuple[str, ...]] = ("encoder_hidden_size",)
     place: ClassVar[str] = "cache"
 
     def __post_init__(self) -> None:

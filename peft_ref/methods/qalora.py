@@ -8,14 +8,15 @@ g is qalora_group_size. For a gradient G of W', with H = G P^T, G's columns summ
 dA = s B^T H    dB = s H A^T.   A fresh B is zero.
 
 Paper   2023, arXiv:2309.14717
-HF      peft.LoraConfig(use_qalora=True), on GPTQ layers alone: on any other layer it is read by nobody, and LoRA is made, whose A is (r, in).
-        Merging is refused there, since the weight is quantised; here it is a matrix like any other. The paper sums over a group, HF
-        takes the mean and then multiplies by the number of groups.
+HF      peft.LoraConfig(use_qalora=True), on GPTQ layers alone: any other layer does not read it and gets LoRA, whose A is (r, in). Merging
+        is refused there, since the weight is quantised; here it is a matrix like any other. The paper sums over a group, HF takes the
+        mean and then multiplies by the number of groups.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, final
 
@@ -24,7 +25,7 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
 
 KINDS = frozenset({"linear"})
@@ -72,6 +73,10 @@ class QALoRA(LowRank[Params]):
                 " (HF PEFT refuses it too).\n  Choose a size that divides every targeted layer's inputs."
             )
 
+    def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+        A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+        return Linear(in_features=A[1] * self.qalora_group_size, out_features=B[0]) if len(A) == len(B) == 2 else None
+
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         n_in = layer.shape[1] // self.qalora_group_size
         _, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
@@ -89,4 +94,4 @@ class QALoRA(LowRank[Params]):
 
     def _weight(self, A: Array) -> float:
         """How much one input counts: the mean of g, times the number of groups."""
-        return A.shape[1] / self.qalora_group_size
+        return float(A.shape[1] / self.qalora_group_size)

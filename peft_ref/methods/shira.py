@@ -53,7 +53,7 @@ class SHiRA(Additive[Params]):
         return {"n": self.r * sum(layer.shape)}
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
-        """n is r (in + out), and how the sum is shared no shape tells: as evenly as it can be."""
+        """n is r (in + out), and how the sum is shared no shape tells: as evenly as it can be, on the smallest weight with as many."""
         both = shapes.get("shira_weight", (0,))[0] // self.r
         return Linear(in_features=both - both // 2, out_features=both // 2) if both > 1 else None
 

@@ -2,7 +2,7 @@
 
     dW = W' - W,    dW = U S V^T    ->    B = U_k S_k  (out, k)    A = V_k^T  (k, in)    s = 1        b' = b + c
 
-    rank     k is at most this: no matrix of rank k is nearer to dW (Eckart-Young)
+    rank     k is at most this, and no more than dW has: no matrix of rank k is nearer to dW (Eckart-Young)
     energy   the smallest k with  sum_{i<=k} S_i^2 >= energy * sum_i S_i^2
     neither  every S_i above what rounding makes of zero: nothing is lost
 
@@ -109,13 +109,12 @@ def _cut(layer: Layer, blocks: list[_Block], c: Array | None, rank: int | None, 
     n = squares.shape[0]
     total = float(xp.sum(squares))
     noise = float(xp.finfo(squares.dtype).eps) * max(layer.shape) * max(size, math.sqrt(total))
+    k = int(xp.sum(xp.astype(squares > noise * noise, squares.dtype)))
     if rank is not None:
-        k = min(rank // g, n)
+        k = min(rank // g, k)
     elif energy is not None:
-        k = 1 + bisect_left(range(1, n + 1), energy * total, key=lambda m: float(xp.sum(squares[:m])))
-    else:
-        k = int(xp.sum(xp.astype(squares > noise * noise, squares.dtype)))
-    k = max(1, min(k, n))
+        k = min(1 + bisect_left(range(1, n + 1), energy * total, key=lambda m: float(xp.sum(squares[:m]))), k)
+    k = max(1, k)
     A = xp.concat([_in_place(layer, block.Vh[:k, :], i) for i, block in enumerate(blocks)], axis=0)
     B = xp.concat([block.U[:, :k] * block.S[:k] for block in blocks], axis=0)
     return _converted(A, B, c, float(xp.sum(squares[k:])) / total if total > noise * noise else 0.0)

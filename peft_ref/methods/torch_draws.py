@@ -104,3 +104,10 @@ def _box_muller(pairs: Host) -> Host:
     u, v = 1 - pairs[:, 0], pairs[:, 1]
     radius, angle = np.sqrt(-2 * np.log(u)), v * v.dtype.type(2 * math.pi)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+
+
+def as_bfloat16(x: Any) -> Host:
+    """Numbers rounded to bfloat16, as float32: to nearest, to even. A draw in bfloat16 is one in float32, rounded."""
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -25,9 +25,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, column, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.torch_draws import Generator, Host
+from peft_ref.methods.widths import check_widths, widest
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -68,16 +69,11 @@ class VeRA(Additive[Params]):
         return {"r": self.r, "widest_in": self.widest_in or n_in, "widest_out": self.widest_out or out}
 
     def check_geometry(self, layer: Layer) -> None:
-        out, n_in = layer.shape
-        if n_in > (self.widest_in or n_in) or out > (self.widest_out or out):
-            raise UnsupportedLayerError(
-                f"VeRA: the layer has {n_in} inputs and {out} outputs, the shared matrices have {self.widest_in} and {self.widest_out}.\n"
-                "  They are drawn for the widest of all adapted layers."
-            )
+        check_widths("VeRA", layer, self.widest_in, self.widest_out)
 
     def spanning(self, layers: Mapping[str, Layer]) -> Self:
-        sizes = [layer.shape for layer in layers.values()] or [(0, 0)]
-        return replace(self, widest_in=max(s[1] for s in sizes), widest_out=max(s[0] for s in sizes))
+        out, n_in = widest(layers)
+        return replace(self, widest_in=n_in, widest_out=out)
 
     def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         if not {"vera_A", "vera_B"} <= shapes.keys():
@@ -88,8 +84,9 @@ class VeRA(Additive[Params]):
         if not layers:
             return {}
         like = weights[next(iter(layers))]
-        n_in, out = self.widest_in or max(n.shape[1] for n in layers.values()), self.widest_out or max(n.shape[0] for n in layers.values())
-        A, B = (to(drawn, like) for drawn in projections(self.projection_prng_key, self.r, n_in, out))
+        out, n_in = widest(layers)
+        drawn = projections(self.projection_prng_key, self.r, self.r, self.widest_in or n_in, self.widest_out or out)
+        A, B = (to(matrix, like) for matrix in drawn)
         return dict.fromkeys(layers, self.to_params(A=A, B=B))
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
@@ -114,10 +111,10 @@ class VeRA(Additive[Params]):
 
 
 @lru_cache(maxsize=4)
-def projections(seed: int, r: int, n_in: int, out: int) -> tuple[Host, Host]:
-    """A and then B, each uniform within sqrt(6 / its columns), from one generator. Do not write into them."""
+def projections(seed: int, rows: int, r: int, n_in: int, out: int) -> tuple[Host, Host]:
+    """A (rows, in) and then B (out, r), each uniform within sqrt(6 / its columns), from one generator. Do not write into them."""
     generator = Generator(seed)
-    A, B = (generator.uniform(shape, -bound(shape[1]), bound(shape[1])) for shape in ((r, n_in), (out, r)))
+    A, B = (generator.uniform(shape, -bound(shape[1]), bound(shape[1])) for shape in ((rows, n_in), (out, r)))
     return A, B
 
 

@@ -6,6 +6,8 @@ merging      merge, unmerge, unload            storing     load, attach, save, s
 running      a layer, a batch of mixed rows    status      counts, HF's printed line, layer_status, model_status
 swapping     hotswap, padded                   ties        what becomes of a weight's second name
 combine      HF's add_weighted_adapter of LoRA, `combine_ia3` of IA3, over `pruning`; `exact` is the sum of the deltas
+converting   an adapter of any method as a LoRA, one of a changed weight as a plain LoRA
+parameters   adapters of target_parameters, and `blocks` those on MultiheadAttention: not on an Adapted, on the graph itself
 
     model = add(adapt(graph), "default", config, rng)
     model = merge(activate(load(model, folder, "other"), "other"))
@@ -16,6 +18,7 @@ from peft_ref.model.adapted import Adapted, Attached, Merged, adapt
 from peft_ref.model.attaching import add, delete, update
 from peft_ref.model.combine import add_weighted, bernoulli
 from peft_ref.model.combine_ia3 import add_weighted_ia3
+from peft_ref.model.converting import Conversion, as_lora, converted, plain
 from peft_ref.model.exact import Deviation, add_exact, deviations
 from peft_ref.model.merging import merge, merge_and_unload, unload, unmerge
 from peft_ref.model.running import BASE, forward, forward_rows, run_rows
@@ -29,6 +32,7 @@ __all__ = [
     "BASE",
     "Adapted",
     "Attached",
+    "Conversion",
     "Count",
     "Deviation",
     "LayerStatus",
@@ -42,8 +46,10 @@ __all__ = [
     "add_exact",
     "add_weighted",
     "add_weighted_ia3",
+    "as_lora",
     "attach",
     "bernoulli",
+    "converted",
     "count",
     "delete",
     "deviations",
@@ -58,6 +64,7 @@ __all__ = [
     "merge_and_unload",
     "model_status",
     "padded",
+    "plain",
     "rescaled",
     "run_rows",
     "save",

@@ -6,7 +6,7 @@
 
 `weight` gives the copy, else the merged weight, else the frozen one. `active` says what is still to be applied on top of it:
 
-    disabled                            nothing, and no copy and no merged weight either
+    disabled                            nothing, and no copy and no merged weight either; nothing at attention blocks
     an adapter is merged at the module  nothing: HF's layer then runs its weight alone, even where another adapter is active
     else                                the active adapters that the module has, in their order
 
@@ -26,7 +26,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError, TargetError
+from peft_ref.attending import AttentionAdapter
+from peft_ref.errors import ConfigError, NotMergeableError, TargetError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph, Module, Parameter
@@ -44,9 +45,12 @@ class Attached:
     """One adapter on a model."""
 
     config: AdapterConfig
-    modules: Mapping[str, AdapterModule]
+    modules: Mapping[str, AdapterModule] = field(default_factory=dict)
+    blocks: Mapping[str, AttentionAdapter] = field(default_factory=dict)  # of a method that adds to attention blocks, in place of modules
     saved: Mapping[str, Array] = field(default_factory=dict)  # copies of whole modules, by the parameters' own names
     whole: tuple[str, ...] = ()  # those modules
+    tied: Mapping[str, str] = field(default_factory=dict)  # parameters whose copy is that of another name
+    mirrored: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
     trainable: bool = False
     multiplier: float = 1.0  # of its scale, for a while: no part of the configuration
 
@@ -102,6 +106,9 @@ class Adapted(Graph):
     def modules(self) -> Mapping[str, Module]:
         return self.base.modules()
 
+    def buffers(self) -> Mapping[str, Array]:
+        return self.base.buffers()
+
     def aliases(self) -> Mapping[str, str]:
         return self.base.aliases()
 
@@ -113,8 +120,8 @@ class Adapted(Graph):
 
     def weight(self, name: str) -> Array:
         """The numbers of the parameter `name` as the model uses them now."""
-        if name in self.copies:
-            return self.copies[name]
+        if (copied := self._tied.get(name, name)) in self.copies:
+            return self.copies[copied]
         first = self.resolve(name)
         return self.merged.weights[first] if self.enabled and first in self.merged.weights else self.frozen(first)
 
@@ -135,6 +142,12 @@ class Adapted(Graph):
         """`active` of every module that has an adapter: HF's inject_adapter_in_model as a plain mapping, with nothing wrapped."""
         on = {module for adapter in self.adapters.values() for module in adapter.modules}
         return {module: self.active(module) for module in self.modules() if module in on}
+
+    def attention(self) -> Mapping[str, AttentionAdapter]:
+        """What is active on attention blocks, by their names."""
+        if not self.enabled:
+            return {}
+        return {block: found for name in self.active_names for block, found in self.adapters[name].blocks.items()}
 
     def acting(self, module: str) -> tuple[str, ...]:
         """The names of the active adapters that are on the module and are not stopped there by a merged one."""
@@ -173,6 +186,14 @@ class Adapted(Graph):
             raise ConfigError(f"there is no adapter {name!r} (HF PEFT refuses it too).\n  There are {', '.join(self.adapters) or 'none'}.")
         return self.adapters[name]
 
+    def refuse_attention(self, what: str) -> None:
+        """Raise `NotMergeableError` where adapters add to attention blocks, which is in no layer and no weight."""
+        if name := next((name for name, adapter in self.adapters.items() if adapter.blocks), None):
+            raise NotMergeableError(
+                f"{what}: adapter {name!r} is {self._type(name)}, which adds to attention blocks and changes no layer (HF PEFT has no such"
+                " method there either).\n  Activate, disable or delete it instead."
+            )
+
     @cached_property
     def copies(self) -> Mapping[str, Array]:
         """The parameters of modules_to_save that stand for the model's own now."""
@@ -184,7 +205,8 @@ class Adapted(Graph):
     def _tied(self) -> Mapping[str, str]:
         own = self.untied | (self.merged.untied if self.enabled else frozenset())
         ties = self.base.tied().items()
-        return MappingProxyType({s: first for s, first in ties if s not in own and s not in self.copies and first not in self.copies})
+        kept = {s for name in self.active_names if self.enabled for s in self.adapters[name].tied}
+        return MappingProxyType({s: first for s, first in ties if s in kept or (s not in own and not {s, first} & self.copies.keys())})
 
     @cached_property
     def _parameters(self) -> Mapping[str, Parameter]:

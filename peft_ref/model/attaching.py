@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
+from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
@@ -27,8 +28,8 @@ from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
 from peft_ref.methods.loftq_init import loftq, loftq_of
-from peft_ref.methods.lora import LoRA
-from peft_ref.model.adapted import Adapted, Attached, Merged
+from peft_ref.methods.lora import LoRA, transposed
+from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
 from peft_ref.model.numbers import as_stored, wide
 from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, place
 from peft_ref.model.sharing import common, shared
@@ -52,12 +53,20 @@ def add(
     if unknown := sorted((starts or {}).keys() - placed.layers.keys()):
         raise KeyMismatchError(f"a start for {unknown[0]!r}, which the adapter is not on.\n  It is on {', '.join(placed.layers)}.")
     modules: dict[str, AdapterModule] = {}
+    blocks: dict[str, AttentionAdapter] = {}
+    for name_of_block, block in placed.blocks.items():
+        method = attention_method(placed.config)
+        blocks[name_of_block] = AttentionAdapter(method, method.init(block.hidden_size, weight_in(model, name_of_block), rng))
     made = common(model, placed, rng)
     for module, layer in placed.layers.items():
         given = None if starts is None else starts.get(module)
         model, params = started(model, module, layer, placed.config, rng, ties, made=made.get(module), given=given)
         modules[module] = AdapterModule(placed.config.method_for(module), layer, params)
-    return joined(model, name, placed, modules, trainable=not placed.config.housekeeping.get("inference_mode", False))
+    for head, table in placed.mirrored.items():  # HF starts the head last, in the memory that both have
+        lora = modules[head].method
+        source, target = (table, head) if isinstance(lora, LoRA) and lora.init_lora_weights is False else (head, table)
+        modules[target] = modules[target]._replace(params=transposed(modules[source].params))
+    return joined(model, name, placed, modules, blocks=blocks, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
 def started(
@@ -71,7 +80,7 @@ def started(
     made: Any = None,
     given: Start[Any] | None = None,
 ) -> tuple[Adapted, Any]:
-    """Fresh parameters at `module`, those `given` or of what was `made` for all, and the model with the frozen weight that the init leaves."""
+    """Fresh parameters at `module`, `given` or of what was `made` for all, and the model with the frozen weight that the init leaves."""
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W, method = wide(layer.fold(frozen)), config.method_for(module)
@@ -94,6 +103,7 @@ def joined(
     placed: Placed,
     modules: Mapping[str, AdapterModule],
     *,
+    blocks: Mapping[str, AttentionAdapter] = NOTHING,
     saved: Mapping[str, Array] | None = None,
     biases: Mapping[str, Array] | None = None,
     trainable: bool,
@@ -101,14 +111,20 @@ def joined(
     """`model` with an adapter whose parameters are there. What is not given of the modules saved in full is copied from the model."""
     check_adapter_name(name)
     check_new(model, name, placed.config)
+    check_mirrored(modules, placed.mirrored)
     check_apart(model, name, placed)
-    copied = {key: model.frozen(key) for module in placed.saved for key in parameters_below(model.base, module)}
+    keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
+    kept = {key: b for key, b in model.base.buffers().items() if any(key.startswith(f"{module}.") for module in placed.saved)}
+    copies = {**{key: model.frozen(key) for key in keys}, **kept, **one_copy(saved or {}, placed.tied)}
     first = not model.adapters
     adapter = Attached(
         config=placed.config,
         modules=modules,
-        saved={**copied, **(saved or {})},
+        blocks=blocks,
+        saved=copies,
         whole=placed.saved,
+        tied=placed.tied,
+        mirrored=placed.mirrored,
         trainable=trainable and first,
     )
     free = biases_of(model.base, placed) if first and trainable else frozenset[str]()
@@ -129,30 +145,54 @@ def update(
     saved: Mapping[str, Array] | None = None,
     biases: Mapping[str, Array] | None = None,
 ) -> Adapted:
-    """`model` with other numbers for the adapter `name`: parameters by module, copies and biases by the parameters' own names."""
+    """`model` with other numbers for the adapter `name`: parameters by module or block, copies and biases by the parameters' own names."""
     adapter = model.attached(name)
     if name in model.merged.names:
         raise ConfigError(f"adapter {name!r} is merged, and its old numbers are in the weights.\n  Unmerge it first.")
-    modules = dict(adapter.modules)
+    modules, blocks = dict(adapter.modules), dict(adapter.blocks)
     for module, values in (params or {}).items():
-        if module not in modules:
-            raise KeyMismatchError(f"adapter {name!r} is not on {module!r}.\n  It is on {', '.join(modules)}.")
+        if module not in modules.keys() | blocks.keys():
+            raise KeyMismatchError(f"adapter {name!r} is not on {module!r}.\n  It is on {', '.join([*modules, *blocks])}.")
+        method = modules[module].method if module in modules else blocks[module].method
+        if type(values) is not method.params_type:
+            raise ConfigError(f"parameters at {module!r} are a {type(values).__name__}, expected those of {type(method).__name__}.")
+        if module in blocks:
+            blocks[module] = in_block(model, module, attention_method(adapter.config), values)
+            continue
         old = modules[module]
-        if type(values) is not old.method.params_type:
-            raise ConfigError(f"parameters at {module!r} are a {type(values).__name__}, expected those of {type(old.method).__name__}.")
         for spec in old.method.spec(old.layer):
             value = getattr(values, spec.field)
             came = None if value is None else tuple(value.shape)
             if came != spec.shape:
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
-    if unknown := sorted((saved or {}).keys() - adapter.saved.keys()):
+    check_mirrored(modules, adapter.mirrored)
+    saved = one_copy(saved or {}, adapter.tied)
+    if unknown := sorted(saved.keys() - adapter.saved.keys()):
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")
     if unknown := sorted((biases or {}).keys() - model.parameters().keys()):
         raise KeyMismatchError(f"no parameter {unknown[0]!r} in this model.")
     shared(modules)
-    changed = replace(adapter, modules=modules, saved={**adapter.saved, **(saved or {})})
+    changed = replace(adapter, modules=modules, blocks=blocks, saved={**adapter.saved, **saved})
     return replace(overlaid(model, biases or {}, frozenset()), adapters={**model.adapters, name: changed})
+
+
+def check_mirrored(modules: Mapping[str, AdapterModule], mirrored: Mapping[str, str]) -> None:
+    for head, table in mirrored.items():
+        A, B, _ = transposed(modules[table].params)
+        if any(bool(namespace(x).any(x != y)) for x, y in zip((A, B), modules[head].params[:2], strict=True)):
+            raise KeyMismatchError(
+                f"the factors of {head!r} are not those of {table!r}, to which it is tied (HF PEFT takes the last ones)."
+            )
+
+
+def one_copy(saved: Mapping[str, Array], tied: Mapping[str, str]) -> dict[str, Array]:
+    """The copies without those that are another's, with which they must agree."""
+    for second, first in tied.items():
+        xp = namespace(*(saved[name] for name in (first, second) if name in saved))
+        if second in saved and first in saved and not bool(xp.all(saved[second] == saved[first])):
+            raise KeyMismatchError(f"{second} and {first} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
+    return {name: copy for name, copy in saved.items() if name not in tied}
 
 
 def delete(model: Adapted, name: str) -> Adapted:
@@ -166,6 +206,8 @@ def delete(model: Adapted, name: str) -> Adapted:
         return rest
     if rest.active_names:
         return trained(rest, rest.active_names)
+    if gone.blocks:  # HF: the one that came first of those left
+        return trained(replace(rest, active_names=tuple(left)[:1]), tuple(left)[:1])
     first = next((m for m in model.modules() if m in gone.modules or any(m in a.modules for a in left.values())), None)
     heirs = sorted(other for other, adapter in left.items() if first in adapter.modules)
     return trained(replace(rest, active_names=tuple(heirs[:1])), heirs[:1])
@@ -184,6 +226,23 @@ def weight_name(model: Adapted, module: str) -> str:
     if key is None:
         raise ConfigError(f"{module!r} has no parameter called weight, which an adapter could change.")
     return key
+
+
+def weight_in(model: Adapted, block: str) -> Array:
+    """A weight of an attention block, whose dtype its adapter has, of 16 bits too, as in HF."""
+    return model.frozen(parameters_below(model.base, block)[0])
+
+
+def attention_method(config: AdapterConfig) -> AttentionMethod[Any]:
+    assert isinstance(config.method, AttentionMethod)
+    return config.method
+
+
+def in_block(model: Adapted, name: str, method: AttentionMethod[Any], params: Any) -> AttentionAdapter:
+    """The adapter with these parameters, which must fit the block."""
+    block = model.modules()[name].block
+    assert block is not None
+    return AttentionAdapter(method, method.unpack(block.hidden_size, method.pack(params), where=name))
 
 
 def parameters_below(graph: Graph, module: str) -> list[str]:

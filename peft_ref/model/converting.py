@@ -33,6 +33,7 @@ from peft_ref.model.storing import adapter_file
 
 KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out")
 CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # inits that leave another frozen weight
+TRUNCATING = "kasa_config"  # the switch of the method whose start leaves another frozen weight, whatever its init is called
 
 
 class Conversion(NamedTuple):
@@ -52,6 +53,10 @@ def converted(
     check_on_its_weight(file.config)
     if not file.modules:
         raise ConfigError(f"{type(file.config.method).__name__} changes no layer's weight: there is nothing that a LoRA could be.")
+    if file.shared:
+        raise ConfigError(
+            f"{type(file.config.method).__name__}'s layers share {', '.join(file.shared)}.\n  Give the model: it tells which."
+        )
     made: dict[str, Converted] = {}
     for module, (method, layer, params) in file.modules.items():
         W, b = (None, None) if weights is None else weights(module)
@@ -124,6 +129,8 @@ def check_on_its_weight(config: AdapterConfig) -> None:
             f"init_lora_weights={init!r} took a part off the frozen weight, to which this adapter belongs.\n"
             "  Use `plain` with the adapter as it was before training (on the command line --initial)."
         )
+    if config.method.flag == TRUNCATING:
+        raise ConfigError(f"{type(config.method).__name__} cuts the frozen weight off, which no LoRA does (HF PEFT refuses it too).")
 
 
 def config_of(source: AdapterConfig, modules: Mapping[str, AdapterModule]) -> AdapterConfig:

@@ -29,6 +29,7 @@ from peft_ref.stack import Adapter, step
 def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = False, ties: Ties = "refuse") -> Adapted:
     """`model` with these adapters merged, or the active ones. `ties` says what a merge into a tied weight does."""
     check_ties(ties)
+    model.refuse_attention("merge")
     if isinstance(names, str):
         raise ConfigError(f"names={names!r} is one name (HF PEFT refuses it too).\n  Give a list of names.")
     if not model.enabled:
@@ -51,15 +52,18 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
 
 def unmerge(model: Adapted) -> Adapted:
     """`model` with nothing merged."""
+    model.refuse_attention("unmerge")
     return replace(model, merged=Merged())
 
 
 def unload(model: Adapted) -> Adapted:
     """The model without adapters, its weights as they are now. The pristine ones are still in `base`."""
+    model.refuse_attention("unload")
     copies: Mapping[str, Array] = {k: v for n in model.active_names for k, v in model.adapters[n].saved.items() if _known(model, k)}
     bare = overlaid(model, model.merged.weights, model.merged.untied)
     ties = model.base.tied()
-    apart = frozenset(s for s, first in ties.items() if s in copies or first in copies)
+    kept = {s for n in model.active_names for s in model.adapters[n].tied}
+    apart = frozenset(s for s, first in ties.items() if (s in copies or first in copies) and s not in kept)
     bare = overlaid(bare, copies, apart)
     return Adapted(base=bare.base, changed=bare.changed, untied=bare.untied, mixed=bare.mixed)
 

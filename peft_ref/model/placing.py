@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from peft_ref.attending import AttentionBlock, AttentionMethod
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.adapter import spanned
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
+from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
+from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
 from peft_ref.graph.targets import match
+from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
 from peft_ref.layers import Layer
-from peft_ref.model.adapted import Adapted
-from peft_ref.prompts import Prompt
+from peft_ref.methods.lora import LoRA
+from peft_ref.model.adapted import NOTHING, Adapted
 
+TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
 MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
 
@@ -29,7 +34,10 @@ MIXABLE = frozenset({"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"})
 class Placed(NamedTuple):
     config: AdapterConfig
     layers: Mapping[str, Layer]  # the modules that get an adapter, in the model's order
-    saved: tuple[str, ...]  # the modules that are trained in full
+    saved: tuple[str, ...] = ()  # the modules that are trained in full
+    tied: Mapping[str, str] = NOTHING  # the parameters of those whose copy is that of another name
+    mirrored: Mapping[str, str] = NOTHING  # the modules whose factors are those of another one, transposed
+    blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
 def bias_of(config: AdapterConfig) -> str:
@@ -39,24 +47,49 @@ def bias_of(config: AdapterConfig) -> str:
 def place(model: Adapted, config: AdapterConfig) -> Placed:
     """Where `config` sends an adapter of the model."""
     method, graph = config.method, model.base
+    if isinstance(method, AttentionMethod):
+        return _in_attention(config, method, graph)
     if not isinstance(method, WeightMethod):
-        where = (
-            "it goes before a model's inputs (peft_ref.splice)"
-            if isinstance(method, Prompt)
-            else "it adds to attention blocks: give it to a network as `Net.attention`"
-        )
-        raise ConfigError(f"{type(method).__name__} adapts no layer: {where}.")
+        raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
+    check_replicated(config, graph)
+    tied, table = shared_copies(config, graph), mirrored_by(config, graph)
     config = settled(config, graph)
     task = config.housekeeping.get("task_type")
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
     if matched.parameters:
         raise UnsupportedLayerError(
-            f"target_parameters: {', '.join(matched.parameters)}: adapters on single parameters are not built here."
+            f"target_parameters: {', '.join(matched.parameters)}: that acts on no layer.\n  Use peft_ref.model.parameters."
         )
-    layers = {name: model.layer(name) for name in matched.modules}
+    mirrored = {} if table is None else dict.fromkeys(table.others, table.table)
+    layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *mirrored))}
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
-    return Placed(spanned(config, layers, {}), layers, matched.saved)
+    saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
+    check_mirrors(config, layers, mirrored)
+    return Placed(spanned(config, layers, {}), layers, saved, tied, mirrored)
+
+
+def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
+    """The blocks; nothing beside them is trained. The configuration then says what they end in, as in HF."""
+    if config.targets.modules_to_save or bias_of(config) != "none":
+        raise ConfigError(f"{method.peft_type} trains nothing beside it (HF PEFT's has no modules_to_save and no bias).\n  Leave them out.")
+    blocks = blocks_of(method, config.targets, graph)
+    method.dims()
+    ending = next(iter(blocks)).rpartition(".")[2]
+    if config.targets.target_modules is None:
+        config = replace(config, targets=replace(config.targets, target_modules=ending))
+    return Placed(config, {}, blocks=blocks)
+
+
+def check_replicated(config: AdapterConfig, graph: Graph) -> None:
+    """Raise `ConfigError` where the configuration's layers are not those of the model."""
+    wanted = config.housekeeping.get("layer_replication")
+    given = graph.layer_replication if isinstance(graph, ReplicatedGraph) else ()
+    if wanted and tuple(tuple(pair) for pair in wanted) != given:
+        raise ConfigError(
+            f"layer_replication={wanted!r:.80}, and the model's layers are {given or 'its own'}.\n"
+            "  Adapt ReplicatedGraph(graph, layer_replication) instead of the graph (peft_ref.graph)."
+        )
 
 
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
@@ -65,6 +98,10 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     task = config.housekeeping.get("task_type")
     written = rules_for(targets, graph, method.peft_type, task).target
     saved = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))
+    if (tie := tie_of(config, graph)) is not None and asks(saved):
+        saved = with_table(saved, tie)
+    if (table := mirrored_by(config, graph)) is not None and written is not None:
+        written = targets_with_table(written, table)
     if written != targets.target_modules:
         targets = replace(targets, target_modules=written)
     if saved != (targets.modules_to_save or ()):
@@ -72,6 +109,45 @@ def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     if "is_feedforward" in field_names(type(method)) and patterns.feedforward_modules is None:
         patterns = replace(patterns, feedforward_modules=default_feedforward(graph))
     return config if targets is config.targets and patterns is config.patterns else replace(config, targets=targets, patterns=patterns)
+
+
+def tie_of(config: AdapterConfig, graph: Graph) -> Tie | None:
+    """The tie of embeddings that the configuration asks to keep."""
+    wanted = config.method.peft_type in ("LORA", "ADALORA") and bool(config.housekeeping.get(TYING))
+    return embedding_tie(graph) if wanted else None
+
+
+def shared_copies(config: AdapterConfig, graph: Graph) -> dict[str, str]:
+    """The second names whose copy is that of the first."""
+    tie, task = tie_of(config, graph), config.housekeeping.get("task_type")
+    if tie is None or not asks((*(config.targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))):
+        return {}
+    if tables := [name for name in tie.others if graph.modules()[name].kind == "embedding"]:
+        raise UnsupportedLayerError(
+            f"{TYING} with {tables[0]!r}: it is a table too, in whose place HF PEFT puts a linear layer, which then fails.\n  Leave it out."
+        )
+    return {second: first for second, first in graph.tied().items() if second.rpartition(".")[0] in tie.others}
+
+
+def mirrored_by(config: AdapterConfig, graph: Graph) -> Tie | None:
+    """The table and what has its factors, transposed. A table that is trained in full, or said to be, asks for none."""
+    tie, targets = tie_of(config, graph), config.targets
+    return tie if tie is not None and not shared_copies(config, graph) and asks(targets.target_modules) else None
+
+
+def check_mirrors(config: AdapterConfig, layers: Mapping[str, Layer], mirrored: Mapping[str, str]) -> None:
+    for name, table in mirrored.items():
+        method = config.method_for(name)
+        if (
+            type(method) is not LoRA
+            or method.lora_bias
+            or (isinstance(method.init_lora_weights, str) and method.init_lora_weights != "gaussian")
+        ):
+            raise UnsupportedLayerError(
+                f"{TYING} at {name!r} with {method}: a plain LoRA with a plain start is shared here.\n  Leave it out."
+            )
+        if method != config.method_for(table) or layers[name].kind != "linear":
+            raise UnsupportedLayerError(f"{TYING}: {name!r} is no linear layer with the rank and scale of {table!r}, whose factors it has.")
 
 
 def check_new(model: Adapted, name: str, config: AdapterConfig) -> None:

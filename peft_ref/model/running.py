@@ -39,6 +39,7 @@ def acting_alone(model: Adapted, name: str) -> Adapted:
     """`model` with one adapter active, or none for "__base__": what the rows that name it see."""
     if model.merged.names:
         raise ConfigError(f"rows name adapters while {', '.join(model.merged.names)} is merged (HF PEFT refuses it too).\n  Unmerge first.")
+    model.refuse_attention("rows that name adapters, which HF ignores there")
     return replace(model, active_names=() if name == BASE else (name,) if model.attached(name) else ())
 
 

@@ -1,6 +1,7 @@
 """What a model with adapters holds: counts, HF's printed line, and its layer and model status.
 
 A parameter counts once, a copy of modules_to_save beside its original, and AdaLoRA's `ranknum`: one number a module, which no file has.
+An adapter on attention blocks counts while it acts, and then as trained, even where it was loaded or is for inference: so does HF's.
 
 HF      PeftModel.get_nb_trainable_parameters, print_trainable_parameters, get_layer_status, get_model_status. State is held once here, so
         nothing is ever "irregular" but active_adapters and merged_adapters of a model whose adapters are on different modules.
@@ -71,6 +72,8 @@ def count(model: Adapted) -> Count:
     known = model.base.parameters()
     total = sum(math.prod(p.shape) for p in known.values())
     trainable = sum(math.prod(known[name].shape) for name in model.trainable_biases)
+    acting = sum(math.prod(s.shape) for name, a in model.attention().items() for s in a.method.spec(_width(model, name)))
+    trainable, total = trainable + acting, total + acting
     for adapter in model.adapters.values():
         own = _numbers(model, adapter)
         own += sum(math.prod(copy.shape) for key, copy in adapter.saved.items() if key in known or key in model.base.tied())
@@ -81,6 +84,7 @@ def count(model: Adapted) -> Count:
 
 def layer_status(model: Adapted) -> list[LayerStatus]:
     """Every adapted module, and every one of modules_to_save, in the model's order."""
+    model.refuse_attention("layer_status")
     found = []
     for module in (*model.modules(), *model.aliases()):
         on = {name: adapter for name, adapter in model.adapters.items() if module in adapter.modules}
@@ -121,7 +125,8 @@ def model_status(model: Adapted) -> ModelStatus:
 def _numbers(model: Adapted, adapter: Attached) -> int:
     """How many an adapter trains: what several modules share once."""
     once: dict[str, int] = {}
-    own, keys = 0, adapter.config.method.shared_keys(tuple(adapter.modules))  # type: ignore[attr-defined]  # it is on a model
+    method = adapter.config.method
+    own, keys = 0, method.shared_keys(tuple(adapter.modules)) if isinstance(method, WeightMethod) else {}
     for name in adapter.modules:
         for s in _specs(model, adapter.config.method_for(name), name):
             if s.trained and s.shared:
@@ -157,6 +162,12 @@ def _device(model: Adapted, name: str, module: str) -> str:
 
 def _specs(model: Adapted, method: WeightMethod[Any], module: str) -> tuple[ParamSpec, ...]:
     return method.spec(model.layer(module))
+
+
+def _width(model: Adapted, name: str) -> int:
+    block = model.modules()[name].block
+    assert block is not None
+    return block.hidden_size
 
 
 def _layer_class(peft_type: str, kind: str) -> str:

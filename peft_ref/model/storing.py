@@ -4,7 +4,7 @@ load    the adapter in a folder comes onto the model, under any name; with `lazy
 save    the folder that HF's PeftModel.save_pretrained writes: the adapter "default" into it, any other into a folder below, by its name
 
 A file holds, beside the adapter's parameters:
-    copies of modules_to_save               under the modules' own names; their buffers (a running mean) only where a file brought them
+    copies of modules_to_save               under the modules' own names, with their buffers (a running mean)
     biases, for bias="all" or "lora_only"   those of adapted layers as base_layer.bias; loading puts them into the frozen weights
     embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts; the same
 
@@ -15,7 +15,7 @@ HF      loads what it finds, warns of what is missing and forgets the rest; here
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.attending import AttentionAdapter
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import FileFormatError, KeyMismatchError
 from peft_ref.files.adapter import (
     DEFAULT,
@@ -35,12 +37,12 @@ from peft_ref.files.adapter import (
     save_adapter,
 )
 from peft_ref.files.config import AdapterConfig
-from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, sort_tensors
+from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, shared_keys, sort_tensors
 from peft_ref.files.rules import field_names
 from peft_ref.files.safetensors import RawTensor, Tensor
 from peft_ref.graph.patterns import Matcher
 from peft_ref.model.adapted import Adapted
-from peft_ref.model.attaching import joined, started, weight_name
+from peft_ref.model.attaching import in_block, joined, started, weight_in, weight_name
 from peft_ref.model.lazy import LazyModules, read_later
 from peft_ref.model.numbers import as_stored, brought, to_file
 from peft_ref.model.placing import Placed, bias_of, check_new, place
@@ -65,7 +67,7 @@ def load(
     check_new(model, name, config)
     placed = place(model, config)
     file = open_adapter(folder, subfolder)
-    if not lazy:
+    if not lazy or placed.blocks:  # what is on attention blocks is small and read at once
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
     specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}
     keys = {f"{PREFIX}{m}.{s.key}" for m, own in specs.items() for s in read_later(own)}
@@ -95,11 +97,13 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     """The adapter `name` as its file holds it."""
     adapter = model.attached(name)
     config = replace(adapter.config, housekeeping={**adapter.config.housekeeping, "inference_mode": True})
+    copies = {**adapter.saved, **{second: adapter.saved[first] for second, first in adapter.tied.items()}}
     return AdapterFile(
         config=config,
         modules=adapter.modules,
-        modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in adapter.saved.items()},
-        biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, adapter.saved)},
+        attention=adapter.blocks,
+        modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in copies.items()},
+        biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, copies)},
         embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
     )
 
@@ -125,13 +129,15 @@ def _attached(
     for module, layer in placed.layers.items():
         if _may_change_weight(placed.config):
             model, _ = started(model, module, layer, placed.config, np.random.default_rng(0), ties)
-    saved = {parameter_name(key): _like(model, parameter_name(key), tensor) for key, tensor in file.modules_to_save.items()}
-    frozen = {parameter_name(key): tensor for key, tensor in {**file.biases, **file.embeddings}.items()}
+    blocks = {block: brought_to(model, block, found) for block, found in file.attention.items()}
+    saved, frozen = beside(file, placed.tied)
+    saved = {name: _like(model, name, tensor) for name, tensor in saved.items()}
     loaded = joined(
         model,
         name,
         placed,
         modules if lazy is None else lazy,
+        blocks=blocks,
         saved={key: value for key, value in saved.items() if not REPEATED & set(key.split("."))},
         biases={model.base.resolve(key): _like(model, key, tensor) for key, tensor in frozen.items()},
         trainable=trainable,
@@ -149,6 +155,8 @@ def _read(placed: Placed, tensors: Mapping[str, Tensor]) -> AdapterFile:
     """The tensors as what they are. With no layers, those that are no adapter's."""
     if placed.layers:
         return from_state_dict(placed.config, tensors, placed.layers)
+    if placed.blocks:
+        return read_blocks(placed.config, tensors, placed.blocks)
     found = sort_tensors(placed.config, tensors)
     if found.modules:
         module, own = next(iter(found.modules.items()))
@@ -156,6 +164,29 @@ def _read(placed: Placed, tensors: Mapping[str, Tensor]) -> AdapterFile:
             f"{PREFIX}{module}.{min(own)}: the model adapts no such module.\n  The file was made for other target modules."
         )
     return AdapterFile(**{**found._asdict(), "config": placed.config})
+
+
+def beside(file: AdapterFile, tied: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a file holds beside the adapter, by the parameters' own names: copies, those that are tied too, and frozen weights."""
+    saved = {parameter_name(key): tensor for key, tensor in file.modules_to_save.items()}
+    other = {parameter_name(key): tensor for key, tensor in {**file.biases, **file.embeddings}.items()}
+    copies = {name: tensor for name, tensor in other.items() if name in tied}
+    return {**saved, **copies}, {name: tensor for name, tensor in other.items() if name not in tied}
+
+
+def read_blocks(config: AdapterConfig, tensors: Mapping[str, Tensor], blocks: Collection[str]) -> AdapterFile:
+    """The tensors of an adapter on these attention blocks."""
+    file = from_state_dict(config, tensors)
+    if wrong := sorted(file.attention.keys() ^ set(blocks)):
+        what = "is not in the file" if wrong[0] in blocks else "is in the file, and no block of the model that gets an adapter"
+        raise KeyMismatchError(f"{PREFIX}{wrong[0]} {what}.\n  The file was made for another model, or for another adapter_layers.")
+    return file
+
+
+def brought_to(model: Adapted, block: str, found: AttentionAdapter) -> AttentionAdapter:
+    """What a file holds for an attention block, as the block's own numbers are."""
+    like = weight_in(model, block)
+    return in_block(model, block, found.method, type(found.params)(*(as_stored(brought(p, like), like) for p in found.params)))
 
 
 def _like(model: Adapted, name: str, tensor: Any) -> Array:
@@ -170,8 +201,11 @@ def _like(model: Adapted, name: str, tensor: Any) -> Array:
 
 def _may_change_weight(config: AdapterConfig) -> bool:
     """Whether the init has a name: one that is only on or off draws parameters and nothing else."""
+    if shared_keys(type(config.method)):
+        return False
     inits = [getattr(config.method, f) for f in field_names(type(config.method)) if f.startswith("init_") and f.endswith("weights")]
-    return not inits or any(isinstance(init, str) for init in inits)
+    cuts = isinstance(config.method, WeightMethod) and config.method.cuts_weight
+    return cuts or not inits or any(isinstance(init, str) for init in inits)
 
 
 def _adapted(model: Adapted) -> set[str]:

@@ -24,6 +24,9 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
         model.attached(name)
     if len(set(names)) < len(names):
         raise ConfigError(f"active adapters {', '.join(names)}: one is there twice, and would act twice.\n  Name each once.")
+    if any(model.adapters[name].blocks for name in names) and (len(names) > 1 or inference):
+        what = "inference=True" if inference else f"{len(names)} adapters at once"
+        raise ConfigError(f"{what} of adapters on attention blocks, of which one acts (HF PEFT refuses it too).\n  Name one.")
     owners: dict[str, str] = {}
     for name in names:
         for key in model.adapters[name].saved:
@@ -47,6 +50,7 @@ def set_trainable(model: Adapted, names: str | Iterable[str], trainable: bool = 
     names = {names} if isinstance(names, str) else set(names)
     for name in names:
         model.attached(name)
+    model.refuse_attention("set_trainable")
     changed = {n: replace(a, trainable=trainable if n in names else a.trainable) for n, a in model.adapters.items()}
     return replace(model, adapters=changed)
 

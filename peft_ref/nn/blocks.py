@@ -15,11 +15,11 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import ClassVar, NamedTuple, final
 
-from peft_ref.arrays import Array, namespace
+from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.nn.attention import KeyValue, mask_bias, positions_from
 from peft_ref.nn.loss import next_token_loss, next_token_loss_vjp, weighted_next_token_loss, weighted_next_token_loss_vjp
-from peft_ref.nn.model import Inputs, Model, ModelGradients, Output, OutputGradient, embed
+from peft_ref.nn.model import Inputs, Model, ModelGradients, Output, OutputGradient, embed, without_loss
 from peft_ref.nn.net import Gradients, Net
 
 
@@ -75,10 +75,6 @@ class Blocks(Model):
     def loss(self, logits: Array | None, inputs: Inputs) -> Array | None:
         """The loss, or None without labels."""
 
-    @abstractmethod
-    def loss_vjp(self, logits: Array | None, inputs: Inputs, dloss: Array | float) -> Array:
-        """The gradient for the logits, if there are labels."""
-
     @final
     def forward(self, net: Net, inputs: Inputs) -> Output:
         return self._run(net, inputs).output
@@ -86,7 +82,7 @@ class Blocks(Model):
     @final
     def vjp(self, net: Net, inputs: Inputs, d: OutputGradient) -> ModelGradients:
         run = self._run(net, inputs)
-        dx, gradients = self.leave_vjp(net, run.xs[-1], self._without_loss(run.output, inputs, d))
+        dx, gradients = self.leave_vjp(net, run.xs[-1], without_loss(self, run.output, inputs, d))
         dpasts: list[KeyValue | None] = []
         for name, x, past in reversed(list(zip(self.block_names(), run.xs[:-1], run.pasts, strict=True))):
             dx, dpast, more = self.block_vjp(net, name, x, run.context, past, dx)
@@ -140,21 +136,6 @@ class Blocks(Model):
                 "  Shorten the input, or give position_ids."
             )
         return positions_from(start, x.shape[1], x)
-
-    @final
-    def _without_loss(self, output: Output, inputs: Inputs, d: OutputGradient) -> OutputGradient:
-        """The loss's gradient handed on to the logits."""
-        for name in ("logits", "loss", "hidden", "pooled"):
-            if getattr(d, name) is not None and getattr(output, name) is None:
-                why = "the inputs have no labels" if name == "loss" else f"{type(self).__name__} returns none"
-                raise ConfigError(f"a gradient came for the {name}, and {why}.")
-        dlogits = d.logits
-        if d.loss is not None:
-            of_loss = self.loss_vjp(output.logits, inputs, d.loss)
-            dlogits = of_loss if dlogits is None else dlogits + of_loss
-        if dlogits is None and output.logits is not None:
-            dlogits = namespace(output.logits).zeros_like(output.logits)
-        return replace(d, logits=dlogits, loss=None)
 
 
 class _Run(NamedTuple):

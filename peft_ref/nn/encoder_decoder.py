@@ -19,7 +19,7 @@ from peft_ref.arrays import Array, namespace, zeros_like
 from peft_ref.errors import ConfigError
 from peft_ref.nn.attention import KeyValue, join_heads, mask_bias
 from peft_ref.nn.loss import cross_entropy, cross_entropy_vjp
-from peft_ref.nn.model import Cache, Inputs, Model, ModelGradients, Output, OutputGradient, embed
+from peft_ref.nn.model import Cache, Inputs, Model, ModelGradients, Output, OutputGradient, embed, without_loss
 from peft_ref.nn.net import Gradients, Net
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -88,7 +88,7 @@ class EncoderDecoder(Model):
     @final
     def vjp(self, net: Net, inputs: Inputs, d: OutputGradient) -> ModelGradients:
         run = self._run(net, inputs)
-        back = self._back(net, run.decoder, _dlogits(run.output, inputs, d))
+        back = self._back(net, run.decoder, without_loss(self, run.output, inputs, d).logits)
         gradients, dembeds = back.net, None
         if run.decoder_ids is not None:
             gradients = gradients + net.vjp(self.decoder_embedding, run.decoder_ids, back.x)[1]
@@ -109,6 +109,10 @@ class EncoderDecoder(Model):
             decoder_inputs_embeds=back.x,
             cross=back.sources if run.encoder is None else None,
         )
+
+    @final
+    def loss_vjp(self, logits: Array, inputs: Inputs, dloss: Array | float) -> Array:
+        return cross_entropy_vjp(logits, inputs.labels, dloss)
 
     @final
     def _run(self, net: Net, inputs: Inputs) -> _Run:
@@ -199,12 +203,3 @@ class _Run(NamedTuple):
     encoder: _Stack | None
     decoder: _Stack
     decoder_ids: Array | None
-
-
-def _dlogits(output: Output, inputs: Inputs, d: OutputGradient) -> Array:
-    parts = [] if d.logits is None else [d.logits]
-    if d.loss is not None:
-        if inputs.labels is None:
-            raise ConfigError("a gradient came for the loss, and the inputs have no labels.")
-        parts.append(cross_entropy_vjp(output.logits, inputs.labels, d.loss))
-    return sum(parts[1:], parts[0]) if parts else namespace(output.logits).zeros_like(output.logits)

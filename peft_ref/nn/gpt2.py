@@ -23,16 +23,17 @@ from peft_ref.attending import AttentionBlock, add_params
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Embedding, Linear
 from peft_ref.nn.attention import KeyValue, append, append_vjp, attention, attention_vjp, join_heads, split_heads
-from peft_ref.nn.blocks import Context, Decoder
+from peft_ref.nn.blocks import Context
 from peft_ref.nn.functions import activation, sum_to
-from peft_ref.nn.model import Output, OutputGradient, Part, known
+from peft_ref.nn.model import Part, known
 from peft_ref.nn.modules import feed_forward, feed_forward_vjp, norm, norm_vjp
 from peft_ref.nn.net import Gradients, Net
+from peft_ref.nn.pre_norm import PreNormDecoder
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class GPT2(Decoder):
+class GPT2(PreNormDecoder):
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
@@ -47,6 +48,9 @@ class GPT2(Decoder):
 
     base_model_prefix: ClassVar[str] = "transformer"
     embedding: ClassVar[str] = "transformer.wte"
+    attention: ClassVar[str] = "attn"
+    norms: ClassVar[tuple[str, str]] = ("ln_1", "ln_2")
+    last_norm: ClassVar[str] = "transformer.ln_f"
 
     def __post_init__(self) -> None:
         activation(self.activation_function)
@@ -112,10 +116,6 @@ class GPT2(Decoder):
         return {"lm_head.weight": f"{self.embedding}.weight"} if self.tie_word_embeddings else {}
 
     @property
-    def output_head(self) -> str:
-        return "lm_head"
-
-    @property
     def position_count(self) -> int:
         return self.n_positions
 
@@ -132,84 +132,59 @@ class GPT2(Decoder):
             found = found + net.vjp(self.embedding, context.token_types, dy)[1]
         return dy, found
 
-    def block(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
-        y, kept = self._attend(net, name, self._norm_of(net, f"{name}.ln_1", x), context, past)
-        h = x + y
-        return h + self._mlp(net, name, self._norm_of(net, f"{name}.ln_2", h)), kept
-
-    def block_vjp(
-        self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
-    ) -> tuple[Array, KeyValue | None, Gradients]:
-        n = self._norm_of(net, f"{name}.ln_1", x)
-        h = x + self._attend(net, name, n, context, past)[0]
-        dm, of_mlp = self._mlp_vjp(net, name, self._norm_of(net, f"{name}.ln_2", h), dy)
-        dh, of_m = self._norm_vjp(net, f"{name}.ln_2", h, dm)
-        dh = dy + dh
-        dn, dpast, of_attention = self._attend_vjp(net, name, n, context, past, dh)
-        dx, of_n = self._norm_vjp(net, f"{name}.ln_1", x, dn)
-        return dh + dx, dpast, of_mlp + of_m + of_attention + of_n
-
-    def leave(self, net: Net, x: Array) -> Output:
-        return Output(logits=net.apply("lm_head", self._norm_of(net, "transformer.ln_f", x)))
-
-    def leave_vjp(self, net: Net, x: Array, d: OutputGradient) -> tuple[Array, Gradients]:
-        dn, of_head = net.vjp("lm_head", self._norm_of(net, "transformer.ln_f", x), d.logits)
-        dx, of_norm = self._norm_vjp(net, "transformer.ln_f", x, dn)
-        return dx, of_head + of_norm
-
-    def _norm_of(self, net: Net, name: str, x: Array) -> Array:
+    def normed(self, net: Net, name: str, x: Array) -> Array:
         return norm(net, name, x, self.layer_norm_epsilon)
 
-    def _norm_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+    def normed_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
         return norm_vjp(net, name, x, self.layer_norm_epsilon, dy)
 
-    def _mlp(self, net: Net, name: str, x: Array) -> Array:
-        return feed_forward(net, f"{name}.mlp.c_fc", f"{name}.mlp.c_proj", activation(self.activation_function), x)
+    def mlp(self, net: Net, name: str, x: Array) -> Array:
+        return feed_forward(net, f"{name}.c_fc", f"{name}.c_proj", activation(self.activation_function), x)
 
-    def _mlp_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        return feed_forward_vjp(net, f"{name}.mlp.c_fc", f"{name}.mlp.c_proj", activation(self.activation_function), x, dy)
+    def mlp_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+        return feed_forward_vjp(net, f"{name}.c_fc", f"{name}.c_proj", activation(self.activation_function), x, dy)
 
     def _scale(self, name: str) -> float:
         scale = (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
-        return scale / (self.block_names().index(name) + 1) if self.scale_attn_by_inverse_layer_idx else scale
+        return scale / (self.block_names().index(name.removesuffix(".attn")) + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def _queries_keys_values(self, net: Net, name: str, x: Array) -> tuple[Array, KeyValue]:
-        fused, n = net.apply(f"{name}.attn.c_attn", x), self.n_embd
+        fused, n = net.apply(f"{name}.c_attn", x), self.n_embd
         q, k, v = (split_heads(fused[..., i * n : (i + 1) * n], self.n_head) for i in range(3))
         return q, KeyValue(k, v)
 
-    def _attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
+    def attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         q, new = self._queries_keys_values(net, name, x)
         kv = append(past, new)
-        y = net.apply(f"{name}.attn.c_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self._scale(name))))
-        if (a := net.attention.get(f"{name}.attn")) is None:
+        y = net.apply(f"{name}.c_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self._scale(name))))
+        if (a := net.attention.get(name)) is None:
             return y, kv
         k, v = self._queries_keys_values(net, name, a.method.rows(a.params))[1]
         return y + join_heads(a.method.added(a.params, q, k, v)), kv
 
-    def _attend_vjp(
+    def attend_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
     ) -> tuple[Array, KeyValue | None, Gradients]:
         q, new = self._queries_keys_values(net, name, x)
         kv, scale = append(past, new), self._scale(name)
         y = attention(q, kv.k, kv.v, context.bias, scale)
-        d_joined, of_proj = net.vjp(f"{name}.attn.c_proj", join_heads(y), dy)
+        d_joined, of_proj = net.vjp(f"{name}.c_proj", join_heads(y), dy)
         d = attention_vjp(q, kv.k, kv.v, context.bias, scale, split_heads(d_joined, self.n_head))
         dpast, dnew = append_vjp(past, new, KeyValue(d.k, d.v))
         dq_added, of_added = self._added_vjp(net, name, q, dy)
         dq = d.q if dq_added is None else d.q + dq_added
         dfused = namespace(x).concat([join_heads(part) for part in (dq, dnew.k, dnew.v)], axis=-1)
-        dx, of_attn = net.vjp(f"{name}.attn.c_attn", x, dfused)
+        dx, of_attn = net.vjp(f"{name}.c_attn", x, dfused)
         return dx, dpast, of_proj + of_attn + of_added
 
     def _added_vjp(self, net: Net, name: str, q: Array, dy: Array) -> tuple[Array | None, Gradients]:
         """The gradients of what a block's adapter adds: for q, and for what is trained. The rows' own queries are used by nobody."""
-        if (a := net.attention.get(f"{name}.attn")) is None:
+        if (a := net.attention.get(name)) is None:
             return None, Gradients()
         rows = a.method.rows(a.params)
         unused, kv = self._queries_keys_values(net, name, rows)
         d = a.method.added_vjp(a.params, q, kv.k, kv.v, split_heads(dy, self.n_head))
         dfused = namespace(q).concat([join_heads(part) for part in (0 * unused, d.k, d.v)], axis=-1)
-        drows, of_attn = net.vjp(f"{name}.attn.c_attn", rows, dfused)
+        drows, of_attn = net.vjp(f"{name}.c_attn", rows, dfused)
         params = add_params(a.method.rows_vjp(a.params, drows), d.params)
-        return d.q, of_attn + Gradients(adapters={f"{name}.attn": (params,)})
+        return d.q, of_attn + Gradients(adapters={name: (params,)})

@@ -33,16 +33,17 @@ from peft_ref.nn.attention import (
     rotate_vjp,
     split_heads,
 )
-from peft_ref.nn.blocks import Context, Decoder
+from peft_ref.nn.blocks import Context
 from peft_ref.nn.functions import activation, rms_norm, rms_norm_vjp
-from peft_ref.nn.model import Output, OutputGradient, Part, known
+from peft_ref.nn.model import Part, known
 from peft_ref.nn.net import Gradients, Net
+from peft_ref.nn.pre_norm import PreNormDecoder
 from peft_ref.nn.rope import Rope
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Llama(Decoder):
+class Llama(PreNormDecoder):
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -59,6 +60,9 @@ class Llama(Decoder):
 
     base_model_prefix: ClassVar[str] = "model"
     embedding: ClassVar[str] = "model.embed_tokens"
+    attention: ClassVar[str] = "self_attn"
+    norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")
+    last_norm: ClassVar[str] = "model.norm"
 
     def __post_init__(self) -> None:
         activation(self.hidden_act)
@@ -127,10 +131,6 @@ class Llama(Decoder):
         return {"lm_head.weight": f"{self.embedding}.weight"} if self.tie_word_embeddings else {}
 
     @property
-    def output_head(self) -> str:
-        return "lm_head"
-
-    @property
     def position_count(self) -> None:
         return None  # angles, no table
 
@@ -147,44 +147,18 @@ class Llama(Decoder):
     def enter_vjp(self, net: Net, x: Array, context: Context, dy: Array) -> tuple[Array, Gradients]:
         return dy, Gradients()
 
-    def block(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
-        y, kept = self._attend(net, f"{name}.self_attn", self._norm_of(net, f"{name}.input_layernorm", x), context, past)
-        h = x + y
-        return h + self._mlp(net, f"{name}.mlp", self._norm_of(net, f"{name}.post_attention_layernorm", h)), kept
-
-    def block_vjp(
-        self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
-    ) -> tuple[Array, KeyValue | None, Gradients]:
-        n = self._norm_of(net, f"{name}.input_layernorm", x)
-        h = x + self._attend(net, f"{name}.self_attn", n, context, past)[0]
-        m = self._norm_of(net, f"{name}.post_attention_layernorm", h)
-        dm, of_mlp = self._mlp_vjp(net, f"{name}.mlp", m, dy)
-        dh, of_m = self._norm_vjp(net, f"{name}.post_attention_layernorm", h, dm)
-        dh = dy + dh
-        dn, dpast, of_attention = self._attend_vjp(net, f"{name}.self_attn", n, context, past, dh)
-        dx, of_n = self._norm_vjp(net, f"{name}.input_layernorm", x, dn)
-        return dh + dx, dpast, of_mlp + of_m + of_attention + of_n
-
-    def leave(self, net: Net, x: Array) -> Output:
-        return Output(logits=net.apply("lm_head", self._norm_of(net, "model.norm", x)))
-
-    def leave_vjp(self, net: Net, x: Array, d: OutputGradient) -> tuple[Array, Gradients]:
-        dn, of_head = net.vjp("lm_head", self._norm_of(net, "model.norm", x), d.logits)
-        dx, of_norm = self._norm_vjp(net, "model.norm", x, dn)
-        return dx, of_head + of_norm
-
-    def _norm_of(self, net: Net, name: str, x: Array) -> Array:
+    def normed(self, net: Net, name: str, x: Array) -> Array:
         return rms_norm(x, net.parameter(f"{name}.weight"), self.rms_norm_eps)
 
-    def _norm_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+    def normed_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
         d = rms_norm_vjp(x, net.parameter(f"{name}.weight"), self.rms_norm_eps, dy)
         return d.x, net.gradient(f"{name}.weight", d.w)
 
-    def _mlp(self, net: Net, name: str, x: Array) -> Array:
+    def mlp(self, net: Net, name: str, x: Array) -> Array:
         gate, up = net.apply(f"{name}.gate_proj", x), net.apply(f"{name}.up_proj", x)
         return net.apply(f"{name}.down_proj", activation(self.hidden_act).f(gate) * up)
 
-    def _mlp_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
+    def mlp_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
         act = activation(self.hidden_act)
         gate, up = net.apply(f"{name}.gate_proj", x), net.apply(f"{name}.up_proj", x)
         opened = act.f(gate)
@@ -201,7 +175,7 @@ class Llama(Decoder):
         k, v = (split_heads(net.apply(f"{name}.{p}_proj", x), self.num_key_value_heads) for p in "kv")
         return KeyValue(rotate(k, context.positions, self._frequencies), v)
 
-    def _attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
+    def attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         q, kv = self._queries(net, name, x, context), append(past, self._keys_values(net, name, x, context))
         y = net.apply(f"{name}.o_proj", join_heads(attention(q, kv.k, kv.v, context.bias, self.head_dim**-0.5)))
         if (a := net.attention.get(name)) is None:
@@ -209,7 +183,7 @@ class Llama(Decoder):
         k, v = self._rows(net, name, a.method.rows(a.params))
         return y + net.apply(f"{name}.o_proj", join_heads(a.method.added(a.params, q, k, v))), kv
 
-    def _attend_vjp(
+    def attend_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
     ) -> tuple[Array, KeyValue | None, Gradients]:
         q, new = self._queries(net, name, x, context), self._keys_values(net, name, x, context)

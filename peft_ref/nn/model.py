@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, final
 
-from peft_ref.arrays import Array
+from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionBlock
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import OTHER, Module
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.nn.attention import KeyValue
 from peft_ref.nn.net import Gradients, Net
 
@@ -55,6 +55,7 @@ class Inputs:
     token_type_ids: Array | None = None
     labels: Array | None = None  # -100 does not count
     label_weights: Array | None = None  # one for each label, and the loss is their weighted sum: what CPT asks of a decoder
+    input_type_mask: Array | None = None  # (batch, T), CPT's types of the tokens, which `with_prompt` takes and no model receives
     start_positions: Array | None = None  # (batch,), the answer's first token in question answering, and its last
     end_positions: Array | None = None
     past: Cache | None = None  # a cache, or a prefix: keys and values in front, one per layer
@@ -119,12 +120,17 @@ class Model(ABC):
     def forward(self, net: Net, inputs: Inputs) -> Output: ...
 
     @abstractmethod
+    def loss_vjp(self, logits: Array, inputs: Inputs, dloss: Array | float) -> Array:
+        """The gradient of the loss for the logits, if there are labels."""
+
+    @abstractmethod
     def vjp(self, net: Net, inputs: Inputs, d: OutputGradient) -> ModelGradients:
         """The gradients of `forward` for all that `net` trains, for the embedded inputs and for the past."""
 
     @final
     def layers(self) -> dict[str, Layer]:
-        return {name: part.layer for name, part in self.parts().items() if part.layer is not None}
+        found = ((name, part.layer, part.bias) for name, part in self.parts().items() if part.layer is not None)
+        return {name: replace(layer, bias=bias) if isinstance(layer, Linear) else layer for name, layer, bias in found}
 
     @final
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,7 +145,9 @@ class Model(ABC):
         for name, part in self.parts().items():
             weight, bias = (f"{name}.{key}" if key in part.shapes else None for key in ("weight", "bias"))
             kind = OTHER if part.layer is None else part.layer.kind
-            found[name] = Module(name=name, kind=kind, layer=part.layer, weight=weight, bias=bias, class_name=part.class_name)
+            found[name] = Module(
+                name=name, kind=kind, layer=part.layer, weight=weight, bias=bias, class_name=part.class_name, block=part.block
+            )
         return found
 
     @final
@@ -149,10 +157,27 @@ class Model(ABC):
         return Net(weights=weights, layers=self.layers(), ties=self.ties(), blocks=blocks)
 
 
+def without_loss(model: Model, output: Output, inputs: Inputs, d: OutputGradient) -> OutputGradient:
+    """The loss's gradient handed on to the logits."""
+    for name in ("logits", "loss", "hidden", "pooled"):
+        if getattr(d, name) is not None and getattr(output, name) is None:
+            why = "the inputs have no labels" if name == "loss" else f"{type(model).__name__} returns none"
+            raise ConfigError(f"a gradient came for the {name}, and {why}.")
+    dlogits = d.logits
+    if d.loss is not None:
+        of_loss = model.loss_vjp(output.logits, inputs, d.loss)
+        dlogits = of_loss if dlogits is None else dlogits + of_loss
+    if dlogits is None and output.logits is not None:
+        dlogits = namespace(output.logits).zeros_like(output.logits)
+    return replace(d, logits=dlogits, loss=None)
+
+
 def embed(net: Net, name: str, inputs: Inputs) -> Array:
     """The tokens looked up in the module `name`, or the embeddings that were given."""
     if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
         raise ConfigError("a model needs input_ids or inputs_embeds, and not both.")
+    if inputs.input_type_mask is not None:
+        raise ConfigError("input_type_mask is given, and no prompt takes it: only CPT reads the types of tokens.\n  Leave it out.")
     return inputs.inputs_embeds if inputs.input_ids is None else net.apply(name, inputs.input_ids)
 
 

@@ -35,6 +35,7 @@ def with_prompt(model: Model, net: Net, method: Prompt, prompt: Array, inputs: I
         attention_mask=spliced.attention_mask,
         labels=spliced.labels,
         label_weights=spliced.loss_weights,
+        input_type_mask=None,
         position_ids=spliced.position_ids,
         token_type_ids=spliced.token_type_ids,
         decoder_input_ids=None if spliced.decoder_embeddings is not None else inputs.decoder_input_ids,
@@ -85,6 +86,7 @@ def _embedded(model: Model, net: Net, inputs: Inputs) -> splice.Inputs:
         token_type_ids=inputs.token_type_ids,
         decoder_embeddings=found.get("decoder") if inputs.decoder_inputs_embeds is None else inputs.decoder_inputs_embeds,
         decoder_attention_mask=inputs.decoder_attention_mask,
+        input_type_mask=inputs.input_type_mask,
     )
 
 

@@ -1,7 +1,7 @@
 """From a model and a configuration to what is trained, and back to a file.
 
-    adapters on modules   learner_of(model, adapted, name)          `adapted` from peft_ref.model: fresh (`add`) or loaded
-    a prompt              prompt_learner(model, graph, config, rng)
+    adapters on modules, or on attention blocks   learner_of(model, adapted, name)   `adapted` from peft_ref.model: fresh (`add`) or loaded
+    a prompt                                      prompt_learner(model, graph, config, rng)
 
 What is trained beside an adapter is in `Trainable.weights`: its biases, and the copies of modules_to_save.
 """
@@ -15,6 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from peft_ref.arrays import Array
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import AdapterFile, AdapterModule
 from peft_ref.files.config import AdapterConfig
@@ -27,6 +28,7 @@ from peft_ref.methods.adalora_allocator import rank_pattern, sliced
 from peft_ref.model import Adapted, adapt, adapter_file, add, update
 from peft_ref.model.adapted import Attached
 from peft_ref.model.attaching import parameters_below
+from peft_ref.model.sharing import shared, unshared
 from peft_ref.nn import Model, Net
 from peft_ref.nn.prompted import word_table
 from peft_ref.nn.tree import mapped
@@ -50,8 +52,8 @@ class Training:
 
 def net_of(model: Model, adapted: Adapted) -> Net:
     """The network of `model` as `adapted` has it now: merged weights, copies and active adapters."""
-    weights = {name: adapted.weight(name) for name in adapted.parameters()}
-    return Net(weights=weights, layers=model.layers(), ties=adapted.tied(), adapters=adapted.injection())
+    net = model.net({name: adapted.weight(name) for name in adapted.parameters()})
+    return replace(net, ties=adapted.tied(), adapters=adapted.injection(), attention=adapted.attention())
 
 
 def start(model: Model, graph: Graph, config: AdapterConfig, rng: np.random.Generator, sources: Sources = NO_SOURCES) -> Training:
@@ -67,18 +69,22 @@ def learner_of(model: Model, adapted: Adapted, name: str = "default") -> Trainin
     if adapted.active_names != (name,) or adapted.merged.names or not adapted.enabled or adapter.multiplier != 1.0:
         raise ConfigError(f"adapter {name!r} is to be trained: it has to be active alone, unmerged and at its own scale.")
     method = adapter.config.method
-    methods = {module: found.method for module, found in adapter.modules.items()}
+    references = method.shared_keys(tuple(adapter.modules)) if isinstance(method, WeightMethod) else {}
     learner = Learner(
         model=model,
-        net=replace(net_of(model, adapted), adapters={}),
-        methods=methods,
+        net=replace(net_of(model, adapted), adapters={}, attention={}),
+        methods={module: found.method for module, found in adapter.modules.items()},
+        references=references,
+        attention={block: found.method for block, found in adapter.blocks.items()},
+        mirrored=adapter.mirrored,
         task_type=adapter.config.housekeeping.get("task_type") or "",
         penalty=method if isinstance(method, AdaLoRA) else None,
         row_drops=row_drops(adapter.config),
     )
     params = Trainable(
-        adapters={module: found.params for module, found in adapter.modules.items()},
+        adapters={name: found.params for on in (unshared(adapter.modules), adapter.blocks) for name, found in on.items()},
         weights={**_copies(adapted, adapter), **{key: adapted.weight(key) for key in sorted(adapted.trainable_biases)}},
+        shared=shared(adapter.modules),
     )
     return Training(learner=learner, params=params, config=adapter.config, adapted=adapted, name=name)
 
@@ -121,7 +127,7 @@ def put_back(training: Training, params: Trainable) -> Adapted:
     copies = _copies(training.adapted, training.adapted.attached(training.name))
     saved = {key: value for key, value in params.weights.items() if key in copies}
     biases = {key: value for key, value in params.weights.items() if key not in copies}
-    return update(training.adapted, training.name, params.adapters, saved=saved, biases=biases)
+    return update(training.adapted, training.name, training.learner.whole(params), saved=saved, biases=biases)
 
 
 def _copies(adapted: Adapted, adapter: Attached) -> dict[str, Array]:

@@ -3,11 +3,13 @@
     L = sum over micro-batches k of  (n_k / N) loss_k     N = sum n_k,  n_k the number of labels that loss_k is the mean over
       + AdaLoRA's penalty, once
 
-So a step over micro-batches is the step over all of them as one batch, whatever the padding.
+So a step over micro-batches is the step over all of them as one batch, whatever the padding. CPT's labels are those that its prompt leaves,
+its own and the answers', and its loss is a weighted sum over their number, so the same n_k are right for it.
 
 HF      Trainer hands N on as num_items_in_batch, counted before PEFT puts a prompt in front. Then the first token has something before it
         that predicts it, and its loss is in the sum, but not in Trainer's N; here it is in both, as where the model takes the mean itself.
-        AdaLoRA's penalty is added by every forward, so HF counts it once for each micro-batch.
+        AdaLoRA's penalty is added by every forward, so HF counts it once for each micro-batch. CPT loses N and takes its own mean,
+        which Trainer then does not divide: there a step is over the sum of the micro-batches' means, as many times too much.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, final
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.attending import add_params
+from peft_ref.attending import AttentionAdapter, AttentionMethod, add_params
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.methods.adalora import AdaLoRA
@@ -35,9 +37,10 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Trainable(NamedTuple):
     """All that is trained, or its gradient: a tree as the optimisers take it."""
 
-    adapters: Mapping[str, Any] = NOTHING  # module name -> the method's Params
+    adapters: Mapping[str, Any] = NOTHING  # the name of a module, or of an attention block -> the method's Params
     weights: Mapping[str, Array] = NOTHING  # of the base model, by parameter name: biases, modules_to_save
     prompt: Tensors = NOTHING
+    shared: Mapping[str, Array] = NOTHING  # what the adapters' layers share, by key: it is trained once, and their Params have None for it
 
 
 @final
@@ -69,6 +72,9 @@ class Learner:
     model: Model
     net: Net  # frozen
     methods: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)  # by module
+    attention: Mapping[str, AttentionMethod[Any]] = field(default_factory=dict)  # by attention block
+    mirrored: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
+    references: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by module and field, which key of `shared` it refers to
     prompt: Prompt | None = None
     task_type: str = "CAUSAL_LM"
     penalty: AdaLoRA | None = None  # the method that adds one
@@ -78,9 +84,30 @@ class Learner:
         """The network with these numbers."""
         if unknown := sorted(dropout.keys() - self.methods.keys()):
             raise KeyMismatchError(f"a dropout mask for {unknown[0]!r}, where there is no adapter.\n  There are {', '.join(self.methods)}.")
-        adapters = {name: (Adapter(method, p.adapters[name], dropout.get(name)),) for name, method in self.methods.items()}
+        whole = self.whole(p)
+        adapters = {name: (Adapter(method, whole[name], dropout.get(name)),) for name, method in self.methods.items()}
+        attention = {name: AttentionAdapter(method, p.adapters[name]) for name, method in self.attention.items()}
         weights = {**self.net.weights, **p.weights}
-        return replace(self.net, weights=weights, adapters=adapters, trainable=frozenset(p.weights))
+        return replace(self.net, weights=weights, adapters=adapters, attention=attention, trainable=frozenset(p.weights))
+
+    def projected(self, p: Trainable) -> Trainable:
+        """These numbers as a prompt leaves them that was made of them: what a step starts from."""
+        return p if self.prompt is None else p._replace(prompt=self.prompt.projected(p.prompt))
+
+    def whole(self, p: Trainable) -> dict[str, Any]:
+        """Every module's parameters with what they share."""
+        given = {name: {which: p.shared[key] for which, key in self.references.get(name, {}).items()} for name in p.adapters}
+        return {name: params._replace(**given[name]) if given[name] else params for name, params in p.adapters.items()}
+
+    def _apart(self, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Gradients of the modules, those of what they share added up."""
+        rest, sums = dict(adapters), dict[str, Array]()
+        for name, references in self.references.items():
+            for which, key in references.items() if name in rest else ():
+                if (d := getattr(rest[name], which)) is not None:
+                    sums[key] = sums[key] + d if key in sums else d
+                rest[name] = rest[name]._replace(**{which: None})
+        return rest, sums
 
     def inputs_at(self, p: Trainable, batch: Batch) -> Inputs:
         """What the model receives: the batch's inputs, behind the prompt."""
@@ -122,10 +149,12 @@ class Learner:
             losses.append(self.penalty.orthogonality(p.adapters))
             more = self.penalty.orthogonality_vjp(p.adapters, 1.0)
             adapters = {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
+        adapters, sums = self._apart(adapters)
         gradients = Trainable(
             adapters={name: adapters.get(name) for name in p.adapters},
             weights={name: net_gradients.weights.get(name) for name in p.weights},
             prompt={name: None if self.prompt is None or name in self.prompt.held else prompt.get(name) for name in p.prompt},
+            shared={key: sums.get(key) for key in p.shared},
         )
         return Found(sum(losses[1:], losses[0]), gradients)
 

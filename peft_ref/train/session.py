@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_ref.attending import AttentionMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.config import DERIVED, flatten, from_dict
 from peft_ref.files.rules import field_names
@@ -45,6 +46,9 @@ def named_config(name: str, given: Mapping[str, Any], steps: int) -> dict[str, A
     known = {*field_names(cls), *field_names(Targets), *BESIDE} - DERIVED
     if unknown := sorted(given.keys() - known):
         raise ConfigError(f"{name} has no {unknown[0]}.\n  It has {', '.join(sorted(known))}.")
+    targets = given.get("target_modules")
+    if issubclass(cls, AttentionMethod) and isinstance(targets, list) and len(targets) == 1:
+        given = {**given, "target_modules": targets[0]}  # the last part of a name, and no list
     length = {"total_step": steps} if "total_step" in field_names(cls) else {}
     return {"peft_type": cls.peft_type, **cls.switched_on(), **length, **given}
 

@@ -4,6 +4,8 @@
 
 HF      Trainer's order. It never calls AdaLoRA's allocator: there the user calls `update_and_allocate(step)` after `optimizer.step()`.
         Steps are counted from 1 for it here, so that the last allocation, at total_step - tfinal, comes even where tfinal is 0.
+        A table and a head with ensure_weight_tying have their factors in one memory and two parameters, each with its own gradient and
+        averages: the optimiser moves the memory by the table's, and from there by the head's. Here too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple, final
 from peft_ref.arrays import Array
 from peft_ref.errors import ConfigError
 from peft_ref.methods import adalora_allocator as allocator
+from peft_ref.methods.lora import transposed
 from peft_ref.nn.optim import SGD, AdamW, clip_by_global_norm, global_norm
 from peft_ref.nn.schedules import constant
 from peft_ref.train.learner import Batch, Learner, Trainable
@@ -54,9 +57,15 @@ def begin(recipe: Recipe, params: Trainable) -> State:
 
 def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch]) -> Stepped:
     """The state after one step over the micro-batches."""
-    loss, grads = learner.loss_vjp(state.params, batches)
+    start = learner.projected(state.params)
+    loss, grads = learner.loss_vjp(start, batches)
     clipped = (grads, global_norm(grads)) if recipe.max_grad_norm is None else clip_by_global_norm(grads, recipe.max_grad_norm)
-    optimizer, params = recipe.optimizer.update(state.optimizer, state.params, clipped[0], recipe.lr * recipe.factor(state.step))
+    optimizer, params = recipe.optimizer.update(state.optimizer, start, clipped[0], recipe.lr * recipe.factor(state.step))
+    for head, table in learner.mirrored.items():
+        moved = params._replace(adapters={**params.adapters, head: transposed(params.adapters[table])})
+        rate = recipe.lr * recipe.factor(state.step)
+        twice = recipe.optimizer.update(state.optimizer, moved, clipped[0], rate)[1].adapters[head]
+        params = params._replace(adapters={**params.adapters, head: twice, table: transposed(twice)})
     made, allocation = state.step + 1, state.allocation
     if learner.penalty is not None:
         allocation, adapters = allocator.after_step(learner.penalty, allocation, params.adapters, clipped[0].adapters, made)

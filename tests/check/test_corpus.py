@@ -116,7 +116,9 @@ def test_all_sizes_differ_and_none_is_one(case: Case) -> None:
     sizes = _sizes(layer)
     ranks = [a.config["r"] for a in case.adapters if a.config.get("r")]
     assert 1 not in (*sizes, *ranks)
-    for one in () if ".linear-square." in case.id else (sizes, (*layer.shape, *ranks)):  # on purpose: where PEFT's C3A chains
+    if ".linear-square." in case.id:  # on purpose: where C3A's adapters chain, and OSF has projections of its own
+        return
+    for one in (sizes, (*layer.shape, *ranks)):
         assert len(set(one)) == len(one), (case.id, one)
     assert case.x is not None
     assert 1 not in (n for axis, n in enumerate(case.x.shape) if axis < 2), "a batch of one hides a wrong sum over it"
@@ -199,6 +201,8 @@ def _alike_on_purpose(case: Case, name: str) -> bool:
     held = (case.method, name) in HELD and case.operation == "prompt_backward"
     if (held and not case.adapters[0].config["inference_mode"]) or name.endswith("adaption_gate"):
         return True
+    if "monteclora_sampler." in name:
+        return True  # it is read in training alone
     if ".lstm-one-row." in case.id:
         return "weight_hh" in name
     if case.operation == "aux_loss":
@@ -332,7 +336,7 @@ def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
     # CPT divides by a norm, attention takes powers of e; prompt tuning and Cartridge only add up.
-    for name in set(METHODS) - {"adaption_prompt", "cartridge", "cpt", "prompt_tuning"}:
+    for name in set(METHODS) - {"adaption_prompt", "cartridge", "cpt", "prompt_tuning", "trainable_tokens"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else facts(name).bits  # three numbers are multiplied, no more
         if narrow is None:
             continue

@@ -11,12 +11,7 @@ import numpy as np
 from peft_ref.check.case import Case
 from peft_ref.methods import METHODS
 from tests.methods import facts
-from tests.methods.wrong import Draw, Host, Wrong, key_with, replaced
-
-
-def fan_in(case: Case) -> int:
-    assert case.layer is not None
-    return case.layer.fan_in
+from tests.methods.wrong import Draw, Host, Wrong, fan_in, key_with, replaced
 
 
 def rank(case: Case) -> int:

@@ -24,7 +24,7 @@ from peft_ref.files.adapter import (  # noqa: E402
     state_dict,
 )
 from peft_ref.files.config import from_dict  # noqa: E402
-from peft_ref.files.keys import PREFIX, with_adapter_name, without_adapter_name  # noqa: E402
+from peft_ref.files.keys import PREFIX, shared_keys, with_adapter_name, without_adapter_name  # noqa: E402
 from peft_ref.graph import TorchGraph  # noqa: E402
 from peft_ref.layers import Linear  # noqa: E402
 from peft_ref.methods import LoRA  # noqa: E402
@@ -58,7 +58,8 @@ def test_what_peft_writes_is_written_back_to_the_byte(tmp_path: Path, case: str)
     with_layers = load_adapter(tmp_path / "hf", layers=layers)
     save_adapter(tmp_path / "hf", with_layers)  # over PEFT's own
     assert_same_files(tmp_path / "hf", tmp_path / "ours")
-    assert adapter.modules.keys() == layers.keys()
+    beside = {name for name in layers if any(s.saved and not s.shared for s in adapter.config.method_for(name).spec(layers[name]))}
+    assert adapter.modules.keys() == beside
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -143,7 +144,9 @@ def test_peft_misses_no_key_of_what_we_write_and_finds_none_too_many(tmp_path: P
     result = peft.set_peft_model_state_dict(target, peft.load_peft_weights(str(tmp_path / "ours"), device="cpu"))
     assert result.unexpected_keys == []
     prefix = loaded.config.method.tuner_prefix
-    assert [k for k in result.missing_keys if prefix in k or "modules_to_save.default" in k] == []
+    shared = shared_keys(type(loaded.config.method))  # PEFT holds it beside every layer too
+    missing = [k for k in result.missing_keys if not any(f".{key}." in k for key in shared)]
+    assert [k for k in missing if prefix in k or "modules_to_save.default" in k] == []
 
 
 @pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa_niter_16", "pissa", "olora", "orthogonal", "gaussian", False])
@@ -200,3 +203,17 @@ def test_beside_an_adapter_called_0_peft_loses_what_structure_keeps(tmp_path: Pa
     assert theirs < ours  # PEFT's own mistake: every layers.0 key is gone
     assert {k for k in ours - theirs if not k.startswith(f"{PREFIX}layers.0.")} == set()
     assert {with_adapter_name(k, "default", "lora_") for k in ours} < set(memory)
+
+
+@pytest.mark.parametrize("case", ["lora", "glora", "peanut deep", "deft", "adamss"])
+def test_an_adapters_name_stands_in_its_keys_where_peft_has_it(case: str) -> None:
+    """peanut_encoders.<adapter>.0.weight: a list's number comes after the name."""
+    _, config = CASES[case]
+    method = from_dict(json.loads(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config().to_dict().items()}))).method
+    model = adapted(case)
+    saved = [k for k in peft.get_peft_model_state_dict(model) if f".{method.tuner_prefix}" in k]
+    assert saved
+    for key in saved:
+        named = with_adapter_name(key, "default", method.tuner_prefix)
+        assert named in model.state_dict()
+        assert without_adapter_name(named, "default", method.tuner_prefix) == key

@@ -59,6 +59,9 @@ INPUTS = {
 }
 
 
+FLOAT = torch.Tensor.float
+
+
 class Pair(NamedTuple):
     """A PEFT model around one layer, and that layer with its adapters here."""
 
@@ -110,20 +113,25 @@ def pair(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32 if own_facts(method).made_in_float32 else torch.float64)
+        widened = torch.Tensor.float
+        if own_facts(method).made_in_float32:
+            torch.Tensor.float = FLOAT  # type: ignore[method-assign]
         try:
             model = peft.get_peft_model(Model(), configs[0], adapter_name="a0")
             for n, config in enumerate(configs[1:], start=1):
                 model.add_adapter(f"a{n}", config)
         finally:
-            torch.set_default_dtype(torch.float32)
-    if own_facts(method).made_in_float32:
-        model.double()
+            torch.set_default_dtype(before)
+            torch.Tensor.float = widened  # type: ignore[method-assign]
+    model.double()
     if isinstance(layer, Linear) and not layer.transposed:
         layer = replace(layer, bias=bias)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target
+    own_facts(method).settle(tuner)
     adapters, parameters = [], []
     common: dict[str, Any] = {}  # of several adapters too: what is not trained PEFT's later ones take over from the first
     for name in names:
@@ -131,6 +139,7 @@ def pair(
             warnings.simplefilter("ignore")  # PEFT takes a convolution's one-dimensional lora_B.bias for a broken shard
             saved = peft.get_peft_model_state_dict(model, adapter_name=name)
         tensors, own = {}, {}
+        method = own_facts(method).as_made_by(tuner, name, method)
         for spec in method.spec(layer):
             if spec.saved:
                 place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
@@ -148,7 +157,7 @@ def pair(
             else:
                 values = parameter.numpy().copy()
             tensors[spec.key], own[spec.key] = values, parameter
-        assert len([key for key in saved if ".wide." not in key]) == len([s for s in method.spec(layer) if s.saved])
+        assert len([key for key in saved if ".wide." not in key]) == sum(1 + s.repeated for s in method.spec(layer) if s.saved)
         adapters.append(Adapter(method, method.unpack(layer, tensors)))
         parameters.append(own)
     base = tuner.base_layer

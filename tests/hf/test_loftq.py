@@ -102,6 +102,15 @@ def test_loftq_alternates_as_peft_does(iterations: int) -> None:
     assert np.linalg.norm(W - start.W - 2 * start.params.B @ start.params.A) > left
 
 
+@pytest.mark.usefixtures("bitsandbytes")
+def test_pefts_factors_of_a_conv1d_do_not_fit_it() -> None:
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    config = peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights="loftq", loftq_config=peft.LoftQConfig())
+    theirs = peft.get_peft_model(nn.ModuleDict({"q": conv1d(5, 8)}), config)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        theirs.base_model.model["q"](torch.randn(3, 8))
+
+
 def test_four_bits_are_the_nearest_levels_block_by_block_in_stored_order() -> None:
     W = np.random.default_rng(0).normal(size=(7, 30))
     np.testing.assert_array_equal(nf4(W), independent_nf4(torch.from_numpy(W)).numpy())

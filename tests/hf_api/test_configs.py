@@ -18,6 +18,7 @@ import peft  # noqa: E402
 from peft_ref import hf  # noqa: E402
 from peft_ref.errors import FileFormatError  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
+from tests.methods import facts  # noqa: E402
 
 CLASSES = {cls.__name__: cls for cls in hf.PEFT_TYPE_TO_CONFIG_MAPPING.values()}
 NEEDED: dict[str, dict[str, Any]] = {"AdaLoraConfig": {"total_step": 9}, "CPTConfig": {"task_type": "CAUSAL_LM"}}
@@ -41,15 +42,18 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "PrefixTuningConfig": [{"prefix_projection": True, "encoder_hidden_size": 3}],
     "PromptEncoderConfig": [{"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 3, "num_layers": 1}],
+    "AdaptionPromptConfig": [{"adapter_len": 3, "adapter_layers": 2, "target_modules": "attn"}],
     "CartridgeConfig": [{"num_virtual_tokens": 3, "num_frozen_tokens": 2}],
     "CPTConfig": [{"cpt_token_ids": [3, 1], "cpt_tokens_type_mask": [1, 4], "opt_weighted_loss_type": "decay"}],
     "MultitaskPromptTuningConfig": [{"num_tasks": 3, "prompt_tuning_init": "ONLY_SOURCE_SHARED"}],
 }
-CASES = [(name, {**NEEDED.get(name, {}), **options}) for name in CLASSES for options in ({}, *OPTIONS[name])]
+# Of classes without a row of their own, those of the quick tour.
+TOURED = {tour.config: [dict(tour.options)] for name in METHODS.weights if (tour := facts(name).tour)}
+CASES = [(name, {**NEEDED.get(name, {}), **options}) for name in CLASSES for options in ({}, *OPTIONS.get(name, TOURED.get(name, [])))]
 
 
 def test_every_method_has_a_class() -> None:
-    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in (METHODS.weights | METHODS.prompts).values()}
+    assert hf.PEFT_TYPE_TO_CONFIG_MAPPING.keys() == {cls.peft_type for cls in METHODS.values()}
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "PeftConfig", "PromptLearningConfig"])

@@ -194,7 +194,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "empty": (lambda: hf.get_peft_model(bases("llama")[1], hf.LoraConfig(**LORA), low_cpu_mem_usage=True), "drawn at once"),
     "eva": (lambda: tuned(init_lora_weights="eva"), "starts from data"),
     "pissa_niter": (lambda: tuned(init_lora_weights="pissa_niter_4"), "Use 'pissa', which is exact"),
-    "weight tying": (lambda: tuned(ensure_weight_tying=True), "ensure_weight_tying=True is not built"),
     "alora": (lambda: hf.LoraConfig(alora_invocation_tokens=[1]), "aLoRA adapts"),
     "loftq": (lambda: tuned(init_lora_weights="loftq", loftq_config={"loftq_bits": 8}), "8 bits"),
     "corda": (lambda: tuned(init_lora_weights="corda"), "starts from data"),

@@ -106,13 +106,13 @@ def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
 @st.composite
 def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool = False, dyadic: bool = False) -> Case:
     layer = draw(_few_layers(name, kind) if few else facts(name).layers.get(kind, layers(kind)))
+    bias = kind != "embedding" and draw(st.booleans())
+    layer = replace(layer, bias=bias) if isinstance(layer, Linear) else layer
     try:
         method = draw(methods(name, fresh, few))
         method.check_layer(layer)
     except (ConfigError, UnsupportedLayerError):
         reject()
-    bias = kind != "embedding" and draw(st.booleans())
-    layer = replace(layer, bias=bias) if isinstance(layer, Linear) else layer
     return Case(method, layer, bias, _few_inputs(layer) if few else draw(inputs(layer)), draw(st.integers(0, 2**20)), dyadic)
 
 

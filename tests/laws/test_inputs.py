@@ -152,6 +152,11 @@ class Boxed:
     def __le__(self, other: Any) -> bool:
         return self.value <= float(other)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Boxed) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __abs__(self) -> Boxed:
         return Boxed(abs(self.value))
 

@@ -20,6 +20,7 @@ from peft_ref.errors import NotMergeableError
 from peft_ref.stack import Adapter
 from tests.laws.compare import assert_same_bits
 from tests.laws.strategies import LAW_ON_BACKEND, PAIRS, Case, Host, cases
+from tests.methods import facts
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 ROUNDINGS = 300
@@ -85,7 +86,9 @@ def test_a_backend_computes_in_the_dtype_it_was_given(backend: Backend, name: st
     case = data.draw(cases(name, kind, few=True))
     dtype = backend.held[-1]  # the narrowest, where an upcast shows
     _, got = on(backend, case, dtype)
-    assert {what: backend.dtype_of(value) for what, value in got.items()} == dict.fromkeys(got, dtype)
+    found = {what: backend.dtype_of(value) for what, value in got.items()}
+    floats = {what: held for what, held in found.items() if not held.startswith("int")}  # places stay integers
+    assert floats == dict.fromkeys(floats, dtype)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
@@ -124,5 +127,7 @@ def test_on_a_backend_a_fresh_adapter_starts_from_numpys_bits(backend: Backend, 
     if getattr(case.method, "init_lora_weights", True) in ("pissa", "olora"):  # singular vectors have no sign of their own
         np.testing.assert_allclose(back["B"] @ back["A"], wanted["B"] @ wanted["A"], rtol=0, atol=10 * tolerance)
         return
+    if (free := facts(name).without_signs) is not None:
+        back, wanted, tolerance = dict(free(back)), dict(free(wanted)), 10 * tolerance
     for field, value in back.items():
         np.testing.assert_allclose(value, wanted[field], rtol=0, atol=tolerance * max(1.0, float(np.max(np.abs(wanted[field])))))

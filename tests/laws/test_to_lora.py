@@ -144,6 +144,9 @@ def test_a_backend_loses_no_more_than_numpy(backend: Backend, name: str, kind: s
         with backend.scope():
             sent = {f: backend.from_numpy(v, dtype) for f, v in host.items()}
             W, b = backend.from_numpy(case.W, dtype), None if case.b is None else backend.from_numpy(case.b, dtype)
-            got = to_lora(case.method, case.layer, case.method.to_params(**sent), W, b, rank=rank)
+            try:
+                got = to_lora(case.method, case.layer, case.method.to_params(**sent), W, b, rank=rank)
+            except NotImplementedError:
+                pytest.skip(f"{backend.name} takes the SVD of matrices that are chunked one way only")
             B, A = backend.to_numpy(got.params.B, dtype), backend.to_numpy(got.params.A, dtype)
         assert abs(float(np.linalg.norm(expected - B @ A)) - left) <= tolerance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from hypothesis import strategies as st
@@ -18,11 +19,11 @@ HALVES = {"r": st.sampled_from((2, 4)), "use_bdlora": st.just(BLOCKS)}
 
 
 def peft_options(method: BDLoRA) -> Mapping[str, Any]:
-    """PEFT matches the module's name, which is "target"."""
+    """PEFT matches the module's name, which the tests have "target" or "linear"."""
     blocks = {"nblocks": method.use_bdlora.nblocks, "match_strict": False}
     if method.diagonal:
-        blocks[f"target_modules_bd_{method.diagonal.lower()}"] = ["target"]
-    return {**{k: v for k, v in as_configured(method).items() if k != "diagonal"}, "use_bdlora": blocks}
+        blocks[f"target_modules_bd_{method.diagonal.lower()}"] = ["target", "linear"]
+    return {**as_configured(method), "use_bdlora": blocks}
 
 
 def layer(transposed: bool) -> st.SearchStrategy[Linear]:
@@ -44,7 +45,7 @@ FACTS = Facts(
     models={
         "bdlora": (
             None,
-            lora(use_bdlora={"target_modules_bd_a": ["q"], "target_modules_bd_b": ["up"], "nblocks": 2}, target_modules=["q", "up"]),
+            lora(use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}, target_modules=["q"]),
         )
     },
     wrong_starts={
@@ -55,5 +56,5 @@ FACTS = Facts(
         ),
         "BD-LoRA's A as of a whole row": ("bdlora.linear-both.init-A", replaced("_A", lambda c, v, rng: v / 2**0.5), "init-wrong-law"),
     },
-    tour=Tour("LoraConfig", {"r": 2, "use_bdlora": {"nblocks": 2, "match_strict": False}}),
+    tour=Tour("LoraConfig", {"r": 2, "use_bdlora": dict(sorted(asdict(BdLoraConfig(nblocks=2, match_strict=False)).items()))}),
 )

@@ -38,7 +38,8 @@ class Tour(NamedTuple):
 def as_configured(method: WeightMethod[Any]) -> Options:
     """PEFT's configuration has the same words."""
     words = dataclasses.asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    return {**{word: value for word, value in words.items() if word not in DERIVED}, **method.switched_on()}
+    listed = {word: list(value) if isinstance(value, tuple) else value for word, value in words.items() if word not in DERIVED}
+    return {**method.switched_on(), **listed}
 
 
 def ranked(module: Any, method: Any) -> bool:
@@ -52,12 +53,20 @@ class Facts:
     settings: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)
     compared: str = ""  # the test that compares it instead, where PEFT makes it on no layer that can be had
     peft_options: Callable[[Any], Options] = as_configured  # of PEFT's configuration, beside target_modules
+    as_made_by: Callable[[Any, str, Any], Any] = lambda tuner, adapter, method: method  # with what only PEFT's layer tells of an adapter
+    impose: Callable[[Any, str, Any], None] = lambda tuner, adapter, method: None  # the same, put into PEFT's layer
     numbers: Callable[[str, Any], Any] = lambda name, values: values  # a parameter's numbers, from normal ones, where any will not do
     beside: Callable[[Any], Layer | None] = lambda method: None  # another adapted layer, where sizes are those of all together
     peft_dropout: str | None = None  # what PEFT's layer calls its dropout of the input, where not as the configuration
     several: bool = True  # all active adapters act in PEFT's forward pass
+    without_signs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = (
+        None  # of a start from singular vectors, what their signs leave
+    )
     silent: bool = False  # PEFT passes over a layer that it does not take, without a word
     made_in_float32: bool = False  # PEFT refuses a fresh adapter on a float64 weight
+    settle: Callable[[Any], None] = lambda tuner: None  # takes PEFT's layer out of chance
+    alone: bool = False  # PEFT refuses a second adapter like it on one layer
+    bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
     float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first

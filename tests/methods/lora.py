@@ -75,6 +75,10 @@ FACTS = Facts(
         "megatron_config": [None, {}, {"a": 1}],
         "target_parameters": [None, [], "q.weight"],
         "use_qalora": [False, None],
+        "kasa_config": [None, {}, {"beta": 0.5}, {"beta": -1}, {"delta": 1}, 3, "yes"],
+        "use_bdlora": [None, {}, {"match_strict": False}, {"target_modules_bd_a": ["q"], "match_strict": False}, {"nblocks": 2}, 3],
+        "velora_config": [None, {}, {"num_groups": 3}, {"num_groups": 0}, {"init_type": "magic"}, {"init_type": "random"}, 3],
+        "monteclora_config": [None, {}, {"num_samples": 3, "buffer_size": 2}],
         "loftq_config": [{}, None, {"loftq_bits": 4}],
         "eva_config": [None, {"rho": 2.0}, {"rho": 0.5}, 3],
         "ensure_weight_tying": [False],
@@ -83,7 +87,6 @@ FACTS = Facts(
     made=as_made,
     differences=(
         Difference("we", r"lora_dropout=(1|1\.0|-0\.1): a probability", "PEFT divides by zero at 1, and ignores what is below 0"),
-        Difference("we", r"'mica' is not built yet", "not built, and refused so that it is not read as something else"),
         Difference("we", r"enable_lora=.* is not built yet", "PEFT drops it, and then cannot load the weights, which have other shapes"),
         Difference(
             "we",

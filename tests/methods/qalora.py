@@ -10,15 +10,15 @@ from tests.methods.facts import Facts
 from tests.methods.wrong import replaced
 
 FACTS = Facts(
-    unable=lambda case, dtype: True,  # PEFT makes it on GPTQ's layers alone: tests/spec/test_hf_qalora_quirks.py compares it
-    compared="tests/spec/test_hf_qalora_quirks.py",
+    unable=lambda case, dtype: True,  # PEFT makes it on GPTQ's layers alone: tests/spec/test_hf_family_quirks.py compares it
+    compared="tests/spec/test_hf_family_quirks.py",
     settings={"qalora": QALoRA(r=4, lora_alpha=6, qalora_group_size=2)},
     fields={"qalora_group_size": st.sampled_from((1, 2, 3))},
     few={"r": st.just(2), "qalora_group_size": st.just(2)},
     layers={"linear": st.builds(Linear, in_features=st.sampled_from((6, 12)), out_features=st.integers(1, 6))},
     few_layers={"linear": Linear(in_features=4, out_features=5)},
     wrong_starts={
-        "QA-LoRA's A within 1 / sqrt(in)": (
+        "QA-LoRA's A too small": (
             "qalora.linear-both.init-default",
             replaced("_A", lambda c, v, rng: v / 2**0.5),
             "init-wrong-law",

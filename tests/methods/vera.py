@@ -33,6 +33,7 @@ def beside(method: Any) -> Any:
 FACTS = Facts(
     settings={"vera": VeRA(r=4, widest_in=5, widest_out=7), "vera-wide": VeRA(r=4, widest_in=13, widest_out=14)},
     beside=beside,
+    small={"r": 3},
     fields={
         "widest_in": st.sampled_from((None, 9)),
         "widest_out": st.sampled_from((None, 8)),

@@ -26,3 +26,8 @@ def replaced(part: str, number: Callable[[Case, Host, np.random.Generator], Host
         return {**draw, key: number(case, draw[key], rng)}
 
     return wrong
+
+
+def fan_in(case: Case) -> int:
+    assert case.layer is not None
+    return case.layer.fan_in

@@ -61,7 +61,10 @@ def frozen_graph(model: Any) -> Graph:
     for array in arrays.values():
         array.setflags(write=False)
     layers = {name: m.layer for name, m in graph.modules().items() if m.layer is not None}
-    return MappingGraph(arrays=arrays, layers=layers, ties=dict(graph.tied()), model_config=dict(graph.config), head=graph.output_head)
+    kept = {name: buffer.numpy().copy() for name, buffer in graph.buffers().items()}
+    return MappingGraph(
+        arrays=arrays, layers=layers, ties=dict(graph.tied()), kept=kept, model_config=dict(graph.config), head=graph.output_head
+    )
 
 
 def inputs(seed: int = 1) -> dict[str, Any]:

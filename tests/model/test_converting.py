@@ -33,6 +33,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "randlora": lambda: peft.RandLoraConfig(r=2, target_modules=["q", "up"]),
     "miss": lambda: peft.MissConfig(r=2, target_modules=["up"]),
 }
+FLOAT32 = ("c3a", "fourierft")  # whose deltas PEFT takes in float32
 OURS: dict[str, Callable[[], Any]] = {  # what PEFT does not convert
     "lora everywhere": lambda: peft.LoraConfig(r=2, lora_alpha=5, target_modules=EVERY, bias="lora_only", modules_to_save=["head"]),
     "lora_bias": lambda: peft.LoraConfig(r=2, lora_alpha=5, lora_bias=True, target_modules=["q"]),
@@ -65,16 +66,21 @@ def theirs_of(config: Any) -> Any:
 def test_a_converted_adapter_is_pefts(kind: str, rank: float, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = theirs_of(CONFIGS[kind]())
     ours = mirrored(frozen_graph(net()), theirs, ("default",))
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())  # PEFT takes its singular values in float32
+    if kind not in FLOAT32:
+        monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())  # PEFT takes its singular values in float32
     said, expected = peft.convert_to_lora(theirs, rank)
     asked: dict[str, Any] = {"rank": rank} if isinstance(rank, int) else {"energy": rank}
     asked = {} if kind == "miss" else asked  # which keeps its own rank in PEFT
     found = as_lora(ours, "default", **asked).file
     for module, (method, _, params) in found.modules.items():
         A, B = (expected[f"base_model.model.{module}.lora_{f}.weight"].detach().numpy() for f in "AB")
-        np.testing.assert_allclose(method.scale * params.B @ params.A, B @ A, rtol=1e-10, atol=1e-12)
         assert method.r <= A.shape[0]
         assert method == found.config.method_for(module)
+        if kind == "miss" and rank != 3:
+            assert A.shape[0] == 2  # PEFT keeps MiSS's own rank, whatever is asked for
+            continue
+        loose = 1e-6 if kind in FLOAT32 else 1e-10
+        np.testing.assert_allclose(method.scale * params.B @ params.A, B @ A, rtol=loose, atol=loose)
         if not isinstance(rank, int):
             assert method.r == A.shape[0]
     assert {f"base_model.model.{module}.lora_A.weight" for module in found.modules} == {k for k in expected if "lora_A" in k}
@@ -93,10 +99,11 @@ def test_what_is_converted_here_peft_loads_and_computes_what_the_adapter_compute
     again = peft.PeftModel.from_pretrained(net(), tmp_path).eval()
     assert again.peft_config["default"].peft_type == "LORA"
     loaded = attach(adapt(frozen_graph(net())), "b", file)
+    loose = 1e-6 if kind in FLOAT32 else 1e-9
     for module in INPUTS:
         expected = layer_output(theirs, module, X[module])
-        np.testing.assert_allclose(layer_output(again, module, X[module]), expected, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(forward(loaded, module, X[module]), expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(layer_output(again, module, X[module]), expected, rtol=loose, atol=loose)
+        np.testing.assert_allclose(forward(loaded, module, X[module]), expected, rtol=loose, atol=loose)
 
 
 def test_a_smaller_rank_loses_what_it_says(tmp_path: Path) -> None:
@@ -181,3 +188,14 @@ def test_a_plain_adapter_keeps_every_modules_scale_also_where_peft_refuses() -> 
     fewer = replace(file, modules=dict(list(file.modules.items())[1:]))
     with pytest.raises(KeyMismatchError, match="one of the two"):
         plain(file, fewer)
+
+
+def test_kasa_belongs_to_a_weight_that_was_cut_off_and_is_no_lora() -> None:
+    if not any(cls.flag == "kasa_config" for cls in METHODS.values()):
+        pytest.skip("KaSA is not built here yet")
+    config = peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), target_modules=["q"])
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(peft.get_peft_model(net(), config), 2)
+    ours = add(adapt(frozen_graph(net())), "a", config_of(config), np.random.default_rng(0))
+    with pytest.raises(ConfigError, match="cuts the frozen weight off"):
+        as_lora(ours, "a", rank=2)

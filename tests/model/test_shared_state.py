@@ -41,6 +41,25 @@ KINDS: dict[str, Kind] = {
         "transformer.h.1.mlp.c_fc",
         8,
     ),
+    "pvera": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"]), ("pvera_A", "pvera_B"), *Q),
+    "pvera not saved": Kind(Net, lambda: peft.PveraConfig(r=4, target_modules=["q", "up"], save_projection=False), (), *Q),
+    "randlora": Kind(Net, lambda: peft.RandLoraConfig(r=3, randlora_alpha=6, target_modules=["q", "up"]), ("randlora_A", "randlora_B"), *Q),
+    "randlora sparse": Kind(Net, lambda: peft.RandLoraConfig(r=3, sparse=True, target_modules=["q"]), ("randlora_A", "randlora_B"), *Q),
+    "randlora not saved": Kind(Net, lambda: peft.RandLoraConfig(r=2, target_modules=["q", "up"], save_projection=False), (), *Q),
+    "vblora": Kind(
+        llama,
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=4, target_modules=["q_proj", "down_proj"]),
+        (),
+        "model.layers.1.mlp.down_proj",
+        12,
+    ),
+    "unilora": Kind(Net, lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=["q", "up"]), (), *Q),
+    "unilora with its places": Kind(
+        Net,
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=17, target_modules=["q", "up"], save_indices=True),
+        ("unilora_indices", "unilora_scales"),
+        *Q,
+    ),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),

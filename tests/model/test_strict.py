@@ -45,10 +45,11 @@ def twice(name: str, **options: Any) -> tuple[Adapted, Adapted]:
         for seed, adapter in enumerate("ab"):
             rng = np.random.default_rng(seed)
             model = add(model, adapter, config(name, **options), rng)
-            params = {
-                module: type(p)(*(None if v is None else library.asarray(1 + 0.3 * rng.normal(size=v.shape)) for v in p))
-                for module, (_, _, p) in model.adapters[adapter].modules.items()
-            }
+            params = {}
+            for module, (method, layer, p) in model.adapters[adapter].modules.items():
+                again = {s.field for s in method.spec(layer) if not s.saved}  # worked out of the frozen weight when a file is read
+                moved = {f: library.asarray(1 + 0.3 * rng.normal(size=v.shape)) for f, v in p._asdict().items() if v is not None}
+                params[module] = p._replace(**{f: v for f, v in moved.items() if f not in again})
             model = update(model, adapter, params)
         models.append(model)
     return models[0], models[1]

@@ -67,6 +67,15 @@ def scatter(module: Any, seed: int) -> None:
             p.data = torch.tensor(1 + 0.5 * values if p.ndim == 1 or "ia3_l" in name or "magnitude" in name else values)
 
 
+def share_again(live: Any) -> None:
+    """The factors of a head that is tied to its table are in the table's memory, as PEFT's are before `scatter`."""
+    config = live.peft_config["default"]
+    if getattr(config, "ensure_weight_tying", False) and config.target_modules_to_tie:
+        table, head = (getattr(live.base_model.model, f"get_{side}_embeddings")() for side in ("input", "output"))
+        head.lora_A["default"].weight.data = table.lora_embedding_B["default"].data.t()
+        head.lora_B["default"].weight.data = table.lora_embedding_A["default"].data.t()
+
+
 def pair(cls: Any, **config: Any) -> Pair:
     """The transformers model of class `cls` for a config, its numbers random, and ours with the same numbers."""
     with float64():

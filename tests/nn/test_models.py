@@ -95,12 +95,13 @@ def test_every_gradient_is_the_derivative(name: str) -> None:
     def direction(a: Any) -> Any:
         return moves.setdefault(id(a), rng.normal(size=a.shape))
 
+    def gone_on(layer: Any, s: Any, h: float) -> Any:
+        trained = {spec.field for spec in s.method.spec(layer) if spec.trained}
+        return s._replace(params=s.params._replace(**{f: getattr(s.params, f) + h * direction(getattr(s.params, f)) for f in trained}))
+
     def number(h: float) -> float:
         weights = {n: w + h * direction(w) if n in free else w for n, w in net.weights.items()}
-        adapters = {
-            n: tuple(s._replace(params=type(s.params)(*(None if p is None else p + h * direction(p) for p in s.params))) for s in stack)
-            for n, stack in net.adapters.items()
-        }
+        adapters = {n: tuple(gone_on(net.layers[n], s, h) for s in stack) for n, stack in net.adapters.items()}
         past = tuple(KeyValue(*(a + h * direction(a) for a in kv)) for kv in inputs.past or ())
         embeds = inputs.inputs_embeds + h * direction(inputs.inputs_embeds)
         moved = replace(net, weights=weights, adapters=adapters)
@@ -113,7 +114,7 @@ def test_every_gradient_is_the_derivative(name: str) -> None:
     pairs += [(g, a) for kv, of in zip(got.past or (), inputs.past or (), strict=True) for g, a in zip(kv, of, strict=True)]
     pairs += [(g, net.weights[n]) for n, g in got.net.weights.items()]
     for n, stack in got.net.adapters.items():
-        pairs += [(g, a) for gs, s in zip(stack, net.adapters[n], strict=True) for g, a in zip(gs, s.params, strict=True) if a is not None]
+        pairs += [(g, a) for gs, s in zip(stack, net.adapters[n], strict=True) for g, a in zip(gs, s.params, strict=True) if g is not None]
     assert held.keys() - got.net.adapters.keys() <= {model.embedding}  # no token was looked up, but GPT-2's types
     tables = {f"{model.embedding}.weight"} - got.net.weights.keys()
     assert got.net.weights.keys() == free - tables

@@ -23,7 +23,6 @@ class Left(NamedTuple):
 Row = Same | Different | Left
 
 NOT_BUILT = "the method is not built here"
-IN_ATTENTION = "an adaption prompt is put into a `peft_ref.nn` model with `Net.attention`, and no PeftModel holds it yet"
 TUNER = "there is no model class for each method: PeftModel holds a value of peft_ref.model"
 VARIANT = "what it configures is not built here; LoraConfig refuses the option"
 TORCH = "torch's or a device's business"
@@ -31,10 +30,40 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    *("Adamss", "BOFT", "Beft", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "HRA"),
-    *("LNTuning", "Lily", "OFT", "OSF", "Peanut", "Poly", "Psoft", "Pvera", "RandLora", "Road", "Shadow", "Shira"),
-    *("Supertuning", "TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Vera", "WaveFT", "XLora"),
+    "Frod",
+    "LNTuning",
+    "Lily",
+    "Poly",
+    "Shadow",
+    "Supertuning",
+    "TinyLora",
+    "WaveFT",
+    "XLora",
 )
+BUILT_METHODS = (
+    "Adamss",
+    "BOFT",
+    "Beft",
+    "C3A",
+    "Deft",
+    "Delora",
+    "FourierFT",
+    "Glora",
+    "HRA",
+    "OFT",
+    "OSF",
+    "Peanut",
+    "Psoft",
+    "Pvera",
+    "RandLora",
+    "Road",
+    "Shira",
+    "TrainableTokens",
+    "UniLora",
+    "VBLoRA",
+    "Vera",
+)
+
 CONFIG = Different(
     "fields by name only; a list of names stays a list; what is not built may only say that it is off; checked when it is made"
 )
@@ -43,14 +72,14 @@ NAMES: dict[str, Row] = {
     # methods that are not built
     **{f"{name}Config": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
     **{f"{name}Model": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
-    "AdaptionPromptConfig": Left(IN_ATTENTION),
-    "AdaptionPromptModel": Left(IN_ATTENTION),
     **{
         f"{name}Config": Left(VARIANT)
         for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
     },
     # configurations
-    **{f"{name}Config": CONFIG for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
+    **{f"{name}Config": CONFIG for name in BUILT_METHODS},
+    **{f"{name}Model": Left(TUNER) for name in BUILT_METHODS},
+    **{f"{name}Config": CONFIG for name in ("AdaLora", "AdaptionPrompt", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     **{f"{name}Config": CONFIG for name in ("CPT", "Cartridge", "MultitaskPromptTuning", "PrefixTuning", "PromptEncoder", "PromptTuning")},
     "PeftConfig": Different(
         "read from a folder only, and what a newer PEFT added is kept for the file, where PEFT drops it with a warning"
@@ -100,7 +129,7 @@ NAMES: dict[str, Row] = {
     "get_layer_status": Same("rows are NamedTuples; a module whose adapters are all gone has none"),
     "get_model_status": Same("a NamedTuple"),
     # what is PEFT's inside
-    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
+    **{f"{name}Model": Left(TUNER) for name in ("AdaLora", "AdaptionPrompt", "Gralora", "Hira", "IA3", "LoHa", "LoKr", "Lora", "Miss")},
     "PEFT_TYPE_TO_TUNER_MAPPING": Left(TUNER),
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": Left(TUNER),
     **{
@@ -123,12 +152,15 @@ NAMES: dict[str, Row] = {
     **{name: Left(NOT_BUILT) for name in ("compose_cartridge_adapters", "create_arrow_model", "initialize_kv_prefix_from_past_key_values")},
     **{name: Left(NOT_BUILT) for name in ("initialize_kv_prefix_from_text", "prompt_embeddings_from_past_key_values")},
     **{
-        name: Left("a start from data, which is not built here")
+        name: Left("a start from data: functions of arrays in peft_ref.methods, and `starts` of peft_ref.model.add")
         for name in ("get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga")
     },
-    "replace_lora_weights_loftq": Left("LoftQ, which is not built here"),
+    "replace_lora_weights_loftq": Left("`correct` of peft_ref.methods.loftq_init; no model here is quantised"),
     "find_kappa_target_modules": Left("a choice of targets from the weights, which is not built here"),
-    **{name: Left("peft_ref.model.add_exact with a rank makes the nearest LoRA") for name in ("convert_to_lora", "save_as_lora")},
+    **{
+        name: Different("of every method that changes weights; an int is the largest rank, and MiSS is brought to it too; no progress bar")
+        for name in ("convert_to_lora", "save_as_lora")
+    },
 }
 
 # Of PeftModel itself
@@ -138,7 +170,9 @@ METHODS: dict[str, Row] = {
         " AdaLoRA's penalty is in the loss as in PEFT, which raises once an adapter is read; with adapter_names there is no loss"
     ),
     "from_pretrained": Different("from a folder; `subfolder`, `rng` and `ties` by name; no offloading, no key_mapping"),
-    "save_pretrained": Different("no model card; a pickle and the conversion of an initial adapter are refused; patterns keep their order"),
+    "save_pretrained": Different(
+        "no model card; a pickle is refused; patterns keep their order; the folder of an initial adapter is read, and not written to"
+    ),
     "add_adapter": Different("draws from `rng`, or the model's own generator; low_cpu_mem_usage is refused"),
     "load_adapter": Different("returns nothing: what does not fit is an error. low_cpu_mem_usage leaves the tensors in the file"),
     "set_adapter": Different("also several, as PEFT's base_model.set_adapter"),
@@ -165,7 +199,7 @@ METHODS: dict[str, Row] = {
     "prepare_model_for_gradient_checkpointing": Left(TORCH),
     "create_or_update_model_card": Left("there is no model card"),
     "push_to_hub": Left("there is no Hub"),
-    "supports_lora_conversion": Left("peft_ref.model.add_exact with a rank makes the nearest LoRA, or says why not"),
+    "supports_lora_conversion": Left("convert_to_lora converts, or says why not"),
 }
 
 # Of PeftModel by way of the tuner that it wraps, as `model.merge_adapter()`
@@ -183,6 +217,6 @@ THROUGH: dict[str, Row] = {
     "enable_adapter_layers": Same(),
     "inject_adapter": Left("inject_adapter_in_model"),
     "get_model_config": Left("`config` is the model's config.json"),
-    "subtract_mutated_init": Left("save_pretrained refuses path_initial_model_for_weight_conversion"),
+    "subtract_mutated_init": Left("save_pretrained with path_initial_model_for_weight_conversion does that"),
     **{name: Left(TUNER) for name in ("layers_mapping", "prefix", "target_module_mapping", "tuner_layer_cls", "uses_shared_state")},
 }

@@ -136,6 +136,25 @@ def test_adaptionprompt_q9_a_prompt_of_no_rows_is_accepted() -> None:
         AdaptionPrompt(adapter_len=0)
 
 
+def test_adaptionprompt_q10_what_acts_is_counted_as_trained() -> None:
+    """tests/hf_api/test_adaption.py counts ours beside it."""
+    model = adapted(llama(), inference_mode=True)
+    model.add_adapter("other", peft.AdaptionPromptConfig(adapter_len=1, adapter_layers=1, task_type="CAUSAL_LM"))
+    assert model.get_nb_trainable_parameters()[0] == 2 * (4 * 12 + 1)
+    model.set_adapter("other")
+    assert model.get_nb_trainable_parameters()[0] == 12 + 1
+    with model.disable_adapter():
+        assert model.get_nb_trainable_parameters()[0] == 0
+
+
+def test_adaptionprompt_q11_names_of_rows_are_ignored() -> None:
+    model = adapted(llama(attention_bias=True))
+    for name, p in model.named_parameters():
+        if "adaption_gate" in name:
+            p.data = torch.ones(1)
+    assert torch.equal(model(IDS, adapter_names=["__base__", "default"]).logits, model(IDS).logits)
+
+
 def test_the_numbers_on_the_page_are_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
     *_, ran = run(METHOD_PAGES["adaption_prompt"])
     p, w, q, dy, back = (ran.names[name] for name in ("p", "w", "q", "dy", "back"))

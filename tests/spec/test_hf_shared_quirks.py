@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 from peft_ref.errors import KeyMismatchError  # noqa: E402
 from peft_ref.files.adapter import load_adapter  # noqa: E402
 from peft_ref.layers import Linear  # noqa: E402
+from peft_ref.methods.pvera import Params, PVeRA  # noqa: E402
 from peft_ref.model import adapt, add, load, state_dict  # noqa: E402
 from tests.model.live import config_of, frozen_graph  # noqa: E402
 
@@ -68,3 +69,82 @@ def test_vera_q2_matrices_in_a_file_that_says_it_has_none_are_read_over(tmp_path
     layers = {"narrow": Linear(in_features=6, out_features=5), "wide": Linear(in_features=9, out_features=7)}
     with pytest.raises(KeyMismatchError, match="vera_A is there, and the configuration says that it is not saved"):
         load_adapter(tmp_path, layers=layers)
+
+
+def test_pvera_q1_a_later_adapter_is_given_the_first_ones_matrices() -> None:
+    model = peft.get_peft_model(Two(), peft.PveraConfig(r=3, target_modules=WIDE), adapter_name="a")
+    model.add_adapter("b", peft.PveraConfig(r=3, target_modules=NARROW))
+    assert torch.equal(of(model, "b", "pvera_A"), of(model, "a", "pvera_A"))
+
+
+def test_pvera_q2_a_merged_layer_computes_the_mean_where_the_unmerged_one_samples() -> None:
+    model = peft.get_peft_model(Two(), peft.PveraConfig(r=3, target_modules=NARROW, sample_at_inference=True)).eval()
+    model.base_model.model.narrow.pvera_lambda_b["default"].data += 1
+    x = torch.ones(2, 6)
+    assert not torch.allclose(model(x), model(x))
+    model.merge_adapter()
+    assert torch.equal(model(x), model(x))
+
+
+def test_pvera_with_noise_is_pefts_training_and_so_are_its_gradients() -> None:
+    torch.manual_seed(0)
+    base = Two().double()
+    model = peft.get_peft_model(base, peft.PveraConfig(r=3, target_modules=NARROW, generator_seed=4)).train()
+    tuner, rng = model.base_model.model.narrow, np.random.default_rng(0)
+    for parameter in (tuner.pvera_lambda_b["default"], tuner.pvera_lambda_d["default"]):
+        parameter.data = torch.tensor(rng.normal(size=parameter.shape))
+    x = torch.tensor(rng.normal(size=(4, 6)), requires_grad=True)
+    noise = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).numpy()
+    y, dy = model(x), rng.normal(size=(4, 5))
+    y.backward(torch.tensor(dy))
+    layer, method = Linear(in_features=6, out_features=5), PVeRA(r=3)
+    found = {"b": tuner.pvera_lambda_b, "d": tuner.pvera_lambda_d, "A": tuner.pvera_A, "B": tuner.pvera_B}
+    p = Params(**{name: values["default"].detach().numpy() for name, values in found.items()})
+    W, b = (value.detach().numpy() for value in (tuner.base_layer.weight, tuner.base_layer.bias))
+    np.testing.assert_allclose(
+        layer.apply(x.detach().numpy(), W, b) + method.sampled(layer, p, x.detach().numpy(), noise), y.detach().numpy()
+    )
+    got = method.sampled_vjp(layer, p, x.detach().numpy(), noise, dy)
+    np.testing.assert_allclose(got.x + dy @ W, x.grad.numpy(), rtol=1e-11)
+    np.testing.assert_allclose(got.params.b, tuner.pvera_lambda_b["default"].grad.numpy(), rtol=1e-11)
+    np.testing.assert_allclose(got.params.d, tuner.pvera_lambda_d["default"].grad.numpy(), rtol=1e-11)
+
+
+def test_randlora_q1_bases_are_counted_for_the_layer_and_not_for_the_adapter() -> None:
+    model = peft.get_peft_model(Two(), peft.RandLoraConfig(r=3, target_modules=WIDE), adapter_name="a")
+    model.add_adapter("b", peft.RandLoraConfig(r=1, target_modules=NARROW))
+    assert torch.equal(of(model, "b", "randlora_A"), of(model, "a", "randlora_A"))
+    assert model.base_model.model.narrow.num_bases == 5
+    model.set_adapter("a")
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 6))
+
+
+def test_randlora_q2_what_is_shared_is_saved_beside_every_layer_too() -> None:
+    state = peft.get_peft_model_state_dict(peft.get_peft_model(Two(), peft.RandLoraConfig(r=3, target_modules=WIDE)))
+    for letter in "AB":
+        whole = state[f"base_model.randlora_{letter}"]
+        assert all(torch.equal(state[f"base_model.model.{module}.randlora_{letter}"], whole) for module in WIDE)
+
+
+def test_vblora_q1_the_bank_is_drawn_for_every_layer_and_the_last_one_kept() -> None:
+    config = {"r": 2, "num_vectors": 3, "vector_length": 1}
+    banks = []
+    for targets in (NARROW, WIDE):
+        base = Two()
+        torch.manual_seed(5)
+        banks.append(of(peft.get_peft_model(base, peft.VBLoRAConfig(target_modules=targets, **config)), "default", "vblora_vector_bank"))
+    assert not torch.equal(*banks)
+    torch.manual_seed(5)
+    assert torch.equal(banks[0], torch.empty(3, 1).uniform_(-0.02, 0.02))
+
+
+def test_unilora_q1_places_are_drawn_from_torchs_generator_and_thrown_away() -> None:
+    after = []
+    for targets in (NARROW, WIDE):
+        base = Two()
+        torch.manual_seed(5)
+        model = peft.get_peft_model(base, peft.UniLoraConfig(r=2, theta_d_length=4, target_modules=targets))
+        after.append((of(model, "default", "unilora_theta_d"), torch.rand(1)))
+    assert torch.equal(after[0][0], after[1][0])
+    assert not torch.equal(after[0][1], after[1][1])

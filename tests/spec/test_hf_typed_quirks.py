@@ -194,6 +194,15 @@ def test_cpt_q13_two_files_saved_one_after_the_other_differ_by_roundings() -> No
     assert torch.allclose(first, second, rtol=1e-6, atol=0)
 
 
+def test_cpt_q14_the_number_of_labels_is_ignored() -> None:
+    """`test_micro_batches_are_one_batch` in tests/train holds ours to one batch."""
+    made = cpt(cpt_tokens_type_mask=[1, 2, 3, 4])
+    given = {"input_ids": IDS, "labels": IDS}
+    assert torch.equal(made(**given, num_items_in_batch=torch.tensor(1000)).loss, made(**given).loss)
+    plain = tiny("CAUSAL_LM")
+    assert not torch.equal(plain(**given, num_items_in_batch=torch.tensor(1000)).loss, plain(**given).loss)
+
+
 # ---- Cartridge
 
 

@@ -17,6 +17,8 @@ from peft_ref.contracts import WeightMethod
 from peft_ref.files.safetensors import serialize
 from peft_ref.methods import METHODS
 from peft_ref.nn import model_of
+from tests.spec.method_table import with_table
+from tests.spec.pages import SPEC
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- methods: written by tests/spec/test_readme.py, do not edit -->", "<!-- end of methods -->"
@@ -50,6 +52,11 @@ def test_the_table_of_methods_is_what_the_code_says() -> None:
     text = README.read_text(encoding="utf-8")
     written = text.partition(BEGIN)[2].partition(END)[0].strip()
     assert written == table(), "run: python tests/spec/test_readme.py"
+
+
+def test_the_table_of_the_spec_is_what_the_code_says() -> None:
+    text = (SPEC / "README.md").read_text(encoding="utf-8")
+    assert with_table(text) == text, "run: python -m tests.spec.method_table"
 
 
 def test_whoever_knows_peft_goes_on_as_the_readme_says(

@@ -31,7 +31,7 @@ from peft_ref.nn.tree import leaves  # noqa: E402
 from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
 from peft_ref.train.dropout import row_drops, with_dropout  # noqa: E402
-from tests.nn.beside_hf import all_close, close, float64, pair, scatter, to_torch  # noqa: E402
+from tests.nn.beside_hf import all_close, close, float64, pair, scatter, share_again, to_torch  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
 LLAMA = {
@@ -68,11 +68,18 @@ T5 = {
 }
 SIZES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", LLAMA),
+    "tied llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "bert": ("BertForSequenceClassification", BERT),
     "t5": ("T5ForConditionalGeneration", T5),
 }
 CAUSAL, N = "CAUSAL_LM", {"num_virtual_tokens": 3}
+CPT = {
+    "cpt_token_ids": [7, 3, 10, 5, 2, 9],
+    "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 8],
+    "opt_projection_epsilon": 2.0,
+    "opt_projection_format_epsilon": 8.0,
+}
 Q, R = ["q_proj", "v_proj", "down_proj"], {"r": 3, "lora_alpha": 7}
 
 
@@ -114,6 +121,18 @@ CASES: Mapping[str, Case] = {
         {**N, "encoder_hidden_size": 5, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "encoder_dropout": 0.0},
     ),
     "multitask": Case(peft.MultitaskPromptTuningConfig, {**N, "num_tasks": 2, "num_ranks": 2}),
+    "cpt": Case(peft.CPTConfig, {**CPT, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.75}, accumulate=2),
+    "cpt without decay": Case(peft.CPTConfig, CPT),
+    "cartridge": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 1}),
+    "cartridge, none frozen": Case(peft.CartridgeConfig, {**N, "num_frozen_tokens": 0}, accumulate=2),
+    "adaption prompt": Case(peft.AdaptionPromptConfig, {"adapter_len": 3, "adapter_layers": 2}),
+    "adaption prompt on gpt2": Case(peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 1}, "gpt2", accumulate=2),
+    "a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": Q, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
+    "factors of a table and its head, tied": Case(
+        peft.LoraConfig, {**R, "target_modules": [*Q, "lm_head"], "ensure_weight_tying": True}, "tied llama"
+    ),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
@@ -135,6 +154,7 @@ def both(case: Case, folder: Path) -> Both:
         warnings.simplefilter("ignore")
         live = peft.get_peft_model(base.live, case.config(task_type=case.task, **case.options)).eval()  # without the base's dropout
         scatter(live.prompt_encoder if hasattr(live, "prompt_encoder") else live, 2)
+        share_again(live)
         live.save_pretrained(folder, save_embedding_layers=False)
     config = load_config(folder)
     if not isinstance(config.method, Prompt):
@@ -158,6 +178,8 @@ def example(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     labels = rng.integers(1, 17, (3, 5)) if case.model == "t5" else ids
     labels = np.where(rng.random(labels.shape) < 0.3, -100, labels)
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if case.config is peft.CPTConfig:  # of the example before the input, and the answers of two
+        return {**given, "input_type_mask": rng.choice([0, 1, 2, 3, 4, 4, 8, 8], (3, 6))}
     return given | ({"task_ids": np.asarray([1, 0, 1])} if case.config is peft.MultitaskPromptTuningConfig else {})
 
 
@@ -219,7 +241,7 @@ def compare(live: Any, training: Training, state: State) -> None:
     if training.learner.prompt is not None:
         theirs = {name: p.detach().numpy() for name, p in live.prompt_encoder["default"].named_parameters()}
         all_close(dict(state.params.prompt), theirs, CLOSE)
-    with warnings.catch_warnings():
+    with float64(), warnings.catch_warnings():  # saving projects CPT's once more
         warnings.simplefilter("ignore")
         saved = peft.get_peft_model_state_dict(live, save_embedding_layers=False)
     got = {key: np.asarray(value) for key, value in all_tensors(file_of(training, state)).items()}

@@ -32,6 +32,7 @@ ADALORA = ("--method", "adalora", "--init-r", "4", "--target-r", "2", "--tinit",
 PTUNING = ("--method", "p_tuning", "--num-virtual-tokens", "2", "--encoder-hidden-size", "4")
 LSTM = ("--encoder-reparameterization-type", "LSTM", "--encoder-dropout", "0.3")
 OPTIONS = {
+    "adaption_prompt": ("--adapter-len", "3", "--adapter-layers", "1", "--target-modules", "self_attn"),
     "cartridge": ("--num-virtual-tokens", "3"),
     "cpt": ("--cpt-token-ids", "97", "98", "99", "--cpt-tokens-type-mask", "1", "2", "4", "--opt-weighted-loss-type", "decay"),
     "adalora": ("--target-modules", "q_proj", "down_proj"),
@@ -119,7 +120,7 @@ def train(*arguments: str) -> int:
     return main(["train", *SMALL, "--steps", "3", *arguments])
 
 
-@pytest.mark.parametrize("name", [*METHODS.weights, *METHODS.prompts])
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_is_trained_and_its_file_is_read(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--method", name, *options(name), "--json") == 0
     told = json.loads(capsys.readouterr().out)

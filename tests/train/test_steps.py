@@ -41,6 +41,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "adalora": {"peft_type": "ADALORA", "init_r": 3, "target_r": 1, "total_step": 4, "tinit": 1, "target_modules": Q},
     "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
     "prompt and tables": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "cpt": {
+        "peft_type": "CPT",
+        "cpt_token_ids": [3, 1, 4],
+        "cpt_tokens_type_mask": [1, 4, 8],
+        "opt_weighted_loss_type": "decay",
+        "opt_loss_decay_factor": 0.5,
+    },
+    "cartridge": {"peft_type": "CARTRIDGE", "num_virtual_tokens": 3},
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "token_dim": 4, "num_attention_heads": 2},
     "lstm": {
         "peft_type": "P_TUNING",
@@ -50,6 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "encoder_dropout": 0.5,
     },
 }
+DETACHED = ("dora", "cpt", "cartridge")  # HF holds a norm constant, a projection, rows
 IDS = np.random.default_rng(0).integers(0, 11, (4, 6))
 LABELS = np.where(np.random.default_rng(1).random((4, 6)) < 0.3, -100, IDS)
 
@@ -91,7 +100,7 @@ def test_micro_batches_are_one_batch(name: str) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-13, err_msg=where)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dora"])  # HF detaches DoRA's norm
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in DETACHED])
 def test_the_gradient_is_the_losss(name: str) -> None:
     """Along a random direction, dropout and penalty included."""
     made, rng = training(name), np.random.default_rng(5)

@@ -17,6 +17,7 @@ from peft_ref.check.lora_starts import laws as lora_laws
 from peft_ref.check.lora_variants import FAMILY, variants
 from peft_ref.check.mistake import Mistake, Replay, Suite, only
 from peft_ref.check.oracle import answer
+from peft_ref.check.variants import Variant
 from peft_ref.layers import Layer
 
 BLOCKS = {"use_bdlora": {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2, "match_strict": False}}
@@ -108,9 +109,16 @@ FILES = Files(
 
 SUITE = Suite(
     variants=(
-        *variants("BDLORA-C1", A, ("linear-both",), prefix="A-"),
+        *variants("BDLORA-C1", A, ("linear-both",)),
         *variants("BDLORA-C2", B, ("linear-both",), prefix="B-"),
-        *variants("BDLORA-C3", {**BLOCKS, "diagonal": ""}, ("linear", "transposed_linear"), prefix="neither-")[:1],
+        Variant(name="plain", clause="BDLORA-C3", configs=(NEITHER,), layers=("linear", "transposed_linear")),
+        Variant(
+            name="rounded",
+            clause="BDLORA-C3",
+            configs=({**NEITHER, "r": 9, "lora_alpha": 5},),
+            layers=("linear-large",),
+            numbers="rounded",
+        ),
     ),
     fresh=FRESH,
     files=FILES,

@@ -41,6 +41,8 @@ VARIANTS = (
     Variant(name="plain", clause="GLORA-C1", configs=(PLAIN,), draws=SAFE),
     Variant(name="vectors", clause="GLORA-C5", configs=(VECTORS,), draws=SAFE),
     Variant(name="constants", clause="GLORA-C6", configs=(CONSTANTS,), draws=SAFE),
+    Variant(name="nothing", clause="GLORA-C7", configs=({"config_A_B": "none", "config_C": "none", "config_D_E": "vector"},), draws=SAFE),
+    Variant(name="no-bias", clause="GLORA-C3", configs=(PLAIN,), bias=False, draws=SAFE),
     Variant(
         name="small", clause="GLORA-C1", configs=({"r": 2},), numbers="small", draws={"Ad": odd(1, 1), "Au": odd(1, 1), "D": odd(2, 1)}
     ),
@@ -75,29 +77,33 @@ def right(W: Array, b: Array, v: Values) -> tuple[Array, Array]:
 def changing(change: Change) -> Formula:
     """Another dW and db, given the frozen W and b."""
 
-    def total(p: Problem, W: Array, b: Array, sign: float) -> tuple[Array, Array]:
+    def total(p: Problem, W: Array, b: Array | None, sign: float) -> tuple[Array, Array | None]:
         for a in p.adapters:
-            dW, db = change(p.W, p.b, values_of(a))
-            W, b = W + sign * dW, b + sign * db
+            dW, db = change(p.W, _bias(p.b, p.W), values_of(a))
+            W, b = W + sign * dW, None if b is None else b + sign * db
         return W, b
 
     return Formula(weight=lambda p: total(p, p.W, p.b, 1.0), unmerge=lambda p: total(p, p.merged_W, p.merged_b, -1.0))
 
 
-def _composed(p: Problem) -> tuple[Array, Array]:
+def _bias(b: Array | None, W: Array) -> Array:
+    return W[:, 0] * 0.0 if b is None else b
+
+
+def _composed(p: Problem) -> tuple[Array, Array | None]:
     W, b = p.W, p.b
     for a in p.adapters:
-        dW, db = right(W, b, values_of(a))
-        W, b = W + dW, b + db
+        dW, db = right(W, _bias(b, W), values_of(a))
+        W, b = W + dW, None if b is None else b + db
     return W, b
 
 
-def _uncomposed(p: Problem) -> tuple[Array, Array]:
+def _uncomposed(p: Problem) -> tuple[Array, Array | None]:
     W, b = p.merged_W, p.merged_b
     for a in reversed(p.adapters):
         v = values_of(a)
         W = (W - v.B) / (1.0 + v.A)
-        b = (b - v.E - (W @ v.C)[:, 0]) / (1.0 + v.D)
+        b = None if b is None else (b - v.E - (W @ v.C)[:, 0]) / (1.0 + v.D)
     return W, b
 
 
@@ -107,7 +113,7 @@ def _divided(case: Case) -> Answer:
     every = [values_of(a) for a in p.adapters]
     W = (p.merged_W - sum(v.B for v in every)) / (1.0 + sum(v.A for v in every))
     shift = sum(v.E + (W @ v.C)[:, 0] for v in every)
-    return stored(p.layer, W, (p.merged_b - shift) / (1.0 + sum(v.D for v in every)))
+    return stored(p.layer, W, None if p.merged_b is None else (p.merged_b - shift) / (1.0 + sum(v.D for v in every)))
 
 
 def several(replay: Formula) -> Callable[[Case], Answer | None]:

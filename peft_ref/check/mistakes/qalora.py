@@ -52,7 +52,7 @@ def laws(config: Config, layer: Layer) -> dict[str, Law]:
 
 
 SUITE = Suite(
-    variants=variants("QALORA-C1", GROUPS, ("linear-both", "linear-blocks")),
+    variants=variants("QALORA-C1", GROUPS, ("linear-both", "linear-blocks"), rounded={"qalora_group_size": 1}),
     fresh=Fresh(clause="QALORA-C8", starts={"default": Start(PLAIN, ("linear-both", "linear-blocks"))}, laws=laws),
     files=Files(
         configs_clause="QALORA-C10",

@@ -7,7 +7,7 @@ functions, so the checkpoint keys of a case are tested too. A dropout mask repla
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,10 +30,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 INVERTED = ("oft", "road")
 PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
-SHARED = ("vera_A", "vera_B")
-TAKEN_OVER = ("vera",)
 FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
+SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B")
+TAKEN_OVER = ("vera", "pvera")
 
 
 class NotInPeft(Exception):
@@ -71,18 +71,25 @@ class Adapted(NamedTuple):
 def adapted(case: Json, dtype: torch.dtype) -> Adapted:
     """The layer with the case's adapters, all of them active."""
     check(case, dtype)
-    base = build(case["layer"], dtype)
     adapters = case.get("adapters", ())
     if not adapters:
+        base = build(case["layer"], dtype)
         return Adapted(base, base)
-    model = inject(base, case["layer"], adapters)
+    model = made(case, dtype)
     layer = model.base_model.model.layer
     for name, adapter in zip(names(case), adapters, strict=True):
-        tensors = {place(key): array(value, dtype) for key, value in adapter["tensors"].items()}
+        for key in hidden(adapter["tensors"]):
+            getattr(layer, key)[name] = array(adapter["tensors"][key], dtype)
+        tensors = {place(key): array(value, dtype) for key, value in adapter["tensors"].items() if key not in hidden(adapter["tensors"])}
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
         if result.unexpected_keys:
             raise KeyError(f"PEFT does not expect {result.unexpected_keys}")
+        if of := adapter["config"].get("clusters"):  # it made its own from the weight, and loading leaves them
+            layer.scatter_index[name] = torch.tensor(sorted(range(len(of)), key=lambda row, of=of: (of[row], row)))
     model.eval()
+    if case["method"] == "kasa":  # whose start cuts the weight: the case's is what is left
+        layer.get_base_layer().weight.data = array(case["layer"]["weight"], dtype)
+    model.train(case["method"] == "velora")  # which compresses in training alone
     if any(adapter["dropout"] for adapter in adapters):
         model.train()
         for name, adapter in zip(names(case), adapters, strict=True):
@@ -109,17 +116,40 @@ def fresh(case: Json, dtype: torch.dtype) -> dict[str, Any]:
     init = case["adapters"][0]["config"].get("init_lora_weights")
     if init in ("pissa", "olora") and dtype == torch.float64:
         raise NotInPeft(f"PEFT refuses init_lora_weights={init!r} on float64 and works it out in float32: ask with --dtype float32")
-    model = inject(build(case["layer"], dtype), case["layer"], case["adapters"])
-    draw = {key: nested(value) for key, value in own_tensors(model, names(case)[0]).items()}
-    weight = model.base_model.model.layer.get_base_layer().weight
+    model = made(case, dtype)
+    layer, name = model.base_model.model.layer, names(case)[0]
+    draw = {key: nested(value) for key, value in own_tensors(model, name).items()}
+    draw |= {key: nested(getattr(layer, key)[name]) for key in hidden(layer.other_param_names) if name in getattr(layer, key)}
+    weight = layer.get_base_layer().weight
     changed = not torch.equal(weight, array(case["layer"]["weight"], dtype))
     return {**draw, "weight": nested(weight)} if changed else draw
+
+
+def made(case: Json, dtype: torch.dtype) -> Any:
+    """The model with fresh adapters. PSOFT refuses to make them on a float64 weight, and computes in float64 once they are there."""
+    first = torch.float32 if case["method"] == "psoft" and dtype == torch.float64 else dtype
+    return inject(build(case["layer"], first), case["layer"], case["adapters"]).to(dtype)
+
+
+def hidden(keys: Iterable[str]) -> list[str]:
+    """What a layer keeps beside the weight and saves in no file."""
+    return [key for key in keys if key.startswith("_")]
 
 
 def check(case: Json, dtype: torch.dtype) -> None:
     """Raise `NotInPeft` for what is known to go wrong there."""
     if case["method"] in INVERTED and case["operation"] == "unmerge" and dtype == torch.float64:
         raise NotInPeft("PEFT inverts the matrix of an unmerged adapter in float32: ask with --dtype float32")
+    if case["method"] == "adamss" and case["operation"] == "init":
+        raise NotInPeft("PEFT clusters the rows of the weight by k-means, whatever clusters a case has")
+    if case["method"] == "adamss" and case["operation"] in ("forward", "backward") and np.ndim(case["x"]) == 1:
+        raise NotInPeft("PEFT's forward wants x to have a leading axis, and raises")
+    if case["method"] == "mica" and dtype == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
+    if case["method"] == "monteclora" and any(adapter["dropout"] for adapter in case["adapters"]):
+        raise NotInPeft("PEFT drops in training mode alone, where it also draws samples")
+    if case["method"] == "qalora":
+        raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:
         raise NotInPeft("PEFT gives a later adapter the first one's random matrices, whatever its own are")
     if any(adapter["config"].get("boft_n_butterfly_factor", 1) > 1 for adapter in case.get("adapters", ())):
@@ -163,11 +193,18 @@ def place(key: str) -> str:
 
 def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     """PEFT's configuration; `is_feedforward` is what its `feedforward_modules` say, `live_r` what its `rank_pattern` leaves."""
-    own = {k: v for k, v in config.items() if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out")}
+    own = {
+        k: v
+        for k, v in config.items()
+        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks")
+    }
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
         own["feedforward_modules"] = ["layer"] if config["is_feedforward"] else []
+    if (diagonal := own.pop("diagonal", None)) is not None:
+        own["use_bdlora"] = {k: own["use_bdlora"][k] for k in ("nblocks", "match_strict")}
+        own["use_bdlora"] |= {f"target_modules_bd_{diagonal.lower()}": ["layer"]} if diagonal else {}
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     if "fan_in_fan_out" in cls.__dataclass_fields__:
         own["fan_in_fan_out"] = layer["kind"] == "transposed_linear"
@@ -200,7 +237,8 @@ def names(case: Json) -> list[str]:
 
 def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
     """Every adapter's gradients under its checkpoint keys, picked out by PEFT's own function for state dicts."""
-    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or case["method"] != "mica"]  # whose B is frozen
+    trained = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters}
     held = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in model.state_dict().items()}  # has no gradient
     every = [own_tensors(model, name, {**held, **trained}) for name in names(case)]
     return [{key: nested(value) for key, value in own.items() if value.is_floating_point()} for own in every]

@@ -48,6 +48,10 @@ def delta(case: Json, dtype: torch.dtype) -> Json:
     layer = adapted(case, dtype).layer
     if case["method"] in ("miss", "miss_mini"):  # a function of the whole weight there
         return {"weight": nested(layer.get_delta_weight_miss(layer.active_adapters[0], torch.zeros_like(layer.base_layer.weight)))}
+    own = {"bdlora": "_get_bdlora_delta_weight", "kasa": "_get_delta_weight"}.get(case["method"])  # LoRA's does not know of these
+    if own is not None:
+        adapter = layer.active_adapters[0]
+        return {"weight": nested(getattr(layer.lora_variant[adapter], own)(layer, adapter))}
     found = layer.get_delta_weight(layer.active_adapters[0])
     found = found.to_dense() if found.is_sparse else found
     if case["method"] in ("fourierft", "waveft") and case["layer"]["kind"] == "transposed_linear":

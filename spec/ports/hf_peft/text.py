@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONVOLUTIONS, array, nested
+from model import CONVOLUTIONS, NotInPeft, array, nested
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from told import TOLD, rank_and_scale
 from torch import nn
@@ -75,6 +75,8 @@ def state_dict(case: Json) -> dict[str, Any]:
                 parameter.copy_(array(value, parameter.dtype))
                 continue
             tensor = array(value, parameter.dtype)
+            if tensor.shape != parameter.shape and case["adapter_config"]["peft_type"] == "ADAMSS":
+                raise NotInPeft("the shapes of PEFT's tensors are those of the clusters that it finds in the weight")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{key} is {tuple(tensor.shape)}, PEFT has {tuple(parameter.shape)}")
             parameter.data = tensor
@@ -87,9 +89,12 @@ TEXT_OPERATIONS: Mapping[str, Callable[[Json], dict[str, Any]]] = {"targets": ta
 
 def adapted(modules: Sequence[tuple[str, nn.Module]], given: Json, adapter: str) -> Any:
     """A model of the modules under a PEFT configuration; one that names no targets gets all of them."""
+    if given.get("init_lora_weights") == "mica" and torch.get_default_dtype() == torch.float64:
+        raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
     own = {"target_modules": [name for name, _ in modules], **{k: v for k, v in given.items() if k != "peft_type"}}
     peft_config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]](**own)
-    return get_peft_model(Named(modules), peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
+    model = Named(modules).float() if given["peft_type"] == "PSOFT" else Named(modules)  # which refuses float64
+    return get_peft_model(model, peft_config, adapter_name=adapter, autocast_adapter_dtype=False)
 
 
 def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:

@@ -41,30 +41,44 @@ def _boft(layer: Any, config: Any) -> Told:
     }
 
 
+def _psoft(layer: Any, config: Any) -> Told:
+    turn = layer.psoft_R["default"]
+    told = {"psoft_orth": turn.orth, "psoft_mag_a": turn.mag_a, "psoft_mag_b": turn.mag_b}
+    series = {name: getattr(turn, name) for name in ("use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps")}
+    return {**rank_and_scale(layer, config), **told, **series}
+
+
 # What PEFT's layers call their dropout of the input.
-DROPOUTS: Mapping[str, str] = {"DELORA": "delora_dropout", "GRALORA": "gralora_dropout", "HIRA": "hira_dropout", "MISS": "miss_dropout"}
+DROPOUTS: Mapping[str, str] = {
+    "DELORA": "delora_dropout",
+    "GRALORA": "gralora_dropout",
+    "HIRA": "hira_dropout",
+    "MISS": "miss_dropout",
+    "PSOFT": "psoft_dropout",
+}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
     "BEFT": lambda layer, config: {},
+    "ADAMSS": words("num_subspaces"),
     "BOFT": _boft,
     "C3A": words("block_size"),
+    "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
-    "FOURIERFT": lambda layer, config: {
-        "n_frequency": layer.fourierft_n_frequency["default"],
-        "scaling": layer.fourierft_scaling["default"],
-    },
     "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
+    "OSF": words("effective_rank"),
     "PEANUT": words("r", "depth", "scaling", "act_fn"),
+    "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
     "SHIRA": words("r"),
     "SUPERTUNING": lambda layer, config: {"r": config.r, "scaling": config.lora_alpha / config.r if config.r else 0.0},
+    "TRAINABLE_TOKENS": words("token_indices"),
     "WAVEFT": lambda layer, config: {
         name: getattr(layer, f"waveft_{name}")["default"] for name in ("n_frequency", "scaling", "wavelet_family", "use_idwt")
     },

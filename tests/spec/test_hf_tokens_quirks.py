@@ -1,0 +1,81 @@
+"""The quirks in spec/methods/trainable_tokens.md, each against HF PEFT run live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from torch import nn  # noqa: E402
+
+from peft_ref import Adapter, Linear, forward, merge  # noqa: E402
+from peft_ref.errors import ConfigError, UnsupportedLayerError  # noqa: E402
+from peft_ref.methods import TrainableTokens  # noqa: E402
+from peft_ref.methods.trainable_tokens import Params  # noqa: E402
+
+pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
+
+
+def made(layer: Any, tokens: list[int], **more: Any) -> Any:
+    base = nn.Sequential()
+    base.add_module("l", layer.double())
+    return peft.get_peft_model(base, peft.TrainableTokensConfig(target_modules=["l"], token_indices=tokens, **more), adapter_name="a0")
+
+
+def tuner(model: Any) -> Any:
+    return model.base_model.model.l
+
+
+def test_trainabletokens_q1_a_linear_layers_bias_is_lost_until_it_is_merged() -> None:
+    rng, layer = np.random.default_rng(0), Linear(in_features=3, out_features=5)
+    model = made(nn.Linear(3, 5), [4, 1])
+    D = rng.normal(size=(2, 3))
+    tuner(model).trainable_tokens_delta["a0"].data = torch.tensor(D)
+    W, b = (p.detach().numpy().copy() for p in (tuner(model).base_layer.weight, tuner(model).base_layer.bias))
+    x, adapters = rng.normal(size=(2, 3)), [Adapter(TrainableTokens(token_indices=(4, 1)), Params(D=D))]
+    ours = forward(layer, W, b, adapters, x)
+    np.testing.assert_allclose(model(torch.tensor(x)).detach().numpy(), ours - b, atol=1e-14)
+    model.merge_adapter()
+    np.testing.assert_allclose(model(torch.tensor(x)).detach().numpy(), ours, atol=1e-14)
+    np.testing.assert_array_equal(merge(layer, W, b, adapters)[0], tuner(model).base_layer.weight.detach().numpy())
+
+
+def test_trainabletokens_q2_a_shared_token_raises_when_it_runs() -> None:
+    model = made(nn.Embedding(6, 3), [4, 1])
+    model.add_adapter("a1", peft.TrainableTokensConfig(target_modules=["l"], token_indices=[1]))
+    model.base_model.set_adapter(["a0", "a1"])
+    with pytest.raises(ValueError, match="already defined"):
+        model(torch.tensor([1]))
+
+
+def test_trainabletokens_q3_unmerge_writes_what_it_kept() -> None:
+    model = made(nn.Embedding(6, 3), [4, 1])
+    before = tuner(model).base_layer.weight.detach().clone()
+    tuner(model).base_layer.weight.data += 1.0
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = tuner(model).base_layer.weight.detach()
+    assert torch.equal(after[[4, 1]], before[[4, 1]])
+    assert torch.equal(after[[0, 2, 3, 5]], before[[0, 2, 3, 5]] + 1.0)
+
+
+def test_trainabletokens_q4_the_delta_is_the_rows() -> None:
+    model = made(nn.Embedding(6, 3), [4, 1])
+    assert torch.equal(tuner(model).trainable_tokens_delta["a0"], tuner(model).base_layer.weight[[4, 1]])
+
+
+def test_a_token_that_is_not_there_is_refused_on_both_sides() -> None:
+    with pytest.raises(IndexError):
+        made(nn.Embedding(6, 3), [6])
+    with pytest.raises(UnsupportedLayerError, match="no token 6 among 6 rows"):
+        TrainableTokens(token_indices=(6,)).check_layer(Linear(in_features=3, out_features=6))
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (-1,), (1.0,), "12", (True,)])
+def test_tokens_are_whole_numbers_each_once(tokens: Any) -> None:
+    with pytest.raises(ConfigError, match="token_indices="):
+        TrainableTokens(token_indices=tokens)
