@@ -57,14 +57,8 @@ def hf_model(w: Worked) -> Any:
         config["feedforward_modules"] = ["linear"] if method.is_feedforward else []
     base = torch.nn.Sequential()
     base.add_module("linear", torch_layer(w.layer, bias=True).to(torch.float32 if own.made_in_float32 else torch.float64))
-<<<<<<< HEAD
     for p, value in ((base.linear.weight, w.layer.unfold(w.W)), (base.linear.bias, w.b)):
         p.data = torch.tensor(value).to(p.dtype)
-=======
-    base.linear.weight.data, base.linear.bias.data = (
-        t.to(base.linear.weight.dtype) for t in (torch.tensor(w.layer.unfold(w.W)), torch.tensor(w.b))
-    )
->>>>>>> m-family
     made = getattr(peft, CONFIG_NAMES[method.peft_type])(target_modules=["linear"], **config)
     model = peft.get_peft_model(base, made, autocast_adapter_dtype=False).double()
     model.train(method.flag == "velora_config")  # which computes its gradient in training alone
