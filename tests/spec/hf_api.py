@@ -35,9 +35,7 @@ NOT_BUILT_METHODS = (
     "Lily",
     "Poly",
     "Shadow",
-    "Supertuning",
     "TinyLora",
-    "WaveFT",
     "XLora",
 )
 BUILT_METHODS = (
@@ -58,10 +56,12 @@ BUILT_METHODS = (
     "RandLora",
     "Road",
     "Shira",
+    "Supertuning",
     "TrainableTokens",
     "UniLora",
     "VBLoRA",
     "Vera",
+    "WaveFT",
 )
 
 CONFIG = Different(
