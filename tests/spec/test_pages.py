@@ -36,7 +36,8 @@ def test_a_page_has_every_section_in_order(name: str) -> None:
 
 @every_page
 def test_a_page_is_readable_at_one_sitting(page: Path) -> None:
-    assert 120 <= len(page.read_text("utf-8").splitlines()) <= 250
+    lines = [line for line in page.read_text("utf-8").splitlines() if not line.startswith("| [")]  # a list of all methods is not read through
+    assert 120 <= len(lines) <= 250
 
 
 @every_method
