@@ -67,7 +67,8 @@ def accused(case: Case, dtype: str, seeds: range) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_a_right_start_is_never_accused(case: Case, dtype: str) -> None:
-    count = 50 if case.layer is not None else 15  # two hundred seeds over the four formats; the others follow the same few laws
+    # Two hundred seeds over the four formats; prompts and other kinds of layers follow the same few laws.
+    count = 50 if case.layer is not None and case.layer.kind == "linear" and case.method != "loha_effective" else 10
     first = DTYPES.index(dtype) * count
     assert not accused(case, dtype, range(first, first + count))
 
