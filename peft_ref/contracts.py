@@ -5,7 +5,7 @@ A method is a map of the frozen weight:   (W, b)  --T_theta-->  (W', b').   It n
     contract    a method writes                           derived here, once and final
     LowRank     factors(p) -> B, A and its vjp            delta, weight, merge, unmerge, a forward that never forms B A
     Additive    delta(p) -> dW, db and its vjp             weight, merge, unmerge, forward
-    Conditioned change(p, W0, b0) -> dW, db and its vjp    weight, merge, unmerge, forward
+    Conditioned change(p, W0, b0) -> dW, db and its vjp    weight, merge, unmerge, forward       (peft_ref/conditioned.py)
     Reweight    weight(p, W, b, W0) and its vjp           merge, forward; unmerge through `inverse` where one exists
 
 Several active adapters act one after the other on the weight: T_2 receives what T_1 returned. A reweighting method also receives
@@ -21,56 +21,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final, get_args, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar, cast, final
 
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
-from peft_ref.layers import CONV_KINDS, Layer
+from peft_ref.layers import Layer
+from peft_ref.parameters import KINDS as KINDS
+from peft_ref.parameters import Key as Key
+from peft_ref.parameters import ParamSpec as ParamSpec
+from peft_ref.parameters import conv_key as conv_key
+from peft_ref.parameters import declared as declared
+from peft_ref.parameters import shape_of as shape_of
 
 P = TypeVar("P", bound=tuple[Any, ...])
 
 WeightMap: TypeAlias = Callable[[P, Array, Array | None], tuple[Array, Array | None]]
-
-KINDS = frozenset({"linear", "transposed_linear", "embedding"}) | CONV_KINDS
-
-
-@dataclass(frozen=True)
-class Key:
-    """Where a parameter lives in a checkpoint: its key, its stored shape if that is not its shape, on which layer kinds.
-
-    A shape is letters from the method's `dims`: "r in", "out r/groups". In a stored shape "*k" stands for the kernel's sizes and "*1"
-    for as many ones. `when` names what switches the parameter on: a hyper-parameter, or one of `dims` that depends on the layer.
-
-    What is `shared` is one array that every layer of the adapter is given, and stands in a file once, as base_model.<key>: see `common`.
-    """
-
-    key: str
-    stored: str | None = None
-    kinds: frozenset[str] = KINDS - CONV_KINDS
-    when: str | None = None
-    trained: bool = True  # places in a weight are saved with the rest, are integers, and have no gradient
-    shared: bool = False
-    saved: str | None = None  # the hyper-parameter that says whether a file holds it; what it does not hold, the seed makes again
-    repeated: bool = False  # a file holds what is shared beside every layer too
-
-
-def conv_key(key: str, stored: str, when: str | None = None) -> Key:
-    return Key(key, stored, CONV_KINDS, when)
-
-
-class ParamSpec(NamedTuple):
-    field: str
-    key: str
-    shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
-    trained: bool = True
-    shared: bool = False
-    saved: bool = True
-    repeated: bool = False
 
 
 class Start(NamedTuple, Generic[P]):
@@ -126,6 +93,7 @@ class WeightMethod(Method, Generic[P]):
 
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
+    replaces: ClassVar[bool] = False  # parts of the weight are lost in it: to unmerge, W0 is the weight that was there before
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
@@ -305,7 +273,7 @@ class LowRank(WeightMethod[P]):
 
     @final
     def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return _add(self, Delta(W, b), self.delta(layer, p))
+        return added(self, Delta(W, b), self.delta(layer, p))
 
     @final
     def weight_vjp(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None) -> WeightGradients[P]:
@@ -316,7 +284,7 @@ class LowRank(WeightMethod[P]):
 
     @final
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return _subtract(self, Delta(W, b), self.delta(layer, p))
+        return taken_out(self, Delta(W, b), self.delta(layer, p))
 
 
 class Additive(WeightMethod[P]):
@@ -332,7 +300,7 @@ class Additive(WeightMethod[P]):
 
     @final
     def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return _add(self, Delta(W, b), self.delta(layer, p))
+        return added(self, Delta(W, b), self.delta(layer, p))
 
     @final
     def weight_vjp(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None) -> WeightGradients[P]:
@@ -340,51 +308,18 @@ class Additive(WeightMethod[P]):
 
     @final
     def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return _subtract(self, Delta(W, b), self.delta(layer, p))
-
-
-class Conditioned(WeightMethod[P]):
-    """W' = W + dW(W0, b0), b' = b + db(W0, b0): what is added is computed from the frozen weight and bias.
-
-    Where no `b0` is given, b is the frozen one.
-    """
-
-    @abstractmethod
-    def change(self, layer: Layer, p: P, W0: Array, b0: Array | None) -> Delta: ...
-
-    @abstractmethod
-    def change_vjp(self, layer: Layer, p: P, W0: Array, b0: Array | None, d: Delta) -> tuple[P, Array | None]:
-        """The gradients of p, and of b0 where the change reads it. W0 is frozen, and none is asked of it."""
-
-    @final
-    def weight(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
-        return _add(self, Delta(W, b), self.change(layer, p, W0, b if b0 is None else b0))
-
-    @final
-    def weight_vjp(
-        self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None, b0: Array | None = None
-    ) -> WeightGradients[P]:
-        params, db0 = self.change_vjp(layer, p, W0, b if b0 is None else b0, Delta(dW, db))
-        if b0 is not None or db0 is None or db is None:
-            return WeightGradients(params, dW, db, db0)
-        return WeightGradients(params, dW, db + db0)
-
-    @final
-    def unmerge(self, layer: Layer, p: P, W: Array, b: Array | None, W0: Array, b0: Array | None = None) -> tuple[Array, Array | None]:
-        if b is not None and b0 is None:
-            raise NotMergeableError(f"{type(self).__name__}: what was added is computed from the frozen bias, and none came.\n  Pass b0.")
-        return _subtract(self, Delta(W, b), self.change(layer, p, W0, b0))
+        return taken_out(self, Delta(W, b), self.delta(layer, p))
 
 
 class Reweight(WeightMethod[P]):
     """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
 
 
-def _add(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+def added(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
     return base.W + delta.W, shift_bias(method, base.b, delta.b, 1.0)
 
 
-def _subtract(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
+def taken_out(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:
     return base.W - delta.W, shift_bias(method, base.b, delta.b, -1.0)
 
 
@@ -397,24 +332,3 @@ def shift_bias(method: WeightMethod[Any], b: Array | None, change: Array | None,
             "  Keep the adapter unmerged, or give the layer a bias of zeros."
         )
     return b + sign * change
-
-
-def shape_of(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes that e.g. "out r/groups *1" stands for."""
-    sizes: list[int] = []
-    for word in letters.split():
-        if word == "*k":
-            sizes.extend(kernel)
-        elif word == "*1":
-            sizes.extend((1,) * len(kernel))
-        else:
-            size, *divisor = (int(part) if part.isdigit() else dims[part] for part in word.split("/"))
-            sizes.append(size // divisor[0] if divisor else size)
-    return tuple(sizes)
-
-
-@cache
-def declared(params: type[tuple[Any, ...]]) -> dict[str, tuple[str, tuple[Key, ...]]]:
-    """What a Params type says of each field: its shape in letters and its keys."""
-    hints = get_type_hints(params, include_extras=True)
-    return {name: (get_args(hint)[1], get_args(hint)[2:]) for name, hint in hints.items()}

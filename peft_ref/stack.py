@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, column, namespace, zeros_like
-from peft_ref.contracts import Additive, Conditioned, Factors, LowRank, Reweight, WeightGradients, WeightMethod
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Additive, Factors, LowRank, Reweight, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 
@@ -95,11 +96,13 @@ def unmerge(
     layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], W0: Array, b0: Array | None = None
 ) -> tuple[Array, Array | None]:
     """Undoes `merge`, last adapter first. W0 is the frozen weight, where DoRA's norm was measured; b0 the frozen bias that GLoRA reads."""
-    for a in reversed(adapters):
+    for k in reversed(range(len(adapters))):
+        a = adapters[k]
         if isinstance(a.method, Conditioned):
             W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
         else:
-            W, b = a.method.unmerge(layer, a.params, W, b, W0)
+            before = merge(layer, W0, b0, adapters[:k])[0] if a.method.replaces else W0
+            W, b = a.method.unmerge(layer, a.params, W, b, before)
     return W, b
 
 

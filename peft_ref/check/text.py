@@ -116,7 +116,7 @@ def _same_meaning(want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
             return False
         for key, value in fields.items():
             number = have.get(key)
-            if isinstance(value, str | None):
+            if isinstance(value, str | list | None):
                 if key not in have or number != value:
                     return False
                 continue

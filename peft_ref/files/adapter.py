@@ -136,7 +136,7 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         if "base_layer" in name.split("."):
             raise UnsupportedLayerError(
                 f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to"
-                " target_parameters.\n  Use peft_ref.methods.lora_attention, or peft_ref.model.parameters with the model."
+                " target_parameters.\n  Use peft_ref.model.blocks, or peft_ref.model.parameters, with the model."
             )
         _checked_dtypes(own, f"{PREFIX}{name}.")
         method = config.method_for(name)

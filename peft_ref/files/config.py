@@ -38,6 +38,7 @@ DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks"
 RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)
+SIZES_BY_ANY_PATTERN = frozenset({"WAVEFT"})  # read like a rank_pattern; the others' must end the name after a dot
 SIZES = ("block_size", "n_frequency")  # hyper-parameters that `<name>_pattern` changes
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
@@ -77,7 +78,8 @@ class AdapterConfig:
         for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
             if (key := self._matching(tuple(pattern), module_name)) is not None:
                 changes[_one_of(fields, names, self.method)] = pattern[key]
-        if p.size_pattern and (key := key_below(tuple(p.size_pattern), module_name)) is not None:
+        size_of = pattern_key if self.method.peft_type in SIZES_BY_ANY_PATTERN else key_below
+        if p.size_pattern and (key := size_of(tuple(p.size_pattern), module_name)) is not None:
             changes[_one_of(SIZES, names, self.method)] = p.size_pattern[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)

@@ -64,6 +64,8 @@ def init_as_saved(init: Any, where: str) -> Any:
 
 def start_as_saved(init: Any, kind: str) -> Any:
     """What an `init_weights` that may be a name means."""
+    if kind == "C3A":  # every start has its own name there
+        return init
     if init is None or init == 0 or init == "":
         return False
     if kind == "HIRA":  # it asks whether the value is True, and takes any other for a name, in any case

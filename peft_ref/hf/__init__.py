@@ -56,7 +56,9 @@ from peft_ref.hf.configs_additive import (
     DeloraConfig,
     FourierFTConfig,
     ShiraConfig,
+    SupertuningConfig,
     TrainableTokensConfig,
+    WaveFTConfig,
 )
 from peft_ref.hf.configs_kin import GraloraConfig, HiraConfig, LoKrConfig, MissConfig
 from peft_ref.hf.configs_rotating import (
@@ -152,11 +154,13 @@ __all__ = [
     "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
+    "SupertuningConfig",
     "TaskType",
     "TrainableTokensConfig",
     "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "convert_to_lora",
     "get_layer_status",
     "get_model_status",

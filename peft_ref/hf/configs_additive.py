@@ -117,6 +117,44 @@ class ShiraConfig(PeftConfig):
 
 @registered
 @dataclass(kw_only=True)
+class SupertuningConfig(PeftConfig):
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+    save_precomputed_indices: bool = True
+
+    kind: ClassVar[PeftType | None] = PeftType.SUPERTUNING
+
+
+@registered
+@dataclass(kw_only=True)
+class WaveFTConfig(PeftConfig):
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    n_frequency_pattern: dict[str, Any] | None = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+
+    kind: ClassVar[PeftType | None] = PeftType.WAVEFT
+
+
+@registered
+@dataclass(kw_only=True)
 class TrainableTokensConfig(PeftConfig):
     token_indices: list[Any] | None = field(default_factory=list)
     target_modules: list[str] | str | None = None

@@ -51,11 +51,13 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.randlora import RandLoRA as RandLoRA
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
+    from peft_ref.methods.supertuning import SuperTuning as SuperTuning
     from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
     from peft_ref.methods.unilora import UniLoRA as UniLoRA
     from peft_ref.methods.vblora import VBLoRA as VBLoRA
     from peft_ref.methods.velora import VeLoRA as VeLoRA
     from peft_ref.methods.vera import VeRA as VeRA
+    from peft_ref.methods.waveft import WaveFT as WaveFT
 
 METHODS = Registry(  # an ordinary mapping to whoever reads it
     {
@@ -100,11 +102,13 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "randlora": "RandLoRA",
         "road": "RoAd",
         "shira": "SHiRA",
+        "supertuning": "SuperTuning",
         "trainable_tokens": "TrainableTokens",
         "unilora": "UniLoRA",
         "vblora": "VBLoRA",
         "velora": "VeLoRA",
         "vera": "VeRA",
+        "waveft": "WaveFT",
     }
 )
 register_method, method_class = METHODS.register, METHODS.method_class

@@ -26,7 +26,8 @@ import numpy as np
 
 from peft_ref.activations import relu, relu_vjp
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.contracts import Conditioned, Delta, Key, Start
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Delta, Key, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.normals import columns, diagonal_signs, orthonormal, orthonormal_vjp

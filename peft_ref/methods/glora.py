@@ -29,7 +29,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, sum_to, to, zeros_like
-from peft_ref.contracts import Conditioned, Delta, Key, ParamSpec, Start
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Delta, Key, ParamSpec, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer, Linear
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from peft_ref.activations import FUNCTIONS
 from peft_ref.arrays import Array, namespace, to, zeros_like
-from peft_ref.contracts import Conditioned, Delta, Key, ParamSpec, Start
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Delta, Key, ParamSpec, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 

@@ -41,6 +41,7 @@ class TrainableTokens(Reweight[Params]):
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     tuner_prefix: ClassVar[str] = "trainable_tokens_"
     kinds: ClassVar[frozenset[str]] = KINDS
+    replaces: ClassVar[bool] = True
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ running      a layer, a batch of mixed rows    status      counts, HF's printed 
 swapping     hotswap, padded                   ties        what becomes of a weight's second name
 combine      HF's add_weighted_adapter of LoRA, `combine_ia3` of IA3, over `pruning`; `exact` is the sum of the deltas
 converting   an adapter of any method as a LoRA, one of a changed weight as a plain LoRA
-parameters   adapters of target_parameters: not on an Adapted, on the graph itself
+parameters   adapters of target_parameters, and `blocks` those on MultiheadAttention: not on an Adapted, on the graph itself
 
     model = add(adapt(graph), "default", config, rng)
     model = merge(activate(load(model, folder, "other"), "other"))

@@ -7,7 +7,8 @@ import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.contracts import KINDS, Additive, Conditioned, Key, LowRank, Method, Reweight, WeightMethod
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
 from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt

@@ -131,7 +131,7 @@ def test_random_configurations_survive_to_the_byte() -> None:
 ADALORA = {"peft_type": "ADALORA", "init_r": 4, "total_step": 10}
 REFUSED = {
     "no object": ([1], "no peft_type"),
-    "no peft_type": ({"r": 4}, "no peft_type.*\n.*Built: ADALORA, .*LORA, LORA with use_dora"),
+    "no peft_type": ({"r": 4}, "no peft_type.*\n.*Built: ADALORA, .*LORA, .*LORA with use_dora"),
     "an unknown peft_type": ({"peft_type": "FOO"}, "'FOO' is not built here.\n.*Built: ADALORA, .*IA3, LOHA"),
     "r = 0": ({**LORA, "r": 0}, "r=0"),
     "r as text": ({**LORA, "r": "8"}, "r='8' is of type str, expected int"),

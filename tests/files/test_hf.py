@@ -203,3 +203,17 @@ def test_beside_an_adapter_called_0_peft_loses_what_structure_keeps(tmp_path: Pa
     assert theirs < ours  # PEFT's own mistake: every layers.0 key is gone
     assert {k for k in ours - theirs if not k.startswith(f"{PREFIX}layers.0.")} == set()
     assert {with_adapter_name(k, "default", "lora_") for k in ours} < set(memory)
+
+
+@pytest.mark.parametrize("case", ["lora", "glora", "peanut deep", "deft", "adamss"])
+def test_an_adapters_name_stands_in_its_keys_where_peft_has_it(case: str) -> None:
+    """peanut_encoders.<adapter>.0.weight: a list's number comes after the name."""
+    _, config = CASES[case]
+    method = from_dict(json.loads(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config().to_dict().items()}))).method
+    model = adapted(case)
+    saved = [k for k in peft.get_peft_model_state_dict(model) if f".{method.tuner_prefix}" in k]
+    assert saved
+    for key in saved:
+        named = with_adapter_name(key, "default", method.tuner_prefix)
+        assert named in model.state_dict()
+        assert without_adapter_name(named, "default", method.tuner_prefix) == key

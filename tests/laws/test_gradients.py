@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ref import stack
-from peft_ref.contracts import Conditioned
+from peft_ref.conditioned import Conditioned
 from peft_ref.errors import NotMergeableError
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion

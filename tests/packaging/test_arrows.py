@@ -20,8 +20,9 @@ FLOORS = (
     {"errors"},
     {"arrays", "sizes"},
     {"layers", "attention", "activations"},
+    {"parameters"},
     {"contracts"},
-    {"prompts", "attending"},
+    {"prompts", "attending", "conditioned"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
     {"methods", "stack", "splice", "backend"},
     {"graph"},
@@ -34,7 +35,19 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-MATHEMATICS = {"errors", "arrays", "sizes", "layers", "attention", "activations", "contracts", "prompts", "attending", "registry"}
+MATHEMATICS = {
+    "errors",
+    "arrays",
+    "sizes",
+    "layers",
+    "attention",
+    "activations",
+    "contracts",
+    "prompts",
+    "attending",
+    "conditioned",
+    "registry",
+}
 MATHEMATICS |= {"methods", "stack", "splice"}
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -58,7 +58,7 @@ TAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "a class name": ("mine", {"class_name": "DoRA"}, "the class name DoRA is taken, by peft_ref.methods.dora"),
     "a peft_type": ("mine", {"peft_type": "OUTER", "tuner_prefix": "outer_"}, "peft_type OUTER is taken, by Outer"),
     "a flag of a peft_type": ("mine", {"peft_type": "LORA", "flag": "use_dora"}, "peft_type LORA with use_dora is taken, by DoRA"),
-    "a key": ("mine", {"params_type": Loras}, "the checkpoint key 'lora_A.weight' is taken, by DoRA"),
+    "a key": ("mine", {"params_type": Loras}, "the checkpoint key 'lora_A.weight' is taken, by BDLoRA"),
     "a prefix that is registered": ("mine", {"tuner_prefix": "outer_"}, "the tuner prefix 'outer_' is taken: 'outer_' is that of Outer"),
     "a prefix of PEFT's": ("mine", {"tuner_prefix": "boft_"}, "the tuner prefix 'boft_' is taken: 'boft_' is that of PEFT's BOFT"),
     "the beginning of a prefix": ("mine", {"tuner_prefix": "prompt_"}, "'prompt_tuning_' is that of PEFT's PROMPT_TUNING"),

@@ -30,6 +30,15 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
+    "Frod",
+    "LNTuning",
+    "Lily",
+    "Poly",
+    "Shadow",
+    "TinyLora",
+    "XLora",
+)
+BUILT_METHODS = (
     "Adamss",
     "BOFT",
     "Beft",
@@ -47,10 +56,12 @@ NOT_BUILT_METHODS = (
     "RandLora",
     "Road",
     "Shira",
+    "Supertuning",
     "TrainableTokens",
     "UniLora",
     "VBLoRA",
     "Vera",
+    "WaveFT",
 )
 
 CONFIG = Different(

@@ -30,6 +30,7 @@ LAYERS: tuple[Layer, ...] = (
     Embedding(num_embeddings=24, embedding_dim=16),
     *(Conv(in_channels=24, out_channels=16, kernel_size=(1,) * n) for n in (1, 2, 3)),
 )
+MOST = 5  # parameters in a cell
 SEEN = 1e-9  # a singular value, beside the largest; and how far a product may be from the identity
 Host = np.ndarray[Any, Any]
 
@@ -47,7 +48,7 @@ def measured(name: str) -> dict[str, str]:
             method.check_layer(layer)
             rng = np.random.default_rng(5)
             W, b = rng.normal(size=layer.shape), rng.normal(size=layer.shape[0])
-            start = method.start_alone(layer, W, rng)
+            start = method.init(layer, W, rng)
         except PeftRefError:
             continue
         moved = [_moved(v, rng) for v in start.params]
@@ -88,7 +89,8 @@ def parameters(cls: type[WeightMethod[Any]]) -> str:
         key = next((k for k in keys if k.kinds & cls.kinds - CONV_KINDS), keys[0])
         if key.trained:
             found.append(f"{' '.join(shape.split())}{f' ({key.when})' if key.when else ''}")
-    return ", ".join(f"`{size}`" for size in found)
+    shown = found if len(found) <= MOST else [*found[: MOST - 1], f"{len(found) - MOST + 1} more"]
+    return ", ".join(f"`{size}`" if not size.endswith(" more") else size for size in shown)
 
 
 def needs(name: str) -> str:

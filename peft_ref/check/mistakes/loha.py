@@ -13,18 +13,14 @@ from peft_ref.check.mistake import (
     Formula,
     Mistake,
     Suite,
-    first_adapter_alone,
     gradients_times,
-    merged_twice,
     one_by_one,
-    only,
     reread,
     stored,
-    unmerge_that_merges,
-    unmerge_the_frozen,
     with_scale,
 )
 from peft_ref.check.oracle import Problem, pose
+from peft_ref.check.shared_mistakes import merging, only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.loha import LoHa, Params
@@ -154,29 +150,7 @@ SUITE = Suite(
             sentence="the gradients lack the scale",
             replay=gradients_times(lambda config: config["r"] / config["alpha"]),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="LOHA-C10",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
-        Mistake(
-            name="double-merge",
-            clause="LOHA-C12",
-            sentence="the adapter is merged twice",
-            replay=only(merge=merged_twice),
-        ),
-        Mistake(
-            name="unmerge-from-frozen",
-            clause="LOHA-C13",
-            sentence="unmerge starts from the frozen weight instead of the merged one it is given",
-            replay=only(unmerge=unmerge_the_frozen),
-        ),
-        Mistake(
-            name="unmerge-adds",
-            clause="LOHA-C13",
-            sentence="unmerge adds the delta again instead of taking it out",
-            replay=only(unmerge=unmerge_that_merges),
-        ),
+        only_first_adapter("LOHA-C10"),
+        *merging("LOHA-C12", "LOHA-C13"),
     ),
 )

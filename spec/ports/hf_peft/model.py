@@ -157,6 +157,8 @@ def check(case: Json, dtype: torch.dtype) -> None:
         raise NotInPeft("PEFT's forward wants x to have a leading axis, and raises")
     if case["method"] == "mica" and dtype == torch.float64:
         raise NotInPeft("PEFT refuses MiCA on float64: ask with --dtype float32")
+    if case["method"] == "monteclora" and any(adapter["dropout"] for adapter in case["adapters"]):
+        raise NotInPeft("PEFT drops in training mode alone, where it also draws samples")
     if case["method"] == "qalora":
         raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
     if case["method"] in TAKEN_OVER and len(case["adapters"]) > 1:

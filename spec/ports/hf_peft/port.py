@@ -54,7 +54,7 @@ def delta(case: Json, dtype: torch.dtype) -> Json:
         return {"weight": nested(getattr(layer.lora_variant[adapter], own)(layer, adapter))}
     found = layer.get_delta_weight(layer.active_adapters[0])
     found = found.to_dense() if found.is_sparse else found
-    if case["method"] == "fourierft" and case["layer"]["kind"] == "transposed_linear":
+    if case["method"] in ("fourierft", "waveft") and case["layer"]["kind"] == "transposed_linear":
         found = found.T  # PEFT turns it when it uses it
     return {"weight": nested(found)}
 

@@ -50,7 +50,7 @@ def targets(case: Json) -> dict[str, Any]:
 
 
 def config(case: Json) -> dict[str, Any]:
-    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA") else 64  # what their defaults fit on
+    side = 256 if case["adapter_config"]["peft_type"] in ("C3A", "FOURIERFT", "SHIRA", "WAVEFT") else 64  # what their defaults fit on
     model = adapted([(name, nn.Linear(side, side)) for name in case["modules"]], case["adapter_config"], "default")
     adalora = case["adapter_config"]["peft_type"] == "ADALORA"
     if adalora and (pattern := case["adapter_config"].get("rank_pattern")):

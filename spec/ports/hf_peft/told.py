@@ -76,5 +76,9 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "PSOFT": _psoft,
     "ROAD": words("variant", "group_size"),
     "SHIRA": words("r"),
+    "SUPERTUNING": lambda layer, config: {"r": config.r, "scaling": config.lora_alpha / config.r if config.r else 0.0},
     "TRAINABLE_TOKENS": words("token_indices"),
+    "WAVEFT": lambda layer, config: {
+        name: getattr(layer, f"waveft_{name}")["default"] for name in ("n_frequency", "scaling", "wavelet_family", "use_idwt")
+    },
 }

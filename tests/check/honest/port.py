@@ -16,7 +16,7 @@ import numpy as np
 from peft_ref.check.case import ARRAY_OPERATIONS, ATTENTION_OPERATIONS, LAYER_OPERATIONS, PROMPT_OPERATIONS, Answer, Case
 from peft_ref.check.port import Answered, Port, Reply, Skipped
 from peft_ref.check.result import PortInfo
-from tests.check.honest import attention, prompts, training
+from tests.check.honest import attention, prompts, rotations, training
 from tests.check.honest.arithmetic import Arithmetic, Host
 from tests.check.honest.blocks import Blocks
 from tests.check.honest.layers import as_matrix, as_output, as_stored, input_gradient, output_rows, own_group, rows_of, spread_groups
@@ -303,9 +303,9 @@ class Honest:
             "adalora": self.backward_lora,
             "lora": self.backward_lora,
             "dora": self.backward_dora,
-            "hra": self.backward_hra,
-            "oft": self.backward_oft,
-            "road": self.backward_road,
+            "hra": lambda: rotations.hra(self),
+            "oft": lambda: rotations.oft(self),
+            "road": lambda: rotations.road(self),
             "loha": self.backward_loha,
             "ia3": self.backward_ia3,
         }
@@ -369,46 +369,6 @@ class Honest:
             for key, grad in zip(("w1_a", "w1_b", "w2_a", "w2_b"), self.hadamard(i).gradients(a, dW), strict=True):
                 out |= self.named(i, key, grad)
         return out, a.matmul(self.dY, spread_groups(W, self.g))
-
-    def backward_hra(self) -> tuple[Answer, Host]:
-        Ws, n = [self.W], len(self.case.adapters)
-        for i in range(n):
-            Ws.append(self.merge_step(i, Ws[-1], None)[0])
-        dW = self.weight_gradient(self.X)
-        out: Answer = {}
-        for i in reversed(range(n)):
-            du, dW = self.reflections(i).gradients(dW, Ws[i])
-            out |= self.named(i, "hra_u", du)
-        return out, self.a.matmul(self.dY, Ws[-1])
-
-    def backward_oft(self) -> tuple[Answer, Host]:
-        Ws, n = [self.W], len(self.case.adapters)
-        for i in range(n):
-            Ws.append(self.blocked(i, Ws[-1], undo=False))
-        dW = self.weight_gradient(self.X)
-        out: Answer = {}
-        for i in reversed(range(n)):
-            blocks, dV, V = self.blocks(i), self.rows(dW), self.rows(Ws[i])
-            table = self.layer.kind == "embedding"
-            out |= self.named(i, "oft_", blocks.gradient(V, dV) if table else blocks.gradient(dV, V))
-            dW = self.rows(blocks.turned(dV, back=not table))
-        return out, self.a.matmul(self.dY, Ws[-1])
-
-    def backward_road(self) -> tuple[Answer, Host]:
-        a, n = self.a, len(self.case.adapters)
-        Ws, bs = [self.W], [self.b]
-        for i in range(n):
-            W, b = self.merge_step(i, Ws[-1], bs[-1])
-            Ws.append(W)
-            bs.append(b)
-        dW, db = self.weight_gradient(self.X), None if self.b is None else a.sum(self.dY)
-        out: Answer = {}
-        for i in reversed(range(n)):
-            turns = self.turns(i)
-            dtheta, dalpha = turns.gradients(dW, Ws[i], db, bs[i])
-            out |= {**self.named(i, "theta", dtheta), **self.named(i, "alpha", dalpha)}
-            dW, db = turns.turned_back(dW), None if db is None else turns.turned_back(db[:, None])[:, 0]
-        return out, a.matmul(self.dY, Ws[-1])
 
     def backward_ia3(self) -> tuple[Answer, Host]:
         """Adapter i sees what the earlier ones made of W and b, and a gradient that already carries the later ones."""

@@ -1,0 +1,24 @@
+"""Every function of one number, and its gradient, is transformers': on both sides of its corners, and on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+activations = pytest.importorskip("transformers.activations")
+
+from peft_ref.activations import FUNCTIONS  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+X = np.concatenate([np.linspace(-9, 9, 145), [1e-9, -1e-9, 40.0, -40.0]])  # every eighth: 0, 3 and 6 are among them
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_value_and_slope_are_those_of_transformers(name: str) -> None:
+    x = torch.tensor(X, requires_grad=True)
+    y = activations.ACT2FN[name](x)
+    y.backward(torch.linspace(1, 2, len(X), dtype=torch.float64))
+    np.testing.assert_allclose(FUNCTIONS[name].f(X), y.detach().numpy(), rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(FUNCTIONS[name].vjp(X, np.linspace(1, 2, len(X))), x.grad.numpy(), rtol=1e-13, atol=1e-14)
