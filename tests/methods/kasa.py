@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Linear
 from peft_ref.methods.kasa import KaSA
-from tests.methods.facts import Facts
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 SMALL = st.builds(Linear, in_features=st.integers(3, 6), out_features=st.integers(3, 6))
@@ -18,6 +18,7 @@ FACTS = Facts(
     few={"r": st.just(1)},
     layers={"linear": SMALL},
     few_layers={"linear": Linear(in_features=3, out_features=4)},
+    tour=Tour("LoraConfig", {"r": 2, "kasa_config": {}}),
     wrong_starts={
         "KaSA's B random": ("kasa.linear.init-default", replaced("_B", lambda c, v, rng: rng.normal(size=v.shape)), "init-B-random"),
         "KaSA's values at one": ("kasa.linear.init-default", replaced("lora_diag", lambda c, v, rng: v * 0 + 1), "init-wrong-law"),
