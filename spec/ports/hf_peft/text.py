@@ -66,6 +66,8 @@ def config(case: Json) -> dict[str, Any]:
 def state_dict(case: Json) -> dict[str, Any]:
     """The tensors are put straight into PEFT's parameters, so that their keys come from PEFT alone."""
     adapter = case["adapter_name"]
+    if case["adapter_config"].get("use_qalora"):
+        raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
     model = adapted([(m["name"], sized(m["layer"])) for m in case["modules"]], case["adapter_config"], adapter)
     for module in case["modules"]:
         layer = model.get_base_model().get_submodule(module["name"])
