@@ -27,6 +27,11 @@ def made(name: str, **options: Any) -> WeightMethod[Any]:
     return METHODS.weights[name](**{**facts(name).required, **options})
 
 
+def small(name: str) -> WeightMethod[Any]:
+    """The method in sizes for layers of a few inputs."""
+    return made(name, **facts(name).small)
+
+
 def takes(method: WeightMethod[Any], layer: Layer) -> bool:
     """Whether the method works on a layer like this."""
     try:

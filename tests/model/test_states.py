@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peft_ref import stack
+from peft_ref.contracts import declared
 from peft_ref.errors import ConfigError, NotMergeableError, PeftRefError
 from peft_ref.files.config import AdapterConfig, Patterns
 from peft_ref.graph import MappingGraph
@@ -47,6 +48,17 @@ UNBIASED = ("layers.1.u", "e")
 SAVED = "whole"
 NAMES = ("0", "a", "default", "layers")
 ADAPTED = [name for name in LAYERS if name != SAVED]
+# Of some methods not every number is free, and what they are on a whole model is asked in test_strict.py, test_sharing.py and tests/files.
+NOT_FREE = {"bdlora": "which factor is diagonal goes by the module's name", "beft": "it has no merged layer where there is no bias"}
+
+
+def _free(name: str) -> bool:
+    """Whether each layer's numbers may be any, and are trained."""
+    keys = [key for _, given in declared(METHODS.weights[name].params_type).values() for key in given]
+    return name not in NOT_FREE and all(key.trained and not key.shared for key in keys)
+
+
+FREE = {name: cls for name, cls in METHODS.weights.items() if _free(name)}
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
 
@@ -86,12 +98,10 @@ class Model(RuleBasedStateMachine):
         self.merged: list[str] = []
         self.enabled = True
 
-    @initialize(kind=st.sampled_from(sorted({cls.peft_type for cls in METHODS.weights.values()})))
+    @initialize(kind=st.sampled_from(sorted({cls.peft_type for cls in FREE.values()})))
     def choose_type(self, kind: str) -> None:
         wanted = MIXABLE if self.mixed else {kind}
-        self.kinds = tuple(
-            name for name, cls in METHODS.weights.items() if cls.peft_type in wanted and not cls.__module__.startswith("tests")
-        )
+        self.kinds = tuple(name for name, cls in FREE.items() if cls.peft_type in wanted and not cls.__module__.startswith("tests"))
 
     @precondition(lambda self: len(self.raw) < len(NAMES))
     @rule(name=names, modules=st.sets(st.sampled_from(ADAPTED), min_size=1), saves=st.booleans(), seed=seeds, data=st.data())

@@ -24,7 +24,7 @@ from peft_ref.nn import (
     Net,
 )
 from peft_ref.stack import Adapter
-from tests.methods import made
+from tests.methods import small, takes
 
 Host = np.ndarray[Any, Any]
 LLAMA = Llama(
@@ -112,7 +112,7 @@ def with_every_method(net: Net, seed: int = 2) -> Net:
     rng = np.random.default_rng(seed)
     adapters = {}
     for n, (name, layer) in enumerate(net.layers.items()):
-        able = [made(m) for m in METHODS.weights if layer.kind in METHODS.weights[m].kinds]
+        able = [m for m in (small(m) for m in METHODS.weights) if takes(m, layer)]
         method = able[n % len(able)]
         tensors = {spec.key: 1 + 0.3 * rng.normal(size=spec.stored_shape) for spec in method.spec(layer)}
         adapters[name] = (Adapter(method, method.unpack(layer, tensors)),)
