@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peft_ref import stack
-from peft_ref.contracts import declared
 from peft_ref.errors import ConfigError, NotMergeableError, PeftRefError
 from peft_ref.files.config import AdapterConfig, Patterns
 from peft_ref.graph import MappingGraph
@@ -34,7 +33,7 @@ from peft_ref.model.status import count, layer_status
 from peft_ref.model.storing import load, save, state_dict
 from peft_ref.model.switching import activate, disable, enable
 from peft_ref.stack import Adapter
-from tests.methods import facts, made, takes
+from tests.methods import facts, free, made, takes
 
 LAYERS: dict[str, Layer] = {
     "layers.0.q": Linear(in_features=4, out_features=3),
@@ -50,15 +49,7 @@ NAMES = ("0", "a", "default", "layers")
 ADAPTED = [name for name in LAYERS if name != SAVED]
 # Of some methods not every number is free, and what they are on a whole model is asked in test_strict.py, test_sharing.py and tests/files.
 NOT_FREE = {"bdlora": "which factor is diagonal goes by the module's name", "beft": "it has no merged layer where there is no bias"}
-
-
-def _free(name: str) -> bool:
-    """Whether each layer's numbers may be any, and are trained."""
-    keys = [key for _, given in declared(METHODS.weights[name].params_type).values() for key in given]
-    return name not in NOT_FREE and all(key.trained and not key.shared for key in keys)
-
-
-FREE = {name: cls for name, cls in METHODS.weights.items() if _free(name)}
+FREE = {name: cls for name, cls in METHODS.weights.items() if free(name) and name not in NOT_FREE}
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
 
