@@ -96,6 +96,7 @@ class Facts:
 
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.
     models: Mapping[str, tuple[Make | None, Make]] = field(default_factory=dict)
+    files_elsewhere: str = ""  # why there are none, and the test that compares its files instead
 
     # The judge: wrong starts by name (tests/check/wrong_starts.py), in which format some cases must match to the bit, and whether its
     # answers are irrational.

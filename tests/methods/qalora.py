@@ -10,6 +10,7 @@ from tests.methods.facts import Facts
 from tests.methods.wrong import replaced
 
 FACTS = Facts(
+    files_elsewhere="tests/spec/test_hf_family_quirks.py: PEFT makes it on GPTQ's layers alone",
     unable=lambda case, dtype: True,  # PEFT makes it on GPTQ's layers alone: tests/spec/test_hf_family_quirks.py compares it
     compared="tests/spec/test_hf_family_quirks.py",
     settings={"qalora": QALoRA(r=4, lora_alpha=6, qalora_group_size=2)},
