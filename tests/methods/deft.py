@@ -16,7 +16,12 @@ def as_made(module: Any, method: Any) -> bool:
     from tests.files.peft_models import layer_of
 
     r = method.dims(layer_of(module))["r"]
-    made = (module.deft_r["default"], module.deft_decomposition["default"], bool(module.deft_para["default"]), module.deft_scaling["default"])
+    made = (
+        module.deft_r["default"],
+        module.deft_decomposition["default"],
+        bool(module.deft_para["default"]),
+        module.deft_scaling["default"],
+    )
     return bool(made == (r, method.decomposition_method, method.para, method.scale(r)))
 
 
