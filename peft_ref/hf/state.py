@@ -33,7 +33,11 @@ from peft_ref.nn.attention import positions_from
 
 # Whose configuration says how the last module stores its weight.
 FAN = frozenset(
+<<<<<<< HEAD
     {
+=======
+    (
+>>>>>>> f1
         "ADALORA",
         "DEFT",
         "FOURIERFT",
@@ -48,7 +52,11 @@ FAN = frozenset(
         "VBLORA",
         "VERA",
         "WAVEFT",
+<<<<<<< HEAD
     }
+=======
+    )
+>>>>>>> f1
 )
 
 
