@@ -33,11 +33,7 @@ from peft_ref.nn.attention import positions_from
 
 # Whose configuration says how the last module stores its weight.
 FAN = frozenset(
-<<<<<<< HEAD
-    {
-=======
     (
->>>>>>> f1
         "ADALORA",
         "DEFT",
         "FOURIERFT",
@@ -52,11 +48,7 @@ FAN = frozenset(
         "VBLORA",
         "VERA",
         "WAVEFT",
-<<<<<<< HEAD
-    }
-=======
     )
->>>>>>> f1
 )
 
 

@@ -31,11 +31,7 @@ FACTS = Facts(
     },
     few_layers={"embedding": Embedding(num_embeddings=4, embedding_dim=3), "linear": Linear(in_features=3, out_features=4)},
     models={"trainable_tokens": (None, tokens(token_indices=[3, 1], target_modules=["table"]))},
-<<<<<<< HEAD
-    # On Conv1D PEFT raises; a layer's bias it loses (TRAINABLETOKENS-Q1); it raises where a head would be trained, which it has no word for.
-=======
     # On Conv1D PEFT raises; a layer's bias it loses (TRAINABLETOKENS-Q1); for a head that its configuration cannot name it raises.
->>>>>>> f1
     tour=Tour("TrainableTokensConfig", {"token_indices": [4, 0, 2]}, frozenset({"gpt2", "classifier", "bert", "tokens", "questions"})),
     wrong_starts={
         "tokens at zero": ("trainable_tokens.embedding.init-default", replaced("tokens", lambda c, v, rng: v * 0), "init-not-identity"),
