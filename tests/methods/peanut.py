@@ -56,6 +56,7 @@ FACTS = Facts(
         Difference("we", r"scaling=.* expected int or float", "PEFT multiplies with it in forward, and crashes there"),
         Difference("we", r"act_fn='mish' is not known", "PEFT takes every function of transformers"),
     ),
+    bits="float64",
     models={
         "peanut": (None, lambda: peanut(modules_to_save=["head"])),
         "peanut deep": (None, lambda: peanut(depth=2, act_fn="tanh", scaling=0.5)),

@@ -48,8 +48,9 @@ def units(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray:
     for _ in range(shape[0] * shape[1]):
         a, b, c = rng.choice([-1.0, 1.0], 3)
         Q = np.asarray([[0, a, b, c], [-a, 0, -c, b], [-b, c, 0, -a], [-c, -b, a, 0]])[:size, :size]
-        S = rng.choice([-1.0, -0.5, 0.5, 1.0], (size, size))
-        found.append(Q + S + S.T)
+        S = rng.choice([-2.0, -0.5, 0.5, 2.0], (size, size))
+        S = np.triu(S) + np.triu(S).T  # added to ones this never leaves a zero
+        found.append(Q + S)
     return np.reshape(np.asarray(found), shape)
 
 

@@ -26,7 +26,7 @@ KINDS = ("linear", "linear-blocks")  # tall and wide
 SQUARE = "linear-square"
 
 VARIANTS = (
-    Variant(name="half", clause="OSF-C1", configs=(HALF,), layers=KINDS),
+    Variant(name="plain", clause="OSF-C1", configs=(HALF,), layers=KINDS),
     Variant(name="two", clause="OSF-C4", configs=(TWO,), layers=KINDS),
     Variant(name="share", clause="OSF-C4", configs=(SHARE,), layers=KINDS),
     Variant(name="square", clause="OSF-C10", configs=(TWO,), layers=(SQUARE,)),
