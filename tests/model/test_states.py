@@ -48,7 +48,11 @@ SAVED = "whole"
 NAMES = ("0", "a", "default", "layers")
 ADAPTED = [name for name in LAYERS if name != SAVED]
 # Of some methods not every number is free, and what they are on a whole model is asked in test_strict.py, test_sharing.py and tests/files.
-NOT_FREE = {"bdlora": "which factor is diagonal goes by the module's name", "beft": "it has no merged layer where there is no bias"}
+NOT_FREE = {
+    "bdlora": "which factor is diagonal goes by the module's name",
+    "beft": "it has no merged layer where there is no bias",
+    "kasa": "it cuts the weight",
+}
 FREE = {name: cls for name, cls in METHODS.weights.items() if free(name) and name not in NOT_FREE}
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**16)
