@@ -16,6 +16,7 @@ FACTS = Facts(
     settings={"mica": MiCA(r=4, lora_alpha=6), "mica-rslora": MiCA(r=2, lora_alpha=6, use_rslora=True)},
     fields={"r": st.sampled_from((2, 1))},
     few={"r": st.just(1)},
+    without_signs=lambda p: {"A": p["A"], "directions": p["B"] @ p["B"].T},
     tour=Tour("LoraConfig", {"r": 2, "init_lora_weights": "mica"}),
     wrong_starts={
         "MiCA's A random": ("mica.linear.init-default", replaced("_A", lambda c, v, rng: rng.normal(size=v.shape)), "init-A-random"),
