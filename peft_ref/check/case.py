@@ -186,7 +186,8 @@ def _holds_objects(value: list[Any]) -> bool:
 def layer_to_json(layer: Layer) -> dict[str, Any]:
     if isinstance(layer, Linear):
         return {"kind": layer.kind, "in_features": layer.in_features, "out_features": layer.out_features}
-    fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
+    # Whether there is a bias, "bias" beside the weight says.
+    fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if f.name != "bias"}
     if isinstance(layer, Embedding):
         fields = {k: fields[k] for k in ("num_embeddings", "embedding_dim")}
     return {"kind": layer.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}

@@ -24,7 +24,7 @@ def config(**more: Any) -> Any:
     return peft.AdamssConfig(**{"r": 4, "num_subspaces": 3, "target_modules": ["l"], **more})
 
 
-def test_q1_where_one_is_to_stay_none_does() -> None:
+def test_adamss_q1_where_one_is_to_stay_none_does() -> None:
     made = model(nn.Linear(6, 5), config(use_asa=True, asa_target_subspaces=1, init_warmup=0, final_warmup=2, mask_interval=2))
     for step in (1, 2):
         made(torch.randn(3, 6, dtype=torch.float64)).sum().backward()
@@ -32,7 +32,7 @@ def test_q1_where_one_is_to_stay_none_does() -> None:
     assert not any(A.requires_grad for A in wrapped(made).adamss_A["a0"])
 
 
-def test_q2_onto_another_weight_it_loads_and_the_rows_go_elsewhere() -> None:
+def test_adamss_q2_onto_another_weight_it_loads_and_the_rows_go_elsewhere() -> None:
     torch.manual_seed(3)
     made, other = (model(nn.Linear(6, 9), config()) for _ in range(2))
     one, two = wrapped(made), wrapped(other)
@@ -47,7 +47,7 @@ def test_q2_onto_another_weight_it_loads_and_the_rows_go_elsewhere() -> None:
     assert torch.allclose(moved[0][one.scatter_index["a0"]], moved[1][two.scatter_index["a0"]])
 
 
-def test_q3_a_subspace_of_a_higher_rank_than_there_are_directions_does_not_fit() -> None:
+def test_adamss_q3_a_subspace_of_a_higher_rank_than_there_are_directions_does_not_fit() -> None:
     made = model(nn.Linear(6, 9), config(r=2, num_subspaces=1, subspace_rank=3))
     assert (wrapped(made).adamss_A["a0"][0].shape[0], wrapped(made).adamss_B["a0"][0].shape[1]) == (2, 3)
     with pytest.raises(RuntimeError):
@@ -56,7 +56,7 @@ def test_q3_a_subspace_of_a_higher_rank_than_there_are_directions_does_not_fit()
         AdaMSS(r=2, num_subspaces=1, subspace_rank=3).check_layer(Linear(in_features=6, out_features=9))
 
 
-def test_q4_a_second_adapter_is_not_counted() -> None:
+def test_adamss_q4_a_second_adapter_is_not_counted() -> None:
     made = model(nn.Linear(6, 9), config(use_asa=True, num_subspaces=2), config(use_asa=True, num_subspaces=4))
     assert made.base_model._asa_total_subspaces == {"a0": 2}
     made.base_model.set_adapter("a1")
@@ -65,7 +65,7 @@ def test_q4_a_second_adapter_is_not_counted() -> None:
     assert made.base_model._schedule_threshold(asked.init_warmup, asked) == 2
 
 
-def test_q5_a_single_vector_raises() -> None:
+def test_adamss_q5_a_single_vector_raises() -> None:
     made = model(nn.Linear(6, 9), config())
     made(torch.randn(1, 6, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="expand"):

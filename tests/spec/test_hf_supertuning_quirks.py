@@ -21,12 +21,12 @@ def layer_with(n_in: int = 5, out: int = 2, **options: Any) -> Any:
     return peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(n_in, out)), config).base_model.model[0]
 
 
-def test_q1_a_missing_alpha_is_two_r_and_is_saved() -> None:
+def test_supertuning_q1_a_missing_alpha_is_two_r_and_is_saved() -> None:
     assert peft.SupertuningConfig(r=3).to_dict()["lora_alpha"] == 6
     assert SuperTuning(r=3).low_rank_scale == SuperTuning(r=3, lora_alpha=6).low_rank_scale == 2
 
 
-def test_q2_hooks_on_the_wrapped_layer_are_passed_over() -> None:
+def test_supertuning_q2_hooks_on_the_wrapped_layer_are_passed_over() -> None:
     layer, called = layer_with(sparsity=0.5), []
     layer.base_layer.register_forward_hook(lambda *given: called.append(given))
     with pytest.warns(UserWarning, match="hooks"):
@@ -34,7 +34,7 @@ def test_q2_hooks_on_the_wrapped_layer_are_passed_over() -> None:
     assert not called
 
 
-def test_q3_a_tenth_of_ten_is_nothing() -> None:
+def test_supertuning_q3_a_tenth_of_ten_is_nothing() -> None:
     with warnings.catch_warnings(), pytest.raises(ValueError, match="no trainable entries"):
         layer_with(sparsity=0.9)
     with pytest.raises(UnsupportedLayerError, match="leaves no entry"):

@@ -24,7 +24,7 @@ def layer_with(seed: int = 777, family: str = "db1") -> Any:
 
 
 @pytest.mark.parametrize("family", ["coif5", "db11", "sym20", "coif17"])
-def test_q1_families_that_are_promised_crash_in_forward(family: str) -> None:
+def test_waveft_q1_families_that_are_promised_crash_in_forward(family: str) -> None:
     layer = layer_with(family=family)
     with pytest.raises((ValueError, RuntimeError)):
         layer(torch.randn(2, 8))
@@ -33,14 +33,14 @@ def test_q1_families_that_are_promised_crash_in_forward(family: str) -> None:
     assert WaveFT(wavelet_family=family, use_idwt=False).wavelet_family == family
 
 
-def test_q1_haar_is_documented_and_refused_by_both() -> None:
+def test_waveft_q1_haar_is_documented_and_refused_by_both() -> None:
     with pytest.raises(ValueError, match="haar"):
         layer_with(family="haar")
     with pytest.raises(ConfigError, match="Haar's wavelet is db1"):
         WaveFT(wavelet_family="haar")
 
 
-def test_q2_the_filter_of_coif4_alone_is_no_wavelets_and_is_computed_with() -> None:
+def test_waveft_q2_the_filter_of_coif4_alone_is_no_wavelets_and_is_computed_with() -> None:
     wrong = {name for name, h in LOW_PASS.items() if abs(sum(h) - 2) > 1e-6 or abs(sum(v * v for v in h) - 2) > 1e-6}
     assert wrong == {"coif4"}
     assert sum(LOW_PASS["coif4"]) / math.sqrt(2) == pytest.approx(1.448, abs=1e-3)
@@ -51,7 +51,7 @@ def test_q2_the_filter_of_coif4_alone_is_no_wavelets_and_is_computed_with() -> N
     np.testing.assert_allclose(ours, layer.get_delta_weight("default").detach().numpy(), atol=1e-12)
 
 
-def test_q3_the_seed_is_the_only_trace_of_the_places() -> None:
+def test_waveft_q3_the_seed_is_the_only_trace_of_the_places() -> None:
     one, other = layer_with(1), layer_with(2)
     for layer in (one, other):
         layer.waveft_spectrum["default"].data = torch.ones(9)

@@ -36,7 +36,9 @@ def test_a_page_has_every_section_in_order(name: str) -> None:
 
 @every_page
 def test_a_page_is_readable_at_one_sitting(page: Path) -> None:
-    assert 120 <= len(page.read_text("utf-8").splitlines()) <= 250
+    lines = page.read_text("utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith("| [")]  # nobody reads a list of all methods through
+    assert 120 <= len(lines) <= 250
 
 
 @every_method

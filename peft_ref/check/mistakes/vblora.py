@@ -46,7 +46,7 @@ VARIANTS = (
         operations=RUN,
         draws=DRAWS,
     ),
-    Variant(name="two-adapters", clause="VBLORA-C8", configs=(PLAIN, {**PLAIN, "r": 2, "topk": 1}), layers=BOTH[:1], draws=DRAWS),
+    Variant(name="two-adapters", clause="VBLORA-C8", configs=(PLAIN, {**PLAIN, "r": 2, "topk": 3}), layers=BOTH[:1], draws=DRAWS),
 )
 
 Weights = Callable[[Any, Array], Array]

@@ -97,6 +97,11 @@ def adapted(case: Json, dtype: torch.dtype) -> Adapted:
             drop = adapter["dropout"]
             modules = getattr(layer, DROPOUTS.get(adapter["config"]["peft_type"], "lora_dropout"))
             modules[name] = Mask(array(drop["mask"], dtype), drop["p"]) if drop else nn.Identity()
+            if case["method"] == "pvera":  # in training it samples: here the mean
+                layer._reparametrize = lambda mean, log_variance, name: mean
+            if case["method"] == "monteclora":  # in training it draws: nothing, here
+                for drawn in layer.lora_monteclora_sampler[name].sampler.buffer:
+                    drawn["z_mvn"].zero_()
     return Adapted(model, layer)
 
 
