@@ -33,7 +33,7 @@ from peft_ref.nn.attention import positions_from
 
 # Whose configuration says how the last module stores its weight.
 FAN = frozenset(
-    {
+    (
         "ADALORA",
         "DEFT",
         "FOURIERFT",
@@ -48,11 +48,7 @@ FAN = frozenset(
         "VBLORA",
         "VERA",
         "WAVEFT",
-<<<<<<< HEAD
     )
-=======
-    }
->>>>>>> next
 )
 
 
