@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.methods.unilora import UniLoRA
 from tests.methods.config_words import LAYERS, SWITCH, TARGETS
-from tests.methods.facts import Facts
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 
@@ -75,5 +75,5 @@ FACTS = Facts(
             "init-nothing-to-train",
         ),
     },
-    # no tour: it makes PEFT compute the scales in float64, which it has in float32
+    tour=Tour("UniLoraConfig", {"r": 2, "theta_d_length": 9}),
 )
