@@ -156,6 +156,7 @@ def _transcends(case: Case) -> bool:
         or facts(case.method).irrational
         or case.operation == "aux_loss"
         or bool(config.get("coft"))
+        or config.get("act_fn") == "tanh"
         or bool(encodes and (through_tanh or case.method == "cpt"))
     )
 
@@ -172,7 +173,8 @@ def test_the_exact_answer_is_the_one_in_rational_numbers(method: str) -> None:
         for name in want:
             assert got[name].shape == want[name].shape
             for g, w in zip(got[name].reshape(-1), want[name].astype(object).reshape(-1), strict=True):
-                assert abs(g.fraction - Fraction(w)) <= abs(Fraction(w)) * LEFT_OVER, (case.id, name)
+                # The quotients in a sum, C3A's 1 / n, are cut off before they cancel: a case's numbers are of size one.
+                assert abs(g.fraction - Fraction(w)) <= max(1, abs(Fraction(w))) * LEFT_OVER, (case.id, name)
 
 
 def test_the_exact_answer_of_dora_solves_its_equations() -> None:

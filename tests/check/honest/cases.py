@@ -11,7 +11,7 @@ from peft_ref.check.attending import make_attention_case
 from peft_ref.check.case import LAYER_OPERATIONS, Case, build_method
 from peft_ref.check.mistakes import SUITES
 from peft_ref.check.prompting import make_prompt_case
-from peft_ref.check.variants import LAYERS, NUMBERS, make_case
+from peft_ref.check.variants import LAYERS, NUMBERS, Variant, make_case
 from peft_ref.contracts import Additive, LowRank, WeightMethod
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Embedding, Layer, Linear
@@ -41,7 +41,7 @@ def _of(name: str, label: str, rng: np.random.Generator, largest: int) -> list[C
     made_to_measure = variant.weight is not None
     layer = LAYERS[layer_name] if made_to_measure else _resized(LAYERS[layer_name], rng, largest)
     configured = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
-    layer = layer if _taken(configured, layer) else LAYERS[layer_name]
+    layer = layer if _taken(configured, layer) and _drawn(variant, configured, layer) else LAYERS[layer_name]
     numbers = variant.numbers if made_to_measure else str(rng.choice(sorted(NUMBERS)))
     methods = [build_method(name, {"peft_type": METHODS[name].peft_type, **c}) for c in variant.configs]
     mergeable = layer.groups == 1 or not issubclass(METHODS.weights[name], LowRank)
@@ -62,6 +62,13 @@ def _taken(methods: list[WeightMethod[Any]], layer: Layer) -> bool:
         return all(m.check_layer(layer) is None for m in methods)  # type: ignore[func-returns-value]
     except UnsupportedLayerError:
         return False
+
+
+def _drawn(variant: Variant, methods: list[WeightMethod[Any]], layer: Layer) -> bool:
+    """Whether what the variant draws has the shapes asked for: OFT's quaternions are blocks of four."""
+    rng = np.random.default_rng(0)
+    specs = [s for m in methods for s in m.spec(layer) if s.field in variant.draws]
+    return all(np.shape(variant.draws[s.field](rng, s.stored_shape)) == s.stored_shape for s in specs)
 
 
 def _prompts(name: str, label: str, rng: np.random.Generator) -> list[Case]:
