@@ -49,6 +49,10 @@ class Namespace:
         grown = self._mx.expm1(self._mx.abs(x)) + 1
         return self._mx.where(x < 0, 1 / grown, grown)
 
+    def argsort(self, x: Array, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> Array:
+        """MLX's is always stable and ascending."""
+        return self._mx.argsort(-x if descending else x, axis=axis)
+
     def cos(self, x: Array, /) -> Array:
         """MLX's own is right to float32 only, and so is its sin."""
         return self._mx.cos(x) if x.dtype != self._mx.float64 else self._series(x, 0)

@@ -28,7 +28,6 @@ exit codes: 0 done, 1 the loss is finite no longer, 2 the call, a file or the co
 INTERRUPTED = 130
 LISTS = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "feedforward_modules", "bias")
-DERIVED = ("is_feedforward", "live_r")  # what patterns decide, module by module
 SETTINGS: dict[str, tuple[Any, str, str]] = {  # the defaults of peft_ref.train.run.Plan, which is not imported for --help
     "steps": (100, "N", "optimiser steps"),
     "batch": (8, "N", "windows of a micro-batch"),
@@ -130,6 +129,7 @@ def keys() -> list[str]:
     """The keys of adapter_config.json that an option may set: of any method."""
     from dataclasses import fields
 
+    from peft_ref.files.config import DERIVED
     from peft_ref.methods import METHODS
 
     own = {f.name for cls in METHODS.values() for f in fields(cls)}  # type: ignore[arg-type]  # every method is a dataclass

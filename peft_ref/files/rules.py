@@ -43,7 +43,7 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
 
 VARIANTS = ("kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config")
 PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
-BIASED = ("BOFT", "DELORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
+BIASED = ("BOFT", "DEFT", "DELORA", "GLORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
 INITS_AS_SAVED: Mapping[str, bool | str] = {"eva": True, "lora_ga": True}
 
@@ -109,6 +109,8 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
         bias = data.get("bias", "none")
         if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):
             refuse(f"bias={bias!r}", "There are 'none', 'all' and what ends in '_only'.")
+    if kind == "DEFT" and not _number(data.get("deft_dropout", 0)) <= 1:
+        refuse(f"deft_dropout={data['deft_dropout']!r:.60}", "A probability is needed.")
     if kind == "ADALORA":
         if data.get("use_dora"):
             refuse("use_dora with AdaLoRA", "Leave it out.")
@@ -154,6 +156,7 @@ _ALLOWED: Mapping[Any, tuple[type, ...]] = {
     str: (str,),
     bool | str: (bool, str),
     int | None: (int, type(None)),
+    float | None: (int, float, type(None)),
     str | None: (str, type(None)),
     list[int] | None: (list, type(None)),
     dict[str, object] | None: (dict, type(None)),

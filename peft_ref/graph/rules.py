@@ -17,6 +17,7 @@ ALL_LINEAR = "all-linear"
 SEQ_CLS_HEADS = ("score", "classifier")
 # What a task adds to modules_to_save. Only for SEQ_CLS does PEFT add it before it matches, so only there it keeps the adapter away.
 SAVED_BY_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+WITHOUT_SAVED = frozenset({"TRAINABLE_TOKENS"})  # whose configuration has no modules_to_save: PEFT leaves a task's head as it is
 # The methods of PEFT that have no table of default targets, and what they go to.
 WITHOUT_TARGETS = {
     **dict.fromkeys(

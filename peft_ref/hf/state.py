@@ -32,7 +32,24 @@ from peft_ref.nn import Inputs, Output
 from peft_ref.nn.attention import positions_from
 
 # Whose configuration says how the last module stores its weight.
-FAN = frozenset({"ADALORA", "DEFT", "FROD", "GRALORA", "IA3", "LORA", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA"})
+FAN = frozenset(
+    (
+        "ADALORA",
+        "DEFT",
+        "FOURIERFT",
+        "FROD",
+        "GRALORA",
+        "IA3",
+        "LORA",
+        "PVERA",
+        "RANDLORA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    )
+)
 
 
 class Start(NamedTuple):

@@ -97,7 +97,7 @@ def directions(batches: Sequence[Mapping[str, Array]], ranks: Mapping[str, int],
     followed = [name for name in ranks if name not in same]
     found: dict[str, Components] = {}
     settled: dict[str, list[bool]] = {name: [False] * most[name] for name in followed}
-    dealt, budget = dict(most), sum(ranks.values())
+    dealt, budget, open_ = dict(most), sum(ranks.values()), followed
     for turn in range(ROUNDS * len(batches)):
         batch = batches[turn % len(batches)]
         open_ = [name for name in followed if not all(settled[name][: dealt[name]])]

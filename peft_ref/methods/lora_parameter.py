@@ -131,7 +131,8 @@ def unpack(method: LoRA, stack: Stack, tensors: Mapping[str, Array], where: str 
     if tensors.keys() != {"lora_A.weight", "lora_B.weight"}:
         raise KeyMismatchError(f"LoRA at {where!r}: came {', '.join(sorted(tensors)) or 'nothing'}, expected lora_A.weight, lora_B.weight.")
     p, expected = Params(tensors["lora_A.weight"], tensors["lora_B.weight"]), shapes(method, stack)
-    for name, tensor, shape in zip("AB", p, expected, strict=False):
+    for name, shape in zip("AB", expected, strict=False):
+        tensor = tensors[f"lora_{name}.weight"]
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"LoRA at {where!r}: lora_{name}.weight is {tuple(tensor.shape)}, expected {shape}.\n  {method} on {stack}.")
     return p

@@ -52,6 +52,7 @@ class MiCA(LowRank[Params]):
     tuner_prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    held: ClassVar[frozenset[str]] = frozenset({"B"})
     dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class MiSSBat(Reweight[Params]):
 
     peft_type: ClassVar[str] = "MISS"
     flag: ClassVar[str | None] = "init_weights"
-    flag_value: ClassVar[bool | str] = "bat"
+    flag_value: ClassVar[bool | str | type] = "bat"
     tuner_prefix: ClassVar[str] = "miss_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params

@@ -39,7 +39,7 @@ class MiSSMini(Additive[Params]):
 
     peft_type: ClassVar[str] = "MISS"
     flag: ClassVar[str | None] = "init_weights"
-    flag_value: ClassVar[bool | str] = "mini"
+    flag_value: ClassVar[bool | str | type] = "mini"
     tuner_prefix: ClassVar[str] = "miss_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params

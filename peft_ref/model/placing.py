@@ -19,7 +19,7 @@ from peft_ref.files.rules import field_names
 from peft_ref.graph.blocks import blocks_of
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.replicated import ReplicatedGraph
-from peft_ref.graph.rules import SAVED_BY_TASK, default_feedforward, rules_for
+from peft_ref.graph.rules import SAVED_BY_TASK, WITHOUT_SAVED, default_feedforward, rules_for
 from peft_ref.graph.targets import match
 from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
 from peft_ref.layers import Layer
@@ -44,6 +44,11 @@ def bias_of(config: AdapterConfig) -> str:
     return str(config.housekeeping.get("bias", "none"))
 
 
+def task_with_head(config: AdapterConfig) -> Any:
+    """The task whose head is trained beside the adapter."""
+    return None if config.method.peft_type in WITHOUT_SAVED else config.housekeeping.get("task_type")
+
+
 def place(model: Adapted, config: AdapterConfig) -> Placed:
     """Where `config` sends an adapter of the model."""
     method, graph = config.method, model.base
@@ -54,7 +59,7 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     check_replicated(config, graph)
     tied, table = shared_copies(config, graph), mirrored_by(config, graph)
     config = settled(config, graph)
-    task = config.housekeeping.get("task_type")
+    task = task_with_head(config)
     matched = match(config.targets, graph, peft_type=method.peft_type, task_type=task, kinds=method.kinds)
     if matched.parameters:
         raise UnsupportedLayerError(
@@ -95,7 +100,7 @@ def check_replicated(config: AdapterConfig, graph: Graph) -> None:
 def settled(config: AdapterConfig, graph: Graph) -> AdapterConfig:
     """`config` with everything written out that it leaves to the model."""
     method, targets, patterns = config.method, config.targets, config.patterns
-    task = config.housekeeping.get("task_type")
+    task = task_with_head(config)
     written = rules_for(targets, graph, method.peft_type, task).target
     saved = (*(targets.modules_to_save or ()), *SAVED_BY_TASK.get(task or "", ()))
     if (tie := tie_of(config, graph)) is not None and asks(saved):

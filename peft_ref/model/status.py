@@ -77,7 +77,7 @@ def count(model: Adapted) -> Count:
     for adapter in model.adapters.values():
         own = _numbers(model, adapter)
         own += sum(math.prod(copy.shape) for key, copy in adapter.saved.items() if key in known or key in model.base.tied())
-        total += own + (len(adapter.modules) if "live_r" in field_names(type(adapter.config.method)) else 0)
+        total += own + _held(model, adapter) + (len(adapter.modules) if "live_r" in field_names(type(adapter.config.method)) else 0)
         trainable += own if adapter.trainable else 0
     return Count(trainable, total)
 
@@ -134,6 +134,18 @@ def _numbers(model: Adapted, adapter: Attached) -> int:
             elif s.trained:
                 own += math.prod(s.shape)
     return own + sum(once.values())
+
+
+def _held(model: Adapted, adapter: Attached) -> int:
+    """How many parameters of an adapter are not trained; what a method keeps beside is a buffer in HF, and not counted."""
+    method = adapter.config.method
+    held: frozenset[str] = method.held if isinstance(method, WeightMethod) else frozenset()
+    return sum(
+        math.prod(s.shape)
+        for name in (adapter.modules if held else ())
+        for s in _specs(model, adapter.config.method_for(name), name)
+        if s.field in held
+    )
 
 
 def _status(model: Adapted, module: str, names: Iterable[str], kind: str, active: list[str]) -> LayerStatus:

@@ -48,7 +48,7 @@ class LoRAPlus:
         """The state and the parameters after one step: one step of every group, none of which sees the others' gradients."""
         free = dataclasses.replace(self.optimiser, weight_decay=0.0)
         groups = {"A": (self.optimiser, lr), "B": (self.optimiser, self.ratio * lr), "bias": (free, self.ratio * lr)}
-        after = state
+        after: Any = state
         for group, (optimiser, rate) in {**groups, "embedding": (self.optimiser, self.embedding_lr)}.items():
             own = {module: self._of_group(group, module, params[module], g) for module, g in grads.items()}
             after, params = optimiser.update(after._replace(step=state.step), params, own, rate)

@@ -11,6 +11,7 @@ from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
+from peft_ref.parameters import declared
 from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt
 
 # Words of adapter_config.json that are not hyper-parameters of a method: where it goes, patterns, and what PEFT keeps beside.
@@ -44,6 +45,15 @@ def keys_of(cls: type[Method]) -> frozenset[str]:
         return frozenset()
     hints = get_type_hints(cls.params_type, include_extras=True).values()
     return frozenset(extra.key for hint in hints for extra in get_args(hint)[1:] if isinstance(extra, Key))
+
+
+def told_by_prefix(cls: type[Method]) -> frozenset[str]:
+    """The keys that a file has below a module and that are told by their prefix: not a key of an attention block, which is told as a
+    whole, as is that of what layers share; nor one that no file of the method has."""
+    if not issubclass(cls, WeightMethod):
+        return frozenset()
+    keys, asked = (key for _, keys in declared(cls.params_type).values() for key in keys), field_names_of(cls)
+    return frozenset(key.key for key in keys if not key.shared and (key.saved is None or key.saved in asked or getattr(cls, key.saved)))
 
 
 def field_names_of(cls: type[Any]) -> set[str]:

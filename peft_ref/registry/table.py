@@ -17,7 +17,7 @@ from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.prompts import Prompt
-from peft_ref.registry.complete import check_complete, keys_of
+from peft_ref.registry.complete import check_complete, keys_of, told_by_prefix
 from peft_ref.registry.names import REMOVED, TUNER_PREFIXES
 
 GROUP = "peft_ref.methods"
@@ -170,7 +170,7 @@ class Registry(Mapping[str, type[Method]]):
             refuse(
                 f"tuner_prefix={cls.tuner_prefix!r}, but PEFT's of {cls.peft_type} is {right!r}", "Use PEFT's, or a peft_type of your own."
             )
-        for key in sorted(keys_of(cls)) if issubclass(cls, WeightMethod) else ():  # a key of an attention block is told as a whole
+        for key in sorted(told_by_prefix(cls)):
             if not key.startswith(cls.tuner_prefix):
                 refuse(f"the checkpoint key {key!r} does not begin with {cls.tuner_prefix!r}, its prefix", "Rename the key.")
 

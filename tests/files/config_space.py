@@ -20,6 +20,10 @@ OWN = {name: facts(name) for name in METHODS.weights if facts(name).config}
 STARTS: dict[str, Mapping[str, Any]] = {own.config["peft_type"]: own.config for own in OWN.values()}
 SPACE: dict[str, Mapping[str, list[Any]]] = {own.config["peft_type"]: own.space for own in OWN.values()}
 MADE = {own.config["peft_type"]: own.made for own in OWN.values()}
+UNASKED = (
+    *(("FOURIERFT", word, "8") for word in ("n_frequency", "random_loc_seed")),
+    ("SHIRA", "random_seed", "7"),
+)
 OFTEN = ("LORA",) * 2  # beside its turn, for it has the most words
 
 
@@ -45,7 +49,8 @@ def looked_at_by_none() -> list[dict[str, Any]]:
     values: dict[str, Any] = {"r": 0, "lora_alpha": "8", "lora_dropout": None, "init_lora_weights": "magic", "rank_pattern": ["q"]}
     odd = {**nowhere, "r": 3, "init_lora_weights": "orthogonal"}
     full = {**STARTS["LORA"], "target_modules": ["layers.0.q"], "layers_to_transform": ["0"]}
-    return [*({**nowhere, word: value} for word, value in values.items()), odd, full]
+    others = [{**STARTS[kind], "target_modules": "dummy-target-modules", word: value} for kind, word, value in UNASKED]
+    return [*({**nowhere, word: value} for word, value in values.items()), *others, odd, full]
 
 
 def explained(differences: tuple[Difference, ...], data: dict[str, Any], peft_says: Any, we_say: Any) -> Difference:

@@ -150,8 +150,10 @@ def test_it_is_no_adapter_of_a_layer() -> None:
     from tests.nn.tiny import random_net
 
     graph = ModelGraph(model=LLAMA, weights=random_net(LLAMA).weights, model_config={"model_type": "llama"})
-    with pytest.raises(ConfigError, match=r"give it to a network as `Net\.attention`"):
-        add(adapt(graph), "a", config, np.random.default_rng(0))
+    added = add(adapt(graph), "a", config, np.random.default_rng(0)).adapters["a"]
+    assert added.blocks.keys() <= {f"model.layers.{i}.self_attn" for i in range(LLAMA.num_hidden_layers)}
+    assert added.blocks
+    assert not added.modules
     assert AdapterFile(config=config).attention == {}
 
 

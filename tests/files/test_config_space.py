@@ -53,6 +53,7 @@ DIFFERENCES = (
     Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
     Difference("we", r"(alpha|\w+_dropout|eps)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
+    Difference("PEFT", "No layers types compatible with", "it looks for the widest layer, and there is none"),
     *(difference for own in OWN.values() for difference in own.differences),
 )
 

@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "loftq": (lambda: tuned(init_lora_weights="loftq", loftq_config={"loftq_bits": 8}), "8 bits"),
     "corda": (lambda: tuned(init_lora_weights="corda"), "starts from data"),
     "no number": (lambda: hf.LoraConfig(r="many"), "r='many' is of type str"),
-    "no method": (lambda: hf.get_peft_config({"peft_type": "VERA"}), "peft_type='VERA' has no configuration class here"),
+    "no method": (lambda: hf.get_peft_config({"peft_type": "LILY"}), "peft_type='LILY' has no configuration class here"),
     "no field": (lambda: hf.get_peft_config({"peft_type": "LORA", "rank": 3}), "LoraConfig has no rank"),
     "no method of its own": (lambda: hf.PeftConfig().frozen(), "PeftConfig is no method"),
     "pickle": (lambda: tuned().save_pretrained("/nowhere", safe_serialization=False), "safe_serialization=False: not built"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def without_loss(model: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_method_is_asked() -> None:
-    assert METHOD.keys() == (METHODS.weights | METHODS.prompts).keys()
+    impossible = {name for name in METHODS.weights if facts(name).tour_impossible}
+    assert METHOD.keys() | impossible == (METHODS.weights | METHODS.prompts).keys()
+    assert not METHOD.keys() & impossible
 
 
 @pytest.mark.parametrize(("method", "model"), CELLS)
@@ -100,8 +103,21 @@ def test_the_quick_tour(method: str, model: str, tmp_path: Path, capsys: pytest.
     same_folder(tmp_path / "theirs", tmp_path / "read", exact=True)
     (ours if method not in METHODS.prompts else read).save_pretrained(tmp_path / "ours")
     same_folder(tmp_path / "theirs", tmp_path / "ours", exact=method not in METHODS.prompts)
-    with read.disable_adapter():
-        same_output(made(model).live, read, {k: v for k, v in given.items() if k != "task_ids"}, "disabled")
+    cut = method in METHODS.weights and METHODS.weights[method].cuts_weight  # then PEFT does not give the weight back: KASA-Q2
+    with read.disable_adapter(), again.disable_adapter() if cut else nullcontext():
+        same_output(again if cut else made(model).live, read, {k: v for k, v in given.items() if k != "task_ids"}, "disabled")
+
+
+def test_tokens_are_trained_without_the_head_of_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs_config, ours_config = configs("trainable_tokens", "classifier")
+    base, ours_base = bases("classifier")
+    with live():
+        theirs = peft.get_peft_model(base, theirs_config)
+        theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = hf.get_peft_model(ours_base, ours_config)
+    assert printed(ours, capsys) == printed(theirs, capsys)
+    ours.save_pretrained(tmp_path / "ours")
+    same_folder(tmp_path / "theirs", tmp_path / "ours", exact=True)
 
 
 @pytest.mark.parametrize("method", METHOD)

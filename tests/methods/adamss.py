@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.methods.adamss import AdaMSS
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
-from tests.methods.facts import Facts, Tour
+from tests.methods.config_words import LAYERS, NUMBERS, OWN_TARGETS, SWITCH
+from tests.methods.facts import Difference, Facts, Tour
 
 
 def clustered(tuner: Any, adapter: str, method: AdaMSS) -> AdaMSS:
@@ -57,7 +57,8 @@ FACTS = Facts(
         "use_dynamic_rank": st.just(False),
     },
     config={"peft_type": "ADAMSS", "r": 4, "num_subspaces": 2, "target_modules": ["q", "up"]},
-    space=TARGETS | LAYERS | {"r": NUMBERS, "use_asa": SWITCH, "init_weights": ["orthogonal", None, False, "kaiming"]},
+    space=OWN_TARGETS | LAYERS | {"r": NUMBERS, "use_asa": SWITCH, "init_weights": ["orthogonal", None, False, "kaiming"]},
+    differences=(Difference("we", r"use_asa=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"),),
     # With one subspace nothing depends on k-means.
     models={
         "adamss": (None, lambda: adamss(r=3, subspace_rank=2, modules_to_save=["head"])),

@@ -48,6 +48,9 @@ FACTS = Facts(
             lora(use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}, target_modules=["q"]),
         )
     },
+    random=lambda rng, common: lora(  # every name may be asked for, so that a strict one would refuse
+        r=int(rng.choice([2, 4])), use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2, "match_strict": False}, target_modules=["q"]
+    )(),
     wrong_starts={
         "BD-LoRA's A like LoRA's": (
             "bdlora.linear-both.init-A",

@@ -19,7 +19,11 @@ def beft(**options: Any) -> Any:
 FACTS = Facts(
     settings={"beft": BEFT(init_weights=False)},
     config={"peft_type": "BEFT", "target_modules": ["q", "up"]},
-    space=OWN_TARGETS | {"init_weights": SWITCH},
+    space=OWN_TARGETS
+    | {
+        "init_weights": SWITCH,
+        "target_modules": [*OWN_TARGETS["target_modules"], ["conv1"], ["conv2", "up"], ["up", "table"], r"(conv1|layers\.0\.q)", "(", "q("],
+    },
     made=lambda module, method: isinstance(method, BEFT),
     models={"beft": (None, lambda: beft(modules_to_save=["head"]))},
     wrong_starts={

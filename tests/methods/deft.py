@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 from peft_ref.layers import Linear
 from peft_ref.methods.deft import DEFT
 from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
-from tests.methods.facts import Facts, Tour
+from tests.methods.facts import Difference, Facts, Tour
 
 
 def as_made(module: Any, method: Any) -> bool:
     from tests.files.peft_models import layer_of
 
     r = method.dims(layer_of(module))["r"]
-    made = (module.deft_r["default"], module.deft_decomposition["default"], module.deft_para["default"], module.deft_scaling["default"])
+    made = (
+        module.deft_r["default"],
+        module.deft_decomposition["default"],
+        bool(module.deft_para["default"]),
+        module.deft_scaling["default"],
+    )
     return bool(made == (r, method.decomposition_method, method.para, method.scale(r)))
 
 
@@ -64,6 +69,10 @@ FACTS = Facts(
         "fan_in_fan_out": [True, False],
     },
     made=as_made,
+    differences=(
+        Difference("we", r"para=('|\[).* expected bool", "a text or list as a switch: PEFT takes 'no' for true"),
+        Difference("we", r"init_scale=.* expected int or float", "PEFT reads it where init_weights is off, and here it is on"),
+    ),
     models={
         "deft": (None, lambda: deft(alpha=5, modules_to_save=["head"])),
         "deft qr": (None, lambda: deft(decomposition_method="qr", bias="all")),

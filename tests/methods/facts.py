@@ -68,6 +68,7 @@ class Facts:
     alone: bool = False  # PEFT refuses a second adapter like it on one layer
     bias: bool = True  # whether PEFT's layers are given one
     crashes: frozenset[str] = frozenset()  # layers of tests/hf/peft_layers.py on which PEFT itself raises in forward
+    float32_functions: tuple[tuple[str, str, str], ...] = ()  # module, class, name, of PEFT: what they round to float32 we round too
     float32_modules: tuple[str, ...] = ()  # of PEFT, which compute in float32 whatever came: read as float64 to be compared
     chained_backwards: Callable[[Layer], bool] = lambda layer: False  # PEFT applies several adapters last to first
 
@@ -95,6 +96,7 @@ class Facts:
 
     # Adapters that PEFT saves (tests/files/peft_models.py): a model and PEFT's configuration. None stands for `Net`.
     models: Mapping[str, tuple[Make | None, Make]] = field(default_factory=dict)
+    files_elsewhere: str = ""  # why there are none, and the test that compares its files instead
 
     # The judge: wrong starts by name (tests/check/wrong_starts.py), in which format some cases must match to the bit, and whether its
     # answers are irrational.
@@ -103,3 +105,4 @@ class Facts:
     irrational: bool = False
 
     tour: Tour | None = None  # tests/hf_api/test_quick_tour.py
+    tour_impossible: str = ""  # why PEFT cannot do it

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from peft_ref.methods.glora import FORMS, GLoRA
-from tests.methods.config_words import LAYERS, NUMBERS, SWITCH, TARGETS
+from tests.methods.config_words import NUMBERS, OWN_TARGETS, SWITCH
 from tests.methods.facts import Facts, Tour
 
 
@@ -37,8 +37,7 @@ FACTS = Facts(
     fields={name: st.sampled_from(forms) for name, forms in FORMS.items()},
     few={"config_A_B": st.just("lora"), "config_C": st.just("lora"), "config_D_E": st.just("vector")},
     config={"peft_type": "GLORA", "r": 4, "target_modules": ["q", "up"]},
-    space=TARGETS
-    | LAYERS
+    space=OWN_TARGETS
     | {
         "r": NUMBERS,
         "init_weights": SWITCH,

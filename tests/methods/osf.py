@@ -28,8 +28,8 @@ def large_part(case: Any, draw: Draw, rng: Any) -> Draw:
     return {**draw, **{f"osf_svd_params.{name}": v for name, v in large.items()}, **frozen}
 
 
-# Its files are compared in tests/spec/test_hf_osf_quirks.py: PEFT needs the frozen weight to make one.
 FACTS = Facts(
+    files_elsewhere="tests/spec/test_hf_osf_quirks.py: PEFT needs the frozen weight to read one",
     settings={"osf": OSF(), "osf-one": OSF(effective_rank=1), "osf-share": OSF(effective_rank=0.7)},
     several=False,
     silent=True,

@@ -30,8 +30,8 @@ def one_half(case: Any, draw: Draw, rng: Any) -> Draw:
     return {**draw, "_psoft_A_cache": draw["_psoft_A_cache"] / length[:, None], "_psoft_B_cache": draw["_psoft_B_cache"] * length}
 
 
-# Its files are compared in tests/spec/test_hf_psoft_quirks.py: PEFT needs the frozen weight to read one, in float32.
 FACTS = Facts(
+    files_elsewhere="tests/spec/test_hf_psoft_quirks.py: PEFT needs the frozen weight to read one, in float32",
     settings={
         "psoft": PSOFT(r=4, psoft_alpha=6),
         "psoft-pissa": PSOFT(r=3, psoft_alpha=6, ab_svd_init="pissa_init", psoft_mag_a=False),

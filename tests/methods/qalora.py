@@ -10,6 +10,7 @@ from tests.methods.facts import Facts
 from tests.methods.wrong import replaced
 
 FACTS = Facts(
+    files_elsewhere="tests/spec/test_hf_family_quirks.py: PEFT makes it on GPTQ's layers alone",
     unable=lambda case, dtype: ".config." not in case,  # PEFT makes it on GPTQ's layers alone
     compared="tests/spec/test_hf_family_quirks.py",
     settings={"qalora": QALoRA(r=4, lora_alpha=6, qalora_group_size=2)},
@@ -17,6 +18,7 @@ FACTS = Facts(
     few={"r": st.just(2), "qalora_group_size": st.just(2)},
     layers={"linear": st.builds(Linear, in_features=st.sampled_from((6, 12)), out_features=st.integers(1, 6))},
     few_layers={"linear": Linear(in_features=4, out_features=5)},
+    tour_impossible="PEFT makes it on GPTQ's layers alone",
     wrong_starts={
         "QA-LoRA's A too small": (
             "qalora.linear-both.init-default",

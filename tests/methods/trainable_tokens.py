@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_ref.layers import Embedding, Linear
 from peft_ref.methods.trainable_tokens import TrainableTokens
-from tests.methods.facts import Facts
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 
@@ -31,6 +31,8 @@ FACTS = Facts(
     },
     few_layers={"embedding": Embedding(num_embeddings=4, embedding_dim=3), "linear": Linear(in_features=3, out_features=4)},
     models={"trainable_tokens": (None, tokens(token_indices=[3, 1], target_modules=["table"]))},
+    # On Conv1D PEFT raises; a layer's bias it loses (TRAINABLETOKENS-Q1); for a head that its configuration cannot name it raises.
+    tour=Tour("TrainableTokensConfig", {"token_indices": [4, 0, 2]}, frozenset({"gpt2", "classifier", "bert", "tokens", "questions"})),
     wrong_starts={
         "tokens at zero": ("trainable_tokens.embedding.init-default", replaced("tokens", lambda c, v, rng: v * 0), "init-not-identity"),
         "tokens in another order": (

@@ -30,6 +30,7 @@ FACTS = Facts(
         "unilora": UniLoRA(r=3, theta_d_length=7, save_indices=True),
         "unilora-many": UniLoRA(r=2, theta_d_length=90, save_indices=True, init_weights=False),
     },
+    float32_functions=(("peft.tuners.unilora.model", "UniLoraModel", "_assign_unilora_indices_and_scales"),),
     made_in_float32=True,  # its counts are: they are no numbers of the layer
     small={"r": 2, "theta_d_length": 9},
     fields={"theta_d_length": st.sampled_from((5, 1, 30)), "proj_seed": st.sampled_from((42, 0)), "unilora_dropout": st.just(0.0)},
@@ -74,5 +75,5 @@ FACTS = Facts(
             "init-nothing-to-train",
         ),
     },
-    tour=Tour("UniLoraConfig", {"r": 2, "theta_d_length": 9}, frozenset()),
+    tour=Tour("UniLoraConfig", {"r": 2, "theta_d_length": 9}),
 )

@@ -60,6 +60,7 @@ FACTS = Facts(
         "vblora_dropout": [0.0, 0.5],
         "init_vector_bank_bound": [0.02, 0.5],
         "init_logits_std": [0.1, 1],
+        "save_only_topk_weights": [True, False],
     },
     made=lambda module, method: (module.r["default"], module.topk["default"]) == (method.r, method.topk),
     differences=(Difference("we", "save_only_topk_weights=True", "the form of the file is not built here"),),

@@ -24,6 +24,7 @@ from peft_ref.files.keys import PREFIX
 from peft_ref.graph import match
 from peft_ref.nn import Gradients, Inputs, Model, ModelGraph, Net, model_of
 from peft_ref.stack import Adapter
+from tests.methods.widened import still_rounding
 
 Host = np.ndarray[Any, Any]
 transformers.logging.set_verbosity_error()
@@ -36,9 +37,10 @@ def float64() -> Iterator[None]:
     method = torch.Tensor.float
     torch.set_default_dtype(torch.float64)
     try:
-        torch.float32 = torch.float = torch.float64
-        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-        yield
+        with still_rounding():
+            torch.float32 = torch.float = torch.float64
+            torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+            yield
     finally:
         torch.float32, torch.float = before["float32"], before["float"]
         torch.Tensor.float = method  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def test_every_architecture_is_looked_at() -> None:
 def test_modules_parameters_ties_and_head_are_the_live_models_in_its_order(name: str) -> None:
     live, ours = live_and_ours(name)
     expected = TorchGraph(live)
-    assert list(ours.modules().values()) == list(expected.modules().values())
+    modules = [replace(module, block=None) for module in ours.modules().values()]  # torch does not tell what an attention block is
+    assert modules == list(expected.modules().values())
     assert ours.tied() == expected.tied()
     assert dict(ours.parameters()) == dict(expected.parameters())
     assert (ours.output_head, ours.pretrained, ours.model_type) == (expected.output_head, expected.pretrained, expected.model_type)

@@ -24,7 +24,7 @@ from peft_ref.nn import (
     Net,
 )
 from peft_ref.stack import Adapter
-from tests.methods import made
+from tests.methods import free, small, takes
 
 Host = np.ndarray[Any, Any]
 LLAMA = Llama(
@@ -102,6 +102,9 @@ T5_MODEL = T5(
 )
 
 
+NOT_THE_DERIVATIVE = ("loha_effective", "velora")  # whose gradient is not that of the loss, as in PEFT
+
+
 def random_net(model: Model, seed: int = 1) -> Net:
     rng = np.random.default_rng(seed)
     return model.net({name: 0.4 * rng.normal(size=shape) + (len(shape) == 1) for name, shape in model.shapes().items()})
@@ -112,7 +115,7 @@ def with_every_method(net: Net, seed: int = 2) -> Net:
     rng = np.random.default_rng(seed)
     adapters = {}
     for n, (name, layer) in enumerate(net.layers.items()):
-        able = [made(m) for m in METHODS.weights if layer.kind in METHODS.weights[m].kinds]
+        able = [m for m in (small(m) for m in METHODS.weights if free(m) and m not in NOT_THE_DERIVATIVE) if takes(m, layer)]
         method = able[n % len(able)]
         tensors = {spec.key: 1 + 0.3 * rng.normal(size=spec.stored_shape) for spec in method.spec(layer)}
         adapters[name] = (Adapter(method, method.unpack(layer, tensors)),)

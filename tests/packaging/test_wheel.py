@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-LIMIT = 90e6  # bytes, on disk, compiled files included
+LIMIT = 100e6  # bytes, on disk, compiled files included
 
 # Runs in a fresh interpreter with the wheel's folder in front and the checkout nowhere on the path.
 AWAY = """\
@@ -110,7 +110,7 @@ def test_the_command_line_works_away_from_the_checkout(installed: Path, root: Pa
     assert "usage: peft-ref" in shown
 
 
-def test_a_plain_install_stays_under_ninety_megabytes(installed: Path, root: Path) -> None:
+def test_a_plain_install_stays_under_a_hundred_megabytes(installed: Path, root: Path) -> None:
     sizes = {name: installed_bytes(name) for name in closure(root)}
     sizes["peft-ref"] = sum(p.stat().st_size for p in installed.rglob("*") if p.is_file())
     table = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sorted(sizes.items(), key=lambda item: -item[1]))

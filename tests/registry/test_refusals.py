@@ -63,7 +63,7 @@ TAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "a prefix of PEFT's": ("mine", {"tuner_prefix": "boft_"}, "the tuner prefix 'boft_' is taken: 'boft_' is that of PEFT's BOFT"),
     "the beginning of a prefix": ("mine", {"tuner_prefix": "prompt_"}, "'prompt_tuning_' is that of PEFT's PROMPT_TUNING"),
     "a prefix and more": ("mine", {"tuner_prefix": "ia3_x_"}, "'ia3_' is that of IA3|'ia3_' is that of PEFT's IA3"),
-    "another prefix than PEFT's": ("mine", {"peft_type": "VERA"}, "tuner_prefix='mine_', but PEFT's of VERA is 'vera_lambda_'"),
+    "another prefix than PEFT's": ("mine", {"peft_type": "LILY"}, "tuner_prefix='mine_', but PEFT's of LILY is 'lily_'"),
     "a key without the prefix": ("mine", {"params_type": Elsewhere}, "'theirs_u' does not begin with 'mine_'"),
 }
 

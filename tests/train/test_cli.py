@@ -36,6 +36,7 @@ OPTIONS = {
     "cartridge": ("--num-virtual-tokens", "3"),
     "cpt": ("--cpt-token-ids", "97", "98", "99", "--cpt-tokens-type-mask", "1", "2", "4", "--opt-weighted-loss-type", "decay"),
     "adalora": ("--target-modules", "q_proj", "down_proj"),
+    "bdlora": ("--r", "2", "--target-modules", "q_proj", "--use-bdlora", '{"target_modules_bd_a": ["q_proj"], "nblocks": 2}'),
     "dora": ("--r", "2", "--target-modules", "q_proj"),
     "ia3": ("--target-modules", "k_proj", "down_proj", "--feedforward-modules", "down_proj"),
     "loha": ("--r", "2", "--target-modules", "q_proj"),

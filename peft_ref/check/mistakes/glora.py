@@ -111,6 +111,7 @@ def _divided(case: Case) -> Answer:
     """As PEFT does: the sums of all adapters taken out at once."""
     p = pose(case)
     every = [values_of(a) for a in p.adapters]
+    assert p.merged_W is not None
     W = (p.merged_W - sum(v.B for v in every)) / (1.0 + sum(v.A for v in every))
     shift = sum(v.E + (W @ v.C)[:, 0] for v in every)
     return stored(p.layer, W, None if p.merged_b is None else (p.merged_b - shift) / (1.0 + sum(v.D for v in every)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def _transposed(case: Case) -> Answer:
     p = pose(case)
     W = p.merged_W
     for a in reversed(p.adapters):
-        m = a.method
+        m: Any = a.method
         F = m._factor(p.layer, m.acting(p.layer, a.params))
         W = m._turned(p.layer, W, F.swapaxes(1, 2))
     return stored(p.layer, W, p.merged_b)

@@ -67,7 +67,7 @@ def _theta(gradient: Callable[[Any, NDArray, NDArray], NDArray]) -> Replay:
     """Another gradient of theta, given the parameters, dA and dB, where one adapter has no dropout."""
 
     def backward(case: Case) -> Answer | None:
-        if len(case.adapters) > 1 or case.adapters[0].dropout:
+        if len(case.adapters) != 1 or case.adapters[0].dropout:
             return None
         p = pose(case)
         params, dW = p.adapters[0].params, p.layer.weight_vjp(p.x, p.dy)

@@ -46,7 +46,7 @@ VARIANTS = (
         operations=RUN,
         draws=DRAWS,
     ),
-    Variant(name="two-adapters", clause="VBLORA-C8", configs=(PLAIN, {**PLAIN, "r": 2, "topk": 1}), layers=BOTH[:1], draws=DRAWS),
+    Variant(name="two-adapters", clause="VBLORA-C8", configs=(PLAIN, {**PLAIN, "r": 2, "topk": 3}), layers=BOTH[:1], draws=DRAWS),
 )
 
 Weights = Callable[[Any, Array], Array]
@@ -118,7 +118,7 @@ def _interleaved(pieces: Array) -> Array:
 
 
 def _bank_from_A_alone(case: Case) -> Answer | None:
-    if len(case.adapters) > 1 or case.adapters[0].dropout:
+    if len(case.adapters) != 1 or case.adapters[0].dropout:
         return None
     p = pose(case)
     method: Any = p.adapters[0].method
@@ -130,7 +130,7 @@ def _bank_from_A_alone(case: Case) -> Answer | None:
 
 def _without_mean(case: Case) -> Answer | None:
     """The softmax's gradient as if every weight were an exponential alone."""
-    if len(case.adapters) > 1 or case.adapters[0].dropout:
+    if len(case.adapters) != 1 or case.adapters[0].dropout:
         return None
     p = pose(case)
     method: Any = p.adapters[0].method
