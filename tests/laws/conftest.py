@@ -30,6 +30,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", chosen, indirect=True, scope="session")
 
 
+COMPILED = {"dask", "jax"}  # which take a second for every shape they see
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On what compiles, a method is tried on one kind of layer; on all of them in the sweep, or where the backend is named."""
+    if config.getoption("--backend", default=[]):
+        return
+    tried: set[tuple[str, str, str]] = set()
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if given.get("backend") in COMPILED and "kind" in given:
+            law = (item.originalname, given["backend"], given.get("name", ""))  # type: ignore[attr-defined]  # a function, as seen
+            if law in tried:
+                item.add_marker(pytest.mark.sweep)
+            tried.add(law)
+
+
 @cache
 def _construct(name: str) -> Backend | BackendMissing:
     try:
