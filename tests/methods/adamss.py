@@ -39,6 +39,8 @@ def adamss(**options: Any) -> Any:
 
 
 FACTS = Facts(
+    # Two directions that are nearly as strong are told apart by a rounding: what they span is the same everywhere.
+    without_signs=lambda p: {"onto": p["N"].T @ p["N"], **{k: v for k, v in p.items() if k.startswith("B")}},
     settings={
         "adamss": AdaMSS(r=4, num_subspaces=3, subspace_rank=2),
         "adamss-all": AdaMSS(),
