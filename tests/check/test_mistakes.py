@@ -133,7 +133,7 @@ def _assert_own_gradient(mistake: Mistake, case: Case) -> None:
             continue  # HF's gradients of these two are no derivative
         if case.method == "osf" and name.endswith(("U_low", "V_low")):
             continue  # a part of these two is taken out on purpose
-        if name != "x" and case.adapters[int(name.split(".")[0])].config.get("coft"):
+        if name not in ("q", "x") and case.adapters[int(name.split(".")[0])].config.get("coft"):
             continue  # no gradient goes through its projection
         direction = rng.choice([-1.0, 1.0], gradient.shape)
         above, below = (_output(mistake, _moved(case, name, sign * STEP * direction)) for sign in (1, -1))
