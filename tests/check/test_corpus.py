@@ -56,8 +56,7 @@ EQUAL_SIZES = {
     "conv3d": "kernel (2, 1, 3), 2 in, 3 out",
     # Groups divide both sides of the layer and the rank: 2 | 6, 10, 4.
     "groups": "2 groups, kernel (3, 2)",
-    # HRA knows no other kernels, strides and paddings than those that are the same along both axes.
-    # OFT turns no convolution with a larger kernel.
+    # OFT turns no convolution with a larger kernel; HRA knows only what is the same along both axes.
     "pointwise": "kernel (1, 1), 8 in",
     "square": "kernel (2, 2), stride (2, 2), padding (1, 1)",
 }
@@ -348,7 +347,7 @@ def test_several_adapters_biases_and_dropout_are_asked() -> None:
 def test_cases_with_bits_and_cases_with_tolerances_are_both_there() -> None:
     from peft_ref.check.diagnose import expected_answer
 
-    # CPT divides by a norm, attention takes powers of e; prompt tuning and Cartridge only add up.
+    # CPT and attention are irrational; prompt tuning and Cartridge only add up.
     for name in set(METHODS) - {"adaption_prompt", "cartridge", "cpt", "prompt_tuning", "trainable_tokens"}:
         narrow = "bfloat16" if name == "multitask_prompt_tuning" else facts(name).bits  # three numbers are multiplied, no more
         if narrow is None:
@@ -364,8 +363,7 @@ def test_ids_are_unique_and_say_what_is_asked() -> None:
     ids = Counter(c.id for c in corpus())
     assert not [i for i, n in ids.items() if n > 1]
     for case in ARRAYS:
-        assert case.id.split(".")[0] == case.method
-        assert case.id.split(".")[-1] == case.operation
+        assert (case.id.split(".")[0], case.id.split(".")[-1]) == (case.method, case.operation)
 
 
 def test_no_case_has_changed_since_it_was_frozen() -> None:

@@ -10,6 +10,7 @@ from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 FACTS = Facts(
+    small={"r": 1},
     files_elsewhere="tests/hf_api/test_quick_tour.py: PEFT refuses a float64 weight",
     unable=lambda case, dtype: dtype == "float64",  # PEFT refuses a float64 weight
     made_in_float32=True,

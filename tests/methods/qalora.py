@@ -10,6 +10,7 @@ from tests.methods.facts import Facts
 from tests.methods.wrong import replaced
 
 FACTS = Facts(
+    small={"r": 2, "qalora_group_size": 1},
     files_elsewhere="tests/spec/test_hf_family_quirks.py: PEFT makes it on GPTQ's layers alone",
     unable=lambda case, dtype: ".config." not in case,  # PEFT makes it on GPTQ's layers alone
     compared="tests/spec/test_hf_family_quirks.py",
