@@ -20,7 +20,6 @@ from peft_ref.check.mistake import (
     Suite,
     as_if,
     base_alone_backward,
-    first_adapter_alone,
     gradients_times,
     merged_twice,
     one_by_one,
@@ -31,6 +30,7 @@ from peft_ref.check.mistake import (
 )
 from peft_ref.check.oracle import Problem, pose
 from peft_ref.check.penalty_mistakes import PENALTY
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.training_cases import training_cases
 from peft_ref.check.variants import Variant
 from peft_ref.layers import Layer
@@ -294,12 +294,7 @@ SUITE = Suite(
             sentence="the gradient of x stops at the adapter: only the frozen weight's part is there",
             replay=only(backward=base_alone_backward),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="ADALORA-C11",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("ADALORA-C11"),
         Mistake(
             name="first-scale-for-all",
             clause="ADALORA-C11",

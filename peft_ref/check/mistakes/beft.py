@@ -14,7 +14,6 @@ from peft_ref.check.mistake import (
     Formula,
     Mistake,
     Suite,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -23,6 +22,7 @@ from peft_ref.check.mistake import (
     unmerge_the_frozen,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
@@ -140,12 +140,7 @@ SUITE = Suite(
             sentence="the entries of beft_bias are read from the last to the first",
             replay=other_bias(lambda b, c: plus(b, c[::-1])),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="BEFT-C6",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("BEFT-C6"),
         Mistake(
             name="beft-not-merged",
             clause="BEFT-C8",

@@ -21,7 +21,6 @@ from peft_ref.check.mistake import (
     Mistake,
     Suite,
     as_if_tensors,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -30,6 +29,7 @@ from peft_ref.check.mistake import (
     unmerge_the_frozen,
 )
 from peft_ref.check.oracle import Problem, answer, mixed, name_gradients, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.contracts import Delta
 from peft_ref.layers import Layer, Linear
@@ -243,12 +243,7 @@ SUITE = Suite(
             sentence="the blocks are interleaved: one takes every (out/b)-th row and (in/b)-th column instead of neighbours",
             replay=other_delta(interleaved),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="C3A-C8",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("C3A-C8"),
         Mistake(
             name="c3a-chained",
             clause="C3A-C8",

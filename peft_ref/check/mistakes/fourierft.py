@@ -17,7 +17,6 @@ from peft_ref.check.mistake import (
     Mistake,
     Suite,
     as_if,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -27,6 +26,7 @@ from peft_ref.check.mistake import (
     with_config,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.fourierft import FourierFT
@@ -246,12 +246,7 @@ SUITE = Suite(
             sentence="on a Conv1D the spectrum is as the weight is stored, (in, out), instead of (out, in)",
             replay=elsewhere(lambda layer, m: by_columns(layer, m), lying),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="FOURIERFT-C9",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("FOURIERFT-C9"),
         Mistake(
             name="double-merge",
             clause="FOURIERFT-C11",

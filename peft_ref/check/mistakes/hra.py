@@ -21,7 +21,6 @@ from peft_ref.check.mistake import (
     as_if,
     autograd,
     base_alone_backward,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -31,6 +30,7 @@ from peft_ref.check.mistake import (
     with_config,
 )
 from peft_ref.check.oracle import Problem
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.tape import constant
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
@@ -245,12 +245,7 @@ SUITE = Suite(
             sentence="the vectors are made orthogonal where apply_GS is off",
             replay=_switched(True),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="HRA-C11",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("HRA-C11"),
         Mistake(
             name="adapters-reversed",
             clause="HRA-C11",

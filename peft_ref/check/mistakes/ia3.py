@@ -16,7 +16,6 @@ from peft_ref.check.mistake import (
     Formula,
     Mistake,
     Suite,
-    first_adapter_alone,
     merged_twice,
     only,
     stored,
@@ -24,6 +23,7 @@ from peft_ref.check.mistake import (
     with_tensors,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.stack import Adapter
@@ -212,12 +212,7 @@ SUITE = Suite(
             sentence="the adapter is merged twice",
             replay=only(merge=merged_twice),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="IA3-C10",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("IA3-C10"),
         Mistake(
             name="ia3-averaged",
             clause="IA3-C10",

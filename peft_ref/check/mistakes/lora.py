@@ -22,7 +22,6 @@ from peft_ref.check.mistake import (
     Suite,
     as_if,
     as_if_tensors,
-    first_adapter_alone,
     one_by_one,
     only,
     stored,
@@ -30,6 +29,7 @@ from peft_ref.check.mistake import (
     with_tensors,
 )
 from peft_ref.check.oracle import Problem, answer, pose, static_delta
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter
@@ -255,12 +255,7 @@ SUITE = Suite(
                 delta=with_scale(lambda alpha, r, rslora: 1.0),
             ),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="LORA-C10",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("LORA-C10"),
         Mistake(
             name="first-scale-for-all",
             clause="LORA-C10",

@@ -22,7 +22,6 @@ from peft_ref.check.mistake import (
     as_if_tensors,
     autograd,
     base_alone_backward,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -32,6 +31,7 @@ from peft_ref.check.mistake import (
     with_config,
 )
 from peft_ref.check.oracle import Problem, answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.tape import constant
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
@@ -324,12 +324,7 @@ SUITE = Suite(
             sentence="the norm is that of the stored numbers, not that of Q, in which each of them stands twice",
             replay=_eps(lambda rows: math.sqrt(2)),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="OFT-C13",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("OFT-C13"),
         Mistake(
             name="adapters-reversed",
             clause="OFT-C13",

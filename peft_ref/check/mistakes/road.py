@@ -21,7 +21,6 @@ from peft_ref.check.mistake import (
     as_if,
     as_if_tensors,
     base_alone_backward,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -31,6 +30,7 @@ from peft_ref.check.mistake import (
     with_config,
 )
 from peft_ref.check.oracle import Problem, answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter
@@ -269,12 +269,7 @@ SUITE = Suite(
             sentence="the forward pass turns the bias, merging does not",
             replay=only(merge=_bias_kept_in_merge),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="ROAD-C9",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("ROAD-C9"),
         Mistake(
             name="adapters-reversed",
             clause="ROAD-C9",

@@ -17,7 +17,6 @@ from peft_ref.check.mistake import (
     Formula,
     Mistake,
     Suite,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -26,6 +25,7 @@ from peft_ref.check.mistake import (
     unmerge_the_frozen,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.shira import SHiRA
@@ -198,12 +198,7 @@ SUITE = Suite(
             sentence="shira_indices is not read: the places are drawn again from random_seed",
             replay=AsIf(drawn_again),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="SHIRA-C9",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("SHIRA-C9"),
         Mistake(
             name="shira-last-wins",
             clause="SHIRA-C9",

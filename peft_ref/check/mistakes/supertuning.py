@@ -18,7 +18,6 @@ from peft_ref.check.mistake import (
     Mistake,
     Replay,
     Suite,
-    first_adapter_alone,
     gradients_times,
     merged_twice,
     one_by_one,
@@ -28,6 +27,7 @@ from peft_ref.check.mistake import (
     unmerge_the_frozen,
 )
 from peft_ref.check.oracle import Problem, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.supertuning import SuperTuning
@@ -206,12 +206,7 @@ SUITE = Suite(
             sentence="supertuning_indices is not read: the places are found again in the weight at hand",
             replay=AsIf(found_again),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="SUPERTUNING-C7",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("SUPERTUNING-C7"),
         Mistake(
             name="double-merge",
             clause="SUPERTUNING-C9",

@@ -18,7 +18,6 @@ from peft_ref.check.mistake import (
     Replay,
     Suite,
     as_if,
-    first_adapter_alone,
     merged_twice,
     one_by_one,
     only,
@@ -28,6 +27,7 @@ from peft_ref.check.mistake import (
     with_config,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
+from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.torch_draws import randperm
@@ -274,12 +274,7 @@ SUITE = Suite(
             sentence="the places are drawn by NumPy's generator instead of torch's",
             replay=elsewhere(numpys_own),
         ),
-        Mistake(
-            name="only-first-adapter",
-            clause="WAVEFT-C11",
-            sentence="of several active adapters only the first one acts",
-            replay=first_adapter_alone,
-        ),
+        only_first_adapter("WAVEFT-C11"),
         Mistake(
             name="double-merge",
             clause="WAVEFT-C13",
