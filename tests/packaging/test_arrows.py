@@ -28,7 +28,7 @@ FLOORS = (
     {"graph"},
     {"files"},
     {"model", "nn"},  # nn: transformers to put adapters in; it knows HF's names, graphs and files
-    {"train"},  # it puts the adapters of `model` into the transformers of `nn`
+    {"train", "checkpoints"},  # train: it puts the adapters of `model` into the transformers of `nn`
     {"hf"},
     {"check"},
     {"report"},

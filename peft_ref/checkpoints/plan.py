@@ -1,0 +1,82 @@
+"""What is to be written, decided before a byte is: every file of the output, every tensor in it, where its bytes come from and what changes them.
+
+    Plan      the whole output: its shards, and the files that come along
+    Shard     one safetensors file, the unit of work: nothing in it depends on another shard
+    Planned   one tensor of it: where its bytes lie in the base, and the changes, in order. Without any, and in its own dtype: a copy
+    Change    what one adapter does to one tensor, by names and numbers alone, so that a plan can be pickled and sent to another machine
+    Rows      a change whose adapter was read: it maps rows of the stored tensor. What needs all of them at once says so
+
+A plan is cheap: it reads headers and configurations, no weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+NDArray: TypeAlias = np.ndarray[Any, Any]
+# How PEFT rounds; what each does is in spec/merging.md.
+Rounding: TypeAlias = Literal["default", "safe", "kept"]
+
+
+class Source(NamedTuple):
+    """An adapter that is merged, and how much of it."""
+
+    folder: Path  # where adapter_config.json lies
+    weight: float = 1.0
+
+
+class Change(ABC):
+    """What one adapter does to one tensor. A frozen dataclass of names and numbers."""
+
+    @abstractmethod
+    def opened(self) -> Rows:
+        """The same with what it needs of the adapter's file read."""
+
+
+class Rows(ABC):
+    """A map of the rows of a stored tensor, which is a matrix here: its first axis, and all the others."""
+
+    whole: ClassVar[bool] = False  # whether it needs all rows at once (DoRA on a transposed weight, FourierFT)
+
+    @abstractmethod
+    def __call__(self, rows: NDArray, first: int) -> NDArray:
+        """What the rows `first`, `first + 1` ... become, in the dtype that they come in and rounded as the plan says.
+
+        `rows` (n, columns) may be written into, and may be what is returned.
+        """
+
+
+class Planned(NamedTuple):
+    """One tensor of the output."""
+
+    name: str
+    dtype: str  # as safetensors spells it, in the output
+    shape: tuple[int, ...]
+    path: Path  # the file of the base that it lies in
+    stored_dtype: str  # and how it lies there
+    begin: int  # from the start of that file
+    end: int
+    changes: tuple[Change, ...] = ()
+
+
+class Shard(NamedTuple):
+    """One safetensors file of the output; its tensors in the order in which they lie in it."""
+
+    name: str
+    tensors: tuple[Planned, ...]
+    source: Path | None  # the file of the base whose header it has, byte for byte; None where a header of its own is written
+    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
+
+
+@dataclass(frozen=True)
+class Plan:
+    base: Path
+    sources: tuple[Source, ...]
+    shards: tuple[Shard, ...]
+    along: tuple[Path, ...] = ()  # configuration, tokenizer: files of the base that are copied under their names
+    written: tuple[tuple[str, bytes], ...] = ()  # an index, a changed configuration: name and what it holds
