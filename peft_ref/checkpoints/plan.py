@@ -1,4 +1,4 @@
-"""What is to be written, decided before a byte is: every file of the output, every tensor in it, where its bytes come from and what changes it.
+"""What is to be written, decided before a byte is: every file of the output, every tensor in it, and where its bytes come from.
 
     Plan      the whole output: its shards, and the files that come along
     Shard     one safetensors file, the unit of work: nothing in it depends on another shard
