@@ -38,6 +38,10 @@ class Change(ABC):
     def opened(self) -> Rows:
         """The same with what it needs of the adapter's file read."""
 
+    @abstractmethod
+    def adapter(self) -> Path:
+        """The folder of the adapter that it is made of, as in `Plan.sources`: for the printed plan, and to see whether its files stay."""
+
 
 class Rows(ABC):
     """A map of the rows of a stored tensor, which is a matrix here: `Planned.matrix` says how many rows and columns it has."""
@@ -48,7 +52,7 @@ class Rows(ABC):
     def __call__(self, rows: NDArray, first: int) -> NDArray:
         """What the rows `first`, `first + 1` ... become, in the dtype that they come in and rounded as the plan says.
 
-        `rows` (n, columns) may be written into, and may be what is returned.
+        `rows` (n, columns) may be written into, and may be what is returned. Several threads call it at once, each with rows of its own.
         """
 
 
