@@ -57,7 +57,7 @@ class Rows(ABC):
 
 
 class Planned(NamedTuple):
-    """One tensor of the output. What is stored is cast to `dtype` first, as when HF loads a model in another dtype, and then changed."""
+    """One tensor of the output. Where it gets another dtype than it has, it is changed in the wider of the two."""
 
     name: str
     dtype: str  # as safetensors spells it, in the output
