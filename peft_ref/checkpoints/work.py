@@ -43,7 +43,7 @@ class Opened:
 
     @property
     def whole(self) -> bool:
-        return any(rows.whole for rows in self.rows)
+        return any(rows.whole for rows in self.rows) or any(change.whole() for change in self.tensor.changes)
 
 
 class Block(NamedTuple):
