@@ -1,4 +1,4 @@
-"""Executes a plan: workers that share the shards' pieces, and an output that appears when all of them are done.
+"""Executes a plan: workers that share the shards' tasks, and an output that appears when all of them are done.
 
 A worker takes a shard of its own as long as there is one, since writes into one file wait for one another, and then helps with others'.
 Nothing is held but a block of rows for every worker and the adapters' tensors of what is being changed; a change that needs all rows
@@ -22,7 +22,7 @@ from peft_ref.checkpoints.copying import Stamps, copy, write
 from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.output import Output
 from peft_ref.checkpoints.plan import Plan
-from peft_ref.checkpoints.work import Bench, Piece, total
+from peft_ref.checkpoints.work import Bench, Task, total
 from peft_ref.errors import MergeError
 
 TELL_EVERY = 0.1  # seconds
@@ -139,10 +139,10 @@ class _Workers:
             bench = Bench()
             own: Job | None = None
             while not self._stop:
-                own, piece = self._next(own)
-                if own is None or piece is None:
+                own, task = self._next(own)
+                if own is None or task is None:
                     break
-                written = own.do(piece, bench)
+                written = own.do(task, bench)
                 with self._lock:
                     self._written += written
                 if own.settled(done=1):
@@ -155,12 +155,12 @@ class _Workers:
                 if not self._at_work:
                     self._ended.set()
 
-    def _next(self, own: Job | None) -> tuple[Job | None, Piece | None]:
-        """A piece of one's own shard, of one that nobody has begun, or of another's."""
+    def _next(self, own: Job | None) -> tuple[Job | None, Task | None]:
+        """A task of one's own shard, of one that nobody has begun, or of another's."""
         while not self._stop:
             if own is not None:
-                if (piece := own.take()) is not None:
-                    return own, piece
+                if (task := own.take()) is not None:
+                    return own, task
                 if own.settled():
                     self._finish(own)
             with self._lock:

@@ -10,47 +10,47 @@ from pathlib import Path
 from peft_ref.checkpoints.copying import Stamps, copy, write
 from peft_ref.checkpoints.output import PART
 from peft_ref.checkpoints.plan import Shard
-from peft_ref.checkpoints.work import Bench, Piece, Range, pieces, start
+from peft_ref.checkpoints.work import Bench, Range, Task, start, tasks
 from peft_ref.errors import MergeError
 
 
 class Job:
-    """`take` a piece and `do` it, again and again; whom `settled` answers with True makes it `finish`."""
+    """`take` a task and `do` it, again and again; whom `settled` answers with True makes it `finish`."""
 
     def __init__(self, shard: Shard, size: int, folder: Path, fsync: bool) -> None:
         self.shard, self.size, self.fsync = shard, size, fsync
         self.path = folder / shard.name
-        self.dealt_out = False  # whether no pieces are left to take
+        self.dealt_out = False  # whether no tasks are left to take
         self._sources = {t.path for t in shard.tensors} | ({shard.source} if shard.source is not None else set())
         self._part = folder / (shard.name + PART)
         self._lock = threading.Lock()
-        self._left: Iterator[Piece] | None = None
+        self._left: Iterator[Task] | None = None
         self._taken, self._over = 0, False
         self._target = -1
         self._opened: dict[Path, int] = {}
 
-    def take(self) -> Piece | None:
-        """The next piece; None when there are no more."""
+    def take(self) -> Task | None:
+        """The next task; None when there are no more."""
         with self._lock:
             if self._left is None:
                 self._left = self._begin()
-            piece = None if self.dealt_out else next(self._left, None)
-            if piece is None:
+            task = None if self.dealt_out else next(self._left, None)
+            if task is None:
                 self.dealt_out = True
             else:
                 self._taken += 1
-            return piece
+            return task
 
-    def do(self, piece: Piece, bench: Bench) -> int:
+    def do(self, task: Task, bench: Bench) -> int:
         """Writes it; returns how many bytes that were."""
-        path = piece.source if isinstance(piece, Range) else piece.opened.tensor.path
+        path = task.source if isinstance(task, Range) else task.opened.tensor.path
         source = self._opened[path]
         try:
-            if isinstance(piece, Range):
-                at, length = piece.at, piece.length
-                copy(source, piece.begin, self._target, at, length)
+            if isinstance(task, Range):
+                at, length = task.at, task.length
+                copy(source, task.begin, self._target, at, length)
             else:
-                data, at = bench.made(piece, source)
+                data, at = bench.made(task, source)
                 length = len(data)
                 write(data.data, self._target, at)
             if self.fsync and hasattr(os, "posix_fadvise"):  # the disk begins now, and not when all is waited for
@@ -62,7 +62,7 @@ class Job:
         return length
 
     def settled(self, done: int = 0) -> bool:
-        """Counts pieces as done. True once: when all are."""
+        """Counts tasks as done. True once: when all are."""
         with self._lock:
             self._taken -= done
             now = self.dealt_out and self._taken == 0 and not self._over
@@ -70,7 +70,7 @@ class Job:
             return now
 
     def finish(self, stamps: Stamps) -> None:
-        """All pieces are done: the shard gets its name."""
+        """All tasks are done: the shard gets its name."""
         stamps.check(sorted(self._sources))
         if self.fsync:
             os.fsync(self._target)
@@ -83,7 +83,7 @@ class Job:
                 os.close(handle)
         self._target, self._opened = -1, {}
 
-    def _begin(self) -> Iterator[Piece]:
+    def _begin(self) -> Iterator[Task]:
         for path in sorted(self._sources):
             self._opened[path] = os.open(path, os.O_RDONLY)
         # Not emptied first: the blocks that a killed run wrote are taken over, and every byte is written again.
@@ -93,4 +93,4 @@ class Job:
         if isinstance(begin, bytes):
             write(begin, self._target, 0)
             begin = len(begin)
-        return pieces(self.shard, begin)
+        return tasks(self.shard, begin)

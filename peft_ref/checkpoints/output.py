@@ -52,7 +52,9 @@ class Output:
             self._handle = _locked(self._lock, self.out)
             try:
                 self._begin()
-            except BaseException:
+            except BaseException as error:
+                if not isinstance(error, MergeError):  # which is a refusal: what a killed run left may still be of use
+                    shutil.rmtree(self.folder, ignore_errors=True)
                 if not self.folder.exists():
                     self._lock.unlink()
                 os.close(self._handle)

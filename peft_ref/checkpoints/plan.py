@@ -42,6 +42,10 @@ class Change(ABC):
     def adapter(self) -> Path:
         """The folder of the adapter that it is made of, as in `Plan.sources`: for the printed plan, and to see whether its files stay."""
 
+    def whole(self) -> bool:
+        """Whether its rows are going to need all rows at once, told before anything is read: for the memory in the printed plan."""
+        return False
+
 
 class Rows(ABC):
     """A map of the rows of a stored tensor, which is a matrix here: `Planned.matrix` says how many rows and columns it has."""

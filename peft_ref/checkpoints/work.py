@@ -1,4 +1,4 @@
-"""A shard as pieces of work that any worker may do, in any order: ranges that are copied, and blocks of rows that are changed.
+"""A shard as tasks that any worker may do, in any order: ranges that are copied, and blocks of rows that are changed.
 
     Range    bytes as they are: the header of a shard that keeps it, and every run of neighbours that nothing touches. All of an
              untouched shard is one, cut only so that several workers share it
@@ -43,7 +43,7 @@ class Opened:
 
     @property
     def whole(self) -> bool:
-        return any(rows.whole for rows in self.rows)
+        return any(rows.whole for rows in self.rows) or any(change.whole() for change in self.tensor.changes)
 
 
 class Block(NamedTuple):
@@ -51,13 +51,8 @@ class Block(NamedTuple):
     first: int
     rows: int
 
-    @property
-    def length(self) -> int:
-        """Bytes that are written."""
-        return self.rows * columns(self.opened.tensor) * dtypes()[self.opened.tensor.dtype].itemsize
 
-
-Piece: TypeAlias = Range | Block
+Task: TypeAlias = Range | Block
 
 
 def touched(tensor: Planned) -> bool:
@@ -69,10 +64,6 @@ def size(tensor: Planned) -> int:
     if tensor.dtype == tensor.stored_dtype:
         return tensor.end - tensor.begin
     return math.prod(tensor.shape) * BITS[tensor.dtype] // 8
-
-
-def columns(tensor: Planned) -> int:
-    return math.prod(tensor.shape[1:])
 
 
 def start(shard: Shard) -> int | bytes:
@@ -88,7 +79,7 @@ def total(shard: Shard) -> int:
     return (begin if isinstance(begin, int) else len(begin)) + sum(map(size, shard.tensors))
 
 
-def pieces(shard: Shard, begin: int, block: int = BLOCK) -> Iterator[Piece]:
+def tasks(shard: Shard, begin: int, block: int = BLOCK) -> Iterator[Task]:
     """All of the file but a header of its own, in the order in which it lies there; its tensors' bytes start at `begin`."""
     at, run = begin, None if shard.source is None else Range(shard.source, 0, 0, begin)
     for tensor in shard.tensors:
@@ -120,9 +111,9 @@ def _cut(run: Range) -> Iterator[Range]:
 
 def _blocks(tensor: Planned, at: int, block: int) -> Iterator[Block]:
     opened = Opened(tensor, tuple(change.opened() for change in tensor.changes), at)
-    rows = tensor.shape[0] if tensor.shape else 1
+    rows, columns = tensor.matrix
     wider = max(dtypes()[dtype].itemsize for dtype in (tensor.dtype, tensor.stored_dtype))
-    each = rows if opened.whole else max(1, block // (columns(tensor) * wider))
+    each = rows if opened.whole else max(1, block // (columns * wider))
     for first in range(0, rows, each):
         yield Block(opened, first, min(each, rows - first))
 
@@ -137,19 +128,20 @@ class Bench:
         """The bytes of a block from its source, an open file; and where they go."""
         tensor = block.opened.tensor
         stored, dtype = dtypes()[tensor.stored_dtype], dtypes()[tensor.dtype]
-        row = columns(tensor) * stored.itemsize
-        rows = self._filled(source, tensor.begin + block.first * row, block.rows * row).view(stored).reshape(block.rows, -1)
+        columns = tensor.matrix[1]
+        row = columns * stored.itemsize
+        rows = self._filled(source, tensor.begin + block.first * row, block.rows * row).view(stored).reshape(block.rows, columns)
         with np.errstate(all="ignore"):  # what is no number any more is looked for below
             if dtype.itemsize > stored.itemsize:
                 rows = rows.astype(dtype)
             for change in block.opened.rows:
                 rows = change(rows, block.first)
             rows = np.ascontiguousarray(rows.astype(dtype, copy=False))
-        if rows.shape != (block.rows, columns(tensor)):
-            raise ShapeError(f"{tensor.name}: a change made {rows.shape} of {(block.rows, columns(tensor))}: rows and columns stay.")
+        if rows.shape != (block.rows, columns):
+            raise ShapeError(f"{tensor.name}: a change made {rows.shape} of {(block.rows, columns)}: rows and columns stay.")
         if not finite(rows):
             raise self._no_number(block, source)
-        return rows.reshape(-1).view(np.uint8), block.opened.at + block.first * columns(tensor) * dtype.itemsize
+        return rows.reshape(-1).view(np.uint8), block.opened.at + block.first * columns * dtype.itemsize
 
     def _filled(self, source: int, at: int, length: int) -> NDArray:
         if length > len(self._memory) and length <= 4 * BLOCK:  # wide rows, which come again
@@ -161,7 +153,7 @@ class Bench:
     def _no_number(self, block: Block, source: int) -> MergeError:
         tensor = block.opened.tensor
         stored = dtypes()[tensor.stored_dtype]
-        row = columns(tensor) * stored.itemsize
+        row = tensor.matrix[1] * stored.itemsize
         there = self._filled(source, tensor.begin + block.first * row, block.rows * row).view(stored)
         at = f"tensor {tensor.name!r}, rows {block.first} to {block.first + block.rows - 1}"
         if not finite(there):

@@ -23,14 +23,17 @@ class Plus(Change):
     """Row i gets i + what the adapter says. So a block that is told a wrong first row shows."""
 
     folder: Path
-    whole: bool = False
+    at_once: bool = False
 
     def adapter(self) -> Path:
         return self.folder
 
+    def whole(self) -> bool:
+        return self.at_once
+
     def opened(self) -> Rows:
         amount = open_file(self.folder / "adapter_model.safetensors").read("amount")
-        return (PlusWhole if self.whole else PlusRows)(float(amount[0]))
+        return (PlusWhole if self.at_once else PlusRows)(float(amount[0]))
 
 
 class PlusRows(Rows):

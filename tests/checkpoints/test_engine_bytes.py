@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from peft_ref.checkpoints import work
 from peft_ref.checkpoints.engine import Progress, execute
 from peft_ref.checkpoints.plan import Plan, Planned, Shard
-from peft_ref.checkpoints.work import BLOCK, Bench, Range, finite, pieces, start
+from peft_ref.checkpoints.work import BLOCK, Bench, Range, finite, start, tasks
 from peft_ref.files.safetensors import dtypes, open_file
 from tests.checkpoints.engine_made import BF16, adapter, beside, bytes_of, checkpoint, expected, merged, numbers, planned, small
 
@@ -28,7 +28,7 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("block", [1, 300, BLOCK])
 def test_every_row_is_changed_once_whatever_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, block: int) -> None:
-    monkeypatch.setattr(work.pieces, "__defaults__", (block,))
+    monkeypatch.setattr(work.tasks, "__defaults__", (block,))
     base, one, two = small(tmp_path / "base"), adapter(tmp_path / "one", 2), adapter(tmp_path / "two", 1)
     execute(planned(base, [one, two]), tmp_path / "out", threads=threads)
     assert_same(merged(tmp_path / "out"), expected(base, [2, 1]))
@@ -56,9 +56,9 @@ def test_untouched_bytes_and_headers_are_those_of_the_base(tmp_path: Path) -> No
 
 def test_an_untouched_shard_is_one_range_and_neighbours_are_copied_together(tmp_path: Path) -> None:
     plan = planned(small(tmp_path / "base"), [adapter(tmp_path / "adapter")])
-    kinds = [[type(piece).__name__ for piece in pieces(shard, int(start(shard)))] for shard in plan.shards]
+    kinds = [[type(task).__name__ for task in tasks(shard, int(start(shard)))] for shard in plan.shards]
     assert kinds == [["Range", "Block", "Range"], ["Range", "Block", "Range"], ["Range"]]
-    whole = next(iter(pieces(plan.shards[-1], int(start(plan.shards[-1])))))
+    whole = next(iter(tasks(plan.shards[-1], int(start(plan.shards[-1])))))
     path = plan.shards[-1].tensors[0].path
     assert whole == Range(path, 0, 0, path.stat().st_size)
 
@@ -67,10 +67,10 @@ def test_a_long_range_is_cut_at_multiples_and_nothing_is_left_out(monkeypatch: p
     monkeypatch.setattr(work, "RANGE", 64)
     path = Path("base")
     tensor = Planned("w", "U8", (1000,), path, "U8", 100, 1100)
-    found = list(pieces(Shard("s", (tensor,), path), 100))
-    assert sum(piece.length for piece in found) == 1100
+    found = list(tasks(Shard("s", (tensor,), path), 100))
+    assert sum(task.length for task in found) == 1100
     assert all(a.begin + a.length == b.begin == b.at for a, b in itertools.pairwise(found))
-    assert {piece.begin % 64 for piece in found} == {0}
+    assert {task.begin % 64 for task in found} == {0}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_tensors_from_several_files_come_together_in_one(tmp_path: Path) -> None
 
 
 def test_a_change_that_needs_all_rows_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work.pieces, "__defaults__", (100,))
+    monkeypatch.setattr(work.tasks, "__defaults__", (100,))
     base = small(tmp_path / "base")
     execute(planned(base, [adapter(tmp_path / "adapter", 1)], whole=True), tmp_path / "out")
     assert_same(merged(tmp_path / "out"), expected(base, [1]))
