@@ -27,8 +27,8 @@ def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     """This thread's buffer of that name, as an array of `shape`, which is a matrix no larger than TILE."""
-    held: dict[tuple[str, str], NDArray] = _buffers.__dict__
-    key = (name, dtype.name)
+    held: dict[str, NDArray] = _buffers.__dict__
+    key = f"{name} {dtype.name}"
     if key not in held:
         held[key] = np.empty(TILE[0] * TILE[1], dtype)
     return held[key][: shape[0] * shape[1]].reshape(shape)

@@ -41,7 +41,9 @@ class Base:
                 f"{self.folder}: neither {SINGLE} nor {INDEX} is there.{more}\n  Give the folder that `save_pretrained` wrote."
             )
         if missing := [name for name in names if not (self.folder / name).is_file()]:
-            raise FileFormatError(f"{self.folder}: {missing[0]} is not there, and {len(missing) - 1} more that the index names.\n  Get them.")
+            raise FileFormatError(
+                f"{self.folder}: {missing[0]} is not there, and {len(missing) - 1} more that the index names.\n  Get them."
+            )
         files = {name: open_file(self.folder / name) for name in names}
         self._check(files)
         return files
@@ -89,7 +91,9 @@ class Base:
         for file, opened in files.items():
             for name in opened.entries:
                 if name in found:
-                    raise FileFormatError(f"{self.folder}: {name!r} is in {found[name]} and in {file}.\n  A merge cannot know which counts.")
+                    raise FileFormatError(
+                        f"{self.folder}: {name!r} is in {found[name]} and in {file}.\n  A merge cannot know which counts."
+                    )
                 found[name] = file
         for name, file in self.index.get("weight_map", found).items():
             if found.get(name) != file:

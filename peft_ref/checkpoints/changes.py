@@ -1,8 +1,8 @@
 """What an adapter does to one tensor: the changes that a plan is made of, each a value of names and numbers, and their opened forms.
 
-    AddLowRank    a low-rank delta onto a layer's weight
-    AddBias       what a low-rank method adds to the bias
-    Replace       another tensor in its place: modules_to_save, trained biases, saved embeddings
+AddLowRank    a low-rank delta onto a layer's weight
+AddBias       what a low-rank method adds to the bias
+Replace       another tensor in its place: modules_to_save, trained biases, saved embeddings
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ class _Replaced(Rows):
         begin, each = self._tensor.begin, self._columns * self._dtype.itemsize
         new = pread(self._tensor, begin + first * each, len(rows) * each).view(self._dtype).reshape(rows.shape)
         if self._tensor.dtype in FLOATS and not np.isfinite(new).all():
-            raise FileFormatError(f"{self._tensor.path}: tensor {self._tensor.name!r} holds a NaN or an infinity.\n  The adapter is broken.")
+            raise FileFormatError(
+                f"{self._tensor.path}: tensor {self._tensor.name!r} holds a NaN or an infinity.\n  The adapter is broken."
+            )
         np.copyto(rows, new, casting="unsafe")
         return rows

@@ -44,7 +44,7 @@ def pread(p: Piece, begin: int, length: int) -> NDArray:
     data = np.empty(length, np.uint8)
     with p.path.open("rb") as file:
         file.seek(begin)
-        filled = file.readinto(memoryview(data))
+        filled = file.readinto(data.data)
     if filled != length:
         raise FileFormatError(f"{p.path}: tensor {p.name!r} was cut off since the plan was made.\n  Is it being written?")
     return data

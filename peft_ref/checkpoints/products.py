@@ -1,8 +1,8 @@
 """A low-rank method's delta as the product that PEFT forms, and the numbers that it multiplies and divides it by afterwards.
 
-    LoRA and its kin    (B A) * s            s = alpha / r rounded to the dtype it is computed in, once for every number of the product
-    AdaLoRA             (B (E A)) * alpha / (r + 1e-5)
-    the others          as `factors` says, the scale in a factor
+LoRA and its kin    (B A) * s            s = alpha / r rounded to the dtype it is computed in, once for every number of the product
+AdaLoRA             (B (E A)) * alpha / (r + 1e-5)
+the others          as `factors` says, the scale in a factor
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def product_of(method: LowRank[Any], params: Any, weight: float) -> Product:
 def bias_of(method: LowRank[Any], params: Any, weight: float) -> Any:
     """What is added to the bias, multiplied as PEFT does it."""
     plain, times, _ = _unscaled(method)
-    b = plain.factors(params).b
+    b: Any = plain.factors(params).b
     for factor in times:
         b = b * b.dtype.type(factor * weight)
     return b
