@@ -36,3 +36,7 @@ class NotMergeableError(PeftRefError, RuntimeError):
 
 class FileFormatError(PeftRefError, ValueError):
     """A file is not what its name promises."""
+
+
+class MergeError(PeftRefError, RuntimeError):
+    """A merge ended before its output was whole. Nothing of it is left, and what was there before still is."""

@@ -11,6 +11,7 @@ A plan is cheap: it reads headers and configurations, no weights.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,17 @@ class Change(ABC):
     def opened(self) -> Rows:
         """The same with what it needs of the adapter's file read."""
 
+    @abstractmethod
+    def adapter(self) -> Path:
+        """The folder of the adapter that it is made of, as in `Plan.sources`: for the printed plan, and to see whether its files stay."""
+
+    def whole(self) -> bool:
+        """Whether its rows are going to need all rows at once, told before anything is read: for the memory in the printed plan."""
+        return False
+
 
 class Rows(ABC):
-    """A map of the rows of a stored tensor, which is a matrix here: its first axis, and all the others."""
+    """A map of the rows of a stored tensor, which is a matrix here: `Planned.matrix` says how many rows and columns it has."""
 
     whole: ClassVar[bool] = False  # whether it needs all rows at once (DoRA on a transposed weight, FourierFT)
 
@@ -47,12 +56,12 @@ class Rows(ABC):
     def __call__(self, rows: NDArray, first: int) -> NDArray:
         """What the rows `first`, `first + 1` ... become, in the dtype that they come in and rounded as the plan says.
 
-        `rows` (n, columns) may be written into, and may be what is returned.
+        `rows` (n, columns) may be written into, and may be what is returned. Several threads call it at once, each with rows of its own.
         """
 
 
 class Planned(NamedTuple):
-    """One tensor of the output."""
+    """One tensor of the output. Where it gets another dtype than it has, it is changed in the wider of the two."""
 
     name: str
     dtype: str  # as safetensors spells it, in the output
@@ -62,6 +71,13 @@ class Planned(NamedTuple):
     begin: int  # from the start of that file
     end: int
     changes: tuple[Change, ...] = ()
+    rows: int | None = None  # of the matrix that the changes see, where it is not the first axis: of a stack of matrices all their rows
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns as the changes see them; a vector is one column."""
+        rows = self.rows if self.rows is not None else (self.shape[0] if self.shape else 1)
+        return rows, math.prod(self.shape) // rows if rows else 0
 
 
 class Shard(NamedTuple):
@@ -80,3 +96,4 @@ class Plan:
     shards: tuple[Shard, ...]
     along: tuple[Path, ...] = ()  # configuration, tokenizer: files of the base that are copied under their names
     written: tuple[tuple[str, bytes], ...] = ()  # an index, a changed configuration: name and what it holds
+    left: tuple[str, ...] = ()  # files of the base that do not come along: weights in other formats, what is large

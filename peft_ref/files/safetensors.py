@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,9 +122,9 @@ def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
             raise FileFormatError(
                 f"{path}: claims a header of {length} bytes, the file has {size}.\n  It was cut off, or is something else."
             )
-        header = _json(path, file.read(length))
-    metadata = _metadata(path, header.pop("__metadata__", None) or {})
-    entries = {name: _entry(path, name, claim, 8 + length, size) for name, claim in header.items()}
+        claims = _json(path, file.read(length))
+    metadata = _metadata(path, claims.pop("__metadata__", None) or {})
+    entries = {name: _entry(path, name, claim, 8 + length, size) for name, claim in claims.items()}
     _check_cover(path, entries, 8 + length, size)
     return SafetensorsFile(path, metadata, entries)
 
@@ -156,21 +156,31 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     return _layout(raws, metadata)
 
 
-def _layout(raws: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
-    """The library's layout: the widest dtypes first, then by name; the header padded with spaces to a multiple of 8."""
+def in_order(dtypes_by_name: Mapping[str, str]) -> list[str]:
+    """The library's layout: the widest dtypes first, then by name."""
     order = ["BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"]
     order += ["I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
     rank = {dtype: -place for place, dtype in enumerate(order)}
-    names = sorted(raws, key=lambda name: (rank.get(raws[name].dtype, 1), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    return sorted(dtypes_by_name, key=lambda name: (rank.get(dtypes_by_name[name], 1), name))
+
+
+def _layout(raws: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
+    """The library's layout, the header padded with spaces to a multiple of 8."""
+    names = in_order({name: raw.dtype for name, raw in raws.items()})
+    start = header(((name, raws[name].dtype, raws[name].shape, len(raws[name].data)) for name in names), metadata)
+    return b"".join([start, *(raws[name].data for name in names)])
+
+
+def header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with, its length included; a tensor is name, dtype, shape and number of bytes, in the order in which they lie."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name in names:
-        dtype, shape, data = raws[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
-        at += len(data)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(raws[name].data for name in names)])
+    return len(text).to_bytes(8, "little") + text
 
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
