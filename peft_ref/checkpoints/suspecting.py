@@ -87,9 +87,12 @@ def is_told(claim: Claim, values: NDArray) -> bool:
 
 
 def explaining(claim: Claim, only: frozenset[str] | None = None) -> list[Suspect]:
-    """The suspects whose numbers these are; of those named in `only`, where it is given. The method's own mistakes before the others."""
+    """The suspects whose numbers these are; of those named in `only`, where it is given.
+
+    The method's own mistakes before what only happens to files, of which the first is enough: the later ones are the more general.
+    """
     found = [s for s in _mistakes(claim, only) if fits(claim, s.values)]
-    return found or [s for s in _of_files(claim) if (only is None or s.name in only) and fits(claim, s.values)]
+    return found or [s for s in _of_files(claim) if (only is None or s.name in only) and fits(claim, s.values)][:1]
 
 
 def _mistakes(claim: Claim, only: frozenset[str] | None) -> Iterator[Suspect]:

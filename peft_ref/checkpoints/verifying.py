@@ -11,35 +11,37 @@ that `peft_ref.report` shows it as it shows a port's.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from peft_ref.check.result import Diagnosis, PortInfo, Report, Verdict, Worst
-from peft_ref.checkpoints.plan import NDArray, Plan, Planned, Rows
-from peft_ref.checkpoints.suspecting import CLAUSE, FORMATS, Claim, Suspect, explaining, fits, spacing, tolerance
+from peft_ref.checkpoints.base import Base
+from peft_ref.checkpoints.exactly import blocks, claimed, method_of
+from peft_ref.checkpoints.pieces import Piece, pread
+from peft_ref.checkpoints.plan import NDArray, Plan, Planned
+from peft_ref.checkpoints.suspecting import CLAUSE, FORMATS, Claim, Suspect, explaining, spacing, tolerance
 
 Progress = Callable[[int, int, str], None]
-BLOCK = 1 << 20  # elements that are compared at once
 LARGEST = 1 << 27  # elements of a tensor that mistakes are still replayed on
 
 
 class Task(NamedTuple):
-    """One tensor, where it lies in both checkpoints, and what changes it."""
+    """One tensor, where it lies in both checkpoints, and which method changes it."""
 
     planned: Planned
-    merged: Place | None
+    merged: Piece | None
     method: str
 
 
 def verify(plan: Plan, merged: Path, progress: Progress = lambda n, total, text: None) -> Report:
     """The report on the checkpoint in the folder `merged`. Raises `FileFormatError` where a file is none."""
     began = time.monotonic()
-    there = placed(merged)
+    there = Base(merged).tensors
     tasks = [Task(p, there.get(p.name), method_of(p)) for shard in plan.shards for p in shard.tensors]
     verdicts, wrong = list[Verdict](), list[Task]()
     for n, task in enumerate(tasks):
@@ -51,8 +53,7 @@ def verify(plan: Plan, merged: Path, progress: Progress = lambda n, total, text:
     expected = {task.planned.name for task in tasks}
     verdicts += [_verdict(name, "", "wrong", "is in the merged checkpoint and not in the base") for name in there if name not in expected]
     diagnoses = diagnosed(wrong, {v.case: v for v in verdicts}, progress)
-    dtypes = sorted({place.dtype for place in there.values()})
-    info = PortInfo(name=str(merged), dtype=", ".join(dtypes), language="a checkpoint")
+    info = PortInfo(name=str(merged), dtype=", ".join(sorted({piece.dtype for piece in there.values()})), language="a checkpoint")
     return Report(port=info, verdicts=tuple(verdicts), diagnoses=tuple(diagnoses), seconds=time.monotonic() - began)
 
 
@@ -64,12 +65,20 @@ def graded(task: Task) -> Verdict:
     if place.shape != planned.shape:
         return _verdict(planned.name, method, "wrong", f"is {place.shape} there, {planned.shape} in the base")
     if place.dtype not in FORMATS:
-        same = not planned.changes and _bytes(place) == _bytes(_source(planned))
-        return _verdict(planned.name, method, "right" if same else "wrong", "same bytes" if same else f"{place.dtype} cannot be compared")
+        if planned.changes or place.dtype != planned.stored_dtype:
+            return _verdict(planned.name, method, "wrong", f"is {place.dtype}, which is no number that can be compared")
+        same = _same_bytes(planned, place)
+        return _verdict(planned.name, method, "right" if same else "wrong", "untouched" if same else "its bytes are not the base's")
     worst = _Worst(place.dtype, bool(planned.changes))
-    for first, W, right, got in _blocks(task):
+    for first, W, right, got in blocks(planned, place):
         worst.add(first, W, right, got)
     return worst.verdict(planned.name, method)
+
+
+def _same_bytes(planned: Planned, place: Piece) -> bool:
+    source = Piece(planned.path, planned.name, planned.stored_dtype, planned.shape, planned.begin, planned.end)
+    sizes = [(at, min(1 << 22, planned.end - planned.begin - at)) for at in range(0, planned.end - planned.begin, 1 << 22)]
+    return all(bool(np.array_equal(pread(source, source.begin + at, n), pread(place, place.begin + at, n))) for at, n in sizes)
 
 
 class _Worst:
@@ -112,16 +121,26 @@ class _Worst:
 def diagnosed(wrong: list[Task], verdicts: Mapping[str, Verdict], progress: Progress) -> list[Diagnosis]:
     """One diagnosis for every group of wrong tensors that one cause explains, or none that is known."""
     groups = list[tuple[list[Suspect], list[Task]]]()
-    for n, task in enumerate(sorted(wrong, key=lambda t: np.prod(t.planned.shape))):
+    for n, task in enumerate(sorted(wrong, key=lambda t: math.prod(t.planned.shape))):
         progress(n, len(wrong), f"what is wrong with {task.planned.name}?")
-        claim = claimed(task)
+        small = task.merged is not None and math.prod(task.planned.shape) <= LARGEST
+        claim = claimed(task.planned, task.merged) if small and task.merged else None
         known = next((g for g in groups if g[1][0].method == task.method and claim and g[0] and _still(g, claim)), None)
         if known is not None:
             known[1].append(task)
             continue
         suspects = explaining(claim) if claim else []
-        groups.append((suspects, [task])) if suspects else _unexplained(groups, task)
+        if suspects:
+            groups.append((suspects, [task]))
+        else:
+            _unexplained(groups, task)
     return [_diagnosis(suspects, tasks, verdicts) for suspects, tasks in groups]
+
+
+def _verdict(name: str, method: str, status: str, reason: str, worst: Worst | None = None) -> Verdict:
+    return Verdict(
+        case=name, method=method or "untouched", operation="merge", layer="", clause="", status=status, reason=reason, worst=worst
+    )
 
 
 def _still(group: tuple[list[Suspect], list[Task]], claim: Claim) -> bool:
