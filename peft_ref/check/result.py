@@ -96,6 +96,8 @@ class Report:
     # method -> mistakes that the asked cases could not have told from the right answer in the port's dtype
     undecidable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     broken: str = ""  # why the port itself cannot be judged: its harness, not its mathematics
+    verb: str = "check"  # which command judged
+    thing: str = "case"  # and what a case of it is
 
     @property
     def counts(self) -> dict[str, int]:

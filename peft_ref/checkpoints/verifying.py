@@ -53,8 +53,9 @@ def verify(plan: Plan, merged: Path, progress: Progress = lambda n, total, text:
     expected = {task.planned.name for task in tasks}
     verdicts += [_verdict(name, "", "wrong", "is in the merged checkpoint and not in the base") for name in there if name not in expected]
     diagnoses = diagnosed(wrong, {v.case: v for v in verdicts}, progress)
-    info = PortInfo(name=str(merged), dtype=", ".join(sorted({piece.dtype for piece in there.values()})), language="a checkpoint")
-    return Report(port=info, verdicts=tuple(verdicts), diagnoses=tuple(diagnoses), seconds=time.monotonic() - began)
+    info = PortInfo(name=merged.resolve().name, dtype=", ".join(sorted({piece.dtype for piece in there.values()})), language="a checkpoint")
+    seconds = time.monotonic() - began
+    return Report(port=info, verdicts=tuple(verdicts), diagnoses=tuple(diagnoses), seconds=seconds, verb="verify", thing="tensor")
 
 
 def graded(task: Task) -> Verdict:
@@ -112,7 +113,9 @@ class _Worst:
             return _verdict(name, method, "wrong", f"{self._ulps:.3g} ulp off at worst", worst)
         if self._changed and 0 < self._effect <= 1:
             return _verdict(name, method, "undecidable", f"the adapter's change is within the rounding of {self._dtype}", worst)
-        return _verdict(name, method, "right", f"{self._ulps:.2f} ulp worst" if self._changed else "untouched", worst)
+        if not self._changed:
+            return _verdict(name, method, "right", "untouched", worst, exact=self._ratio <= 0)
+        return _verdict(name, method, "right", f"{self._ulps:.2f} ulp worst", worst)
 
 
 # ---- what is wrong
@@ -137,10 +140,9 @@ def diagnosed(wrong: list[Task], verdicts: Mapping[str, Verdict], progress: Prog
     return [_diagnosis(suspects, tasks, verdicts) for suspects, tasks in groups]
 
 
-def _verdict(name: str, method: str, status: str, reason: str, worst: Worst | None = None) -> Verdict:
-    return Verdict(
-        case=name, method=method or "untouched", operation="merge", layer="", clause="", status=status, reason=reason, worst=worst
-    )
+def _verdict(name: str, method: str, status: str, reason: str, worst: Worst | None = None, exact: bool = False) -> Verdict:
+    told = {"case": name, "method": method or "untouched", "operation": "merge", "layer": "", "clause": ""}
+    return Verdict(**told, status=status, reason=reason, worst=worst, exact=exact)
 
 
 def _still(group: tuple[list[Suspect], list[Task]], claim: Claim) -> bool:

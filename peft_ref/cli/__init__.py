@@ -9,7 +9,16 @@ from importlib import import_module
 
 from peft_ref.errors import PeftRefError
 
-VERBS = ("check", "cases", "ranks", "train", "convert", "merge")  # only the one that is asked for is imported: `merge` counts every MB
+# Only the one that is asked for is imported: `merge` counts every MB.
+VERBS = (
+    "check",
+    "cases",
+    "ranks",
+    "train",
+    "convert",
+    "merge",
+    "verify",
+)
 ONE_THREAD = ("merge",)  # those that bring threads of their own: BLAS is told before NumPy is loaded
 
 

@@ -67,7 +67,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace, program: Sequence[str]) -> int:
-    weights = _weights(options.weights, options.adapters)
+    weights = read_weights(options.weights, options.adapters)
     size = _size(options.max_shard_size)
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads {options.threads}: at least one does the work.")
@@ -126,7 +126,7 @@ def _executed(options: argparse.Namespace, plan: Plan, threads: int) -> Merged:
         bar.done()
 
 
-def _weights(text: str | None, adapters: Sequence[Path]) -> list[float]:
+def read_weights(text: str | None, adapters: Sequence[Path]) -> list[float]:
     if text is None:
         return [1.0] * len(adapters)
     try:

@@ -49,11 +49,15 @@ def headline(report: Report) -> tuple[str, str, str]:
     if report.broken:
         return BAD, "Broken", "The port could not be judged."
     if not asked:
-        return BAD, "Nothing was executed", f"{n['skipped']} cases skipped, {n['not asked']} not asked. This says nothing about the port."
+        return (
+            BAD,
+            "Nothing was executed",
+            f"{_many(n['skipped'], report.thing)} skipped, {n['not asked']} not asked. This says nothing about the port.",
+        )
     if n["wrong"]:
-        return BAD, "Wrong", f"{n['wrong']} of {_many(asked, 'case')} wrong. {_causes(report)}".strip()
+        return BAD, "Wrong", f"{n['wrong']} of {_many(asked, report.thing)} wrong. {_causes(report)}".strip()
     if n["error"]:
-        return BAD, "Broken", f"{n['error']} of {_many(asked, 'case')} had no usable answer; {n['right']} right, none wrong."
+        return BAD, "Broken", f"{n['error']} of {_many(asked, report.thing)} had no usable answer; {n['right']} right, none wrong."
     if not n["right"] and not n["dialect"]:
         return (
             DOUBTFUL,
@@ -62,10 +66,10 @@ def headline(report: Report) -> tuple[str, str, str]:
         )
     doubts = [f"{n[s]} {word}" for s, word in (("dialect", "in a dialect"), ("undecidable", "undecidable")) if n[s]]
     if doubts:
-        return GOOD, "Right", f"{n['right']} of {_many(asked, 'case')} right, {', '.join(doubts)}, none wrong."
+        return GOOD, "Right", f"{n['right']} of {_many(asked, report.thing)} right, {', '.join(doubts)}, none wrong."
     if n["skipped"]:
-        return GOOD, "Right", f"{_many(asked, 'case')} right, {n['skipped']} skipped."
-    return GOOD, "Right", f"All {_many(asked, 'case')} that were asked."
+        return GOOD, "Right", f"{_many(asked, report.thing)} right, {n['skipped']} skipped."
+    return GOOD, "Right", f"All {_many(asked, report.thing)} that were asked."
 
 
 def _causes(report: Report) -> str:

@@ -34,12 +34,13 @@ def render(report: Report) -> str:
     """The page."""
     how, word, sentence = headline(report)
     who = e(port_name(report))
+    kicker = f"peft-ref {report.verb}, {len(report.verdicts)} {report.thing}s in {report.seconds:.1f} s"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{e(word)}: {who}</title>\n<style>\n{_file('page.css')}</style></head>\n<body>\n"
-        f'<header class="{how}"><div><p class="kicker">peft-ref check, {len(report.verdicts)} cases in {report.seconds:.1f} s</p>'
+        f'<header class="{how}"><div><p class="kicker">{kicker}</p>'
         f"<h1>{who} <small>{e(about(report))}</small> {_homepage(report)}</h1>"
         f'<p class="word">{e(word)}</p><p class="sentence">{e(sentence)}</p>{_bar(report)}</div></header>\n'
         f"<main>\n{_main(report)}\n<footer>The spec's pages are in <code>spec/</code> of peft_ref. Every number on this page is of float64"
@@ -211,9 +212,9 @@ def _hidden(report: Report) -> str:
 
 def _list(report: Report) -> str:
     body = "".join(map(_row, sorted(report.verdicts, key=lambda v: STATUSES.index(v.status))))
-    head = "".join(f"<th>{name}</th>" for name in ("case", "status", "clause", "of tolerance", "reason"))
+    head = "".join(f"<th>{name}</th>" for name in (report.thing, "status", "clause", "of tolerance", "reason"))
     return (
-        f'<h2>Every case</h2><details id="cases"><summary>{len(report.verdicts)} cases, worst first</summary>'
+        f'<h2>Every {report.thing}</h2><details id="cases"><summary>{len(report.verdicts)} {report.thing}s, worst first</summary>'
         '<input type="search" id="find" placeholder="words of a case, a status or a reason" aria-label="filter the cases">'
         f'<div class="scroll"><table class="list"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
     )

@@ -68,7 +68,7 @@ class Paint:
 
 def _head(report: Report, paint: Paint) -> str:
     who, details = textwrap.shorten(port_name(report), 50, placeholder=" ..."), textwrap.shorten(about(report), 30, placeholder=" ...")
-    right = f"{len(report.verdicts)} cases in {report.seconds:.1f} s"
+    right = f"{len(report.verdicts)} {report.thing}s in {report.seconds:.1f} s"
     left = f"{who}  ({details})" if details else who
     return f"{paint(who, 'bold')}{left[len(who) :]}{right:>{max(WIDTH - len(left), len(right) + 2)}}"
 

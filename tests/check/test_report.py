@@ -26,7 +26,7 @@ LAST = {
     "wrong": r"WRONG  3 of 8 cases wrong\. 1 known mistake\.",
     "right": r"RIGHT  All 2 cases that were asked\.",
     "errors": r"BROKEN  1 of 2 cases had no usable answer; 1 right, none wrong\.",
-    "nothing": r"NOTHING WAS EXECUTED  1 cases skipped, 1 not asked\. .*",
+    "nothing": r"NOTHING WAS EXECUTED  1 case skipped, 1 not asked\. .*",
     "undecided": r"UNDECIDED  In float32 none of 1 answer can be told .*",
     "dialect": r"RIGHT  1 of 2 cases right, 1 in a dialect, none wrong\.",
     "broken": r"BROKEN  The port could not be judged\.",

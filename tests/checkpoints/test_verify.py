@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 from peft_ref.checkpoints.plan import Source  # noqa: E402
 from peft_ref.checkpoints.planning import plan  # noqa: E402
 from peft_ref.checkpoints.verifying import verify  # noqa: E402
+from peft_ref.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.hf
 Weights = dict[str, Any]
@@ -158,3 +160,20 @@ def remade(made: Path, folder: Path, change: Callable[[Weights], Weights], *, of
     path = folder / "remade" / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
     return folder / "remade"
+
+
+def test_the_verb_says_it_in_words_in_json_and_on_a_page(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, name = WRONG["alpha instead of alpha / r"]
+    wrong = remade(made, tmp_path, lambda weights: change(weights, deltas(made)))
+    base, adapter, page = str(made / "base"), str(made / "adapter"), tmp_path / "page.html"
+    assert main(["verify", base, adapter, str(made / "merged"), "--verbose"]) == 0
+    said = capsys.readouterr().out
+    assert "ulp worst" in said
+    assert "untouched" in said
+    assert main(["verify", base, adapter, str(wrong), "--html", str(page)]) == 1
+    assert name in capsys.readouterr().out
+    assert name in page.read_text()
+    assert main(["verify", base, adapter, str(wrong), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [d["mistakes"] for d in report["diagnoses"]] == [[name]]
+    assert main(["verify", base, str(made / "merged"), str(wrong)]) == 2
