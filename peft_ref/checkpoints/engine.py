@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from peft_ref.checkpoints.blas import one_thread
 from peft_ref.checkpoints.copying import Stamps, copy, write
 from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.output import Output
-from peft_ref.checkpoints.plan import Plan
+from peft_ref.checkpoints.plan import Plan, Shard
 from peft_ref.checkpoints.work import Bench, Task, total
 from peft_ref.errors import MergeError
 
@@ -47,16 +47,31 @@ class Merged:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Todo:
+    """The shards that are to be written into a folder."""
+
+    shards: Sequence[Shard]
+    sizes: Mapping[str, int]
+    folder: Path
+    kept: int  # shards that need not be
+    tell: Callable[[Progress], None]
+
+
 def execute(
     plan: Plan,
     out: Path,
     *,
+    run: Callable[[Todo], int] | None = None,
     threads: int | None = None,
     fsync: bool = True,
     overwrite: bool = False,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Merged:
-    """Write what was planned to the folder `out`: all of it, or a MergeError and nothing. `tell` is called now and then, from here."""
+    """Write what was planned to the folder `out`: all of it, or a MergeError and nothing. `tell` is called now and then, from here.
+
+    `run` writes the shards and returns how many bytes those are; by default threads of this process do.
+    """
     began = time.monotonic()
     try:
         stamps = Stamps(read_by(plan))
@@ -67,8 +82,8 @@ def execute(
             sizes = {shard.name: total(shard) for shard in plan.shards}
             kept = output.finished(sizes)
             _check_space(plan, output, sum(sizes.values()) - sum(sizes[name] for name in kept))
-            jobs = [Job(shard, sizes[shard.name], output.folder, fsync) for shard in plan.shards if shard.name not in kept]
-            written = _Workers(jobs, stamps, threads or cores(), len(kept), tell).run()
+            todo = Todo([shard for shard in plan.shards if shard.name not in kept], sizes, output.folder, len(kept), tell)
+            written = run(todo) if run is not None else _Workers(todo, stamps, threads or cores(), fsync).run()
             _write_small(plan, output)
             stamps.check(stamps.files)
             output.publish()
@@ -102,14 +117,15 @@ def fingerprint(plan: Plan, stamps: Stamps, fsync: bool) -> str:
 
 
 class _Workers:
-    def __init__(self, jobs: Sequence[Job], stamps: Stamps, threads: int, kept: int, tell: Callable[[Progress], None]) -> None:
+    def __init__(self, todo: Todo, stamps: Stamps, threads: int, fsync: bool) -> None:
+        jobs = [Job(shard, todo.sizes[shard.name], todo.folder, fsync) for shard in todo.shards]
         self._waiting, self._begun = list(reversed(jobs)), list[Job]()
-        self._stamps, self._tell = stamps, tell
+        self._stamps, self._tell = stamps, todo.tell
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._error: BaseException | None = None
         self._stop = False
-        self._written, self._finished = 0, kept
-        self._total, self._of = sum(job.size for job in jobs), kept + len(jobs)
+        self._written, self._finished = 0, todo.kept
+        self._total, self._of = sum(job.size for job in jobs), todo.kept + len(jobs)
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         self._at_work = threads
         self._began = time.monotonic()

@@ -62,6 +62,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="workers (default: one for each core)")
     parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk: faster, but a power failure may lose the output")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster, tcp://host:8786, whose workers write the shards; then BASE, ADAPTER and OUT are paths that all of them"
+        " see, or what fsspec knows: s3://bucket/model, hf://org/model",
+    )
     parser.add_argument("--json", action="store_true", help="the plan or the result as JSON on standard output, and no progress")
     parser.set_defaults(run=run)
 
