@@ -92,9 +92,7 @@ def merge(*words: str | Path) -> int:
     return main(["merge", *map(str, words)])
 
 
-def test_a_sharded_checkpoint_keeps_its_shards_and_what_lies_beside_them(
-    tmp_path: Path, base: Path, adapter: Path, capsys: Capture
-) -> None:
+def test_a_sharded_checkpoint_keeps_its_shards_and_what_lies_beside(tmp_path: Path, base: Path, adapter: Path, capsys: Capture) -> None:
     assert merge(base, adapter, "-o", tmp_path / "out") == 0
     assert_same(merged(tmp_path / "out"), expected(base, (adapter, 1)))
     new, was = bytes_of(tmp_path / "out"), bytes_of(base)
