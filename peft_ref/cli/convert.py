@@ -72,25 +72,15 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
 
 
 def _converted(source: AdapterFile, options: argparse.Namespace) -> Conversion:
+    from peft_ref.graph import under_live_names
     from peft_ref.model import adapt, load
     from peft_ref.model.converting import as_lora, check_on_its_weight, converted
 
     if options.model is None:
         return converted(source, rank=options.rank, energy=options.energy)
     check_on_its_weight(source.config)
-    model = load(adapt(_graph(options.model, source)), options.adapter)
+    model = load(adapt(under_live_names(options.model, source.modules)), options.adapter)
     return as_lora(model, next(iter(model.adapters)), rank=options.rank, energy=options.energy)
-
-
-def _graph(folder: Path, source: AdapterFile) -> Any:
-    """The checkpoint, under the names of the live model: some files leave out its first part, "transformer." of GPT-2."""
-    from peft_ref.graph import CheckpointGraph
-
-    graph = CheckpointGraph(folder)
-    first = next(iter(source.modules), "")
-    heads = [f"{first[:i]}." for i, letter in enumerate(first) if letter == "."]
-    head = next((h for h in ["", *heads] if first[len(h) :] in graph.modules()), "")
-    return CheckpointGraph(folder, prefix=head) if head else graph
 
 
 def _table(ranks: Mapping[str, int], lost: Mapping[str, float]) -> str:

@@ -156,12 +156,17 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     return _layout(raws, metadata)
 
 
-def _layout(raws: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
-    """The library's layout: the widest dtypes first, then by name; the header padded with spaces to a multiple of 8."""
+def in_order(dtypes_by_name: Mapping[str, str]) -> list[str]:
+    """The library's layout: the widest dtypes first, then by name."""
     order = ["BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"]
     order += ["I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
     rank = {dtype: -place for place, dtype in enumerate(order)}
-    names = sorted(raws, key=lambda name: (rank.get(raws[name].dtype, 1), name))
+    return sorted(dtypes_by_name, key=lambda name: (rank.get(dtypes_by_name[name], 1), name))
+
+
+def _layout(raws: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> bytes:
+    """The library's layout, the header padded with spaces to a multiple of 8."""
+    names = in_order({name: raw.dtype for name, raw in raws.items()})
     start = header(((name, raws[name].dtype, raws[name].shape, len(raws[name].data)) for name in names), metadata)
     return b"".join([start, *(raws[name].data for name in names)])
 

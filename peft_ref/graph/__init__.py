@@ -9,7 +9,7 @@ targets      target_modules and its companions, matched as HF PEFT matches them
 defaults     PEFT's target modules per method and architecture: DEFAULT_TARGETS["LORA"]["llama"], and IA3's FEEDFORWARD
 """
 
-from peft_ref.graph.checkpoint import CheckpointGraph
+from peft_ref.graph.checkpoint import CheckpointGraph, under_live_names
 from peft_ref.graph.defaults import DEFAULT_TARGETS, FEEDFORWARD
 from peft_ref.graph.mapping import MappingGraph
 from peft_ref.graph.protocol import Graph, Module, Parameter
@@ -35,4 +35,5 @@ __all__ = [
     "default_targets",
     "explain",
     "match",
+    "under_live_names",
 ]

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,6 +139,15 @@ class CheckpointGraph(Graph):
         if len(data) != place.end - place.begin:
             raise FileFormatError(f"{place.path}: the file ends inside {name}.\n  It was cut off; get it again.")
         return np.frombuffer(bytearray(data), dtype=dtype).reshape(place.shape)
+
+
+def under_live_names(folder: str | os.PathLike[str], modules: Iterable[str]) -> CheckpointGraph:
+    """The checkpoint under the names of the live model, of which `modules` are some: a file may leave out their first part."""
+    graph = CheckpointGraph(folder)
+    first = next(iter(modules), "")
+    heads = [f"{first[:i]}." for i, letter in enumerate(first) if letter == "."]
+    head = next((h for h in ["", *heads] if first[len(h) :] in graph.modules()), "")
+    return CheckpointGraph(folder, prefix=head) if head else graph
 
 
 def _dtype(place: Place, name: str) -> np.dtype[Any]:

@@ -1,0 +1,125 @@
+"""The bits of PEFT's low-rank merge, whatever BLAS NumPy was built with.
+
+torch on a CPU sums  d_ij = sum_k B_ik A_kj  as one chain of fused multiply-adds, k ascending; NumPy's BLAS in an order of its own, fusing or
+not. With u = 2^-24, g = (r + 4) u / (1 - (r + 4) u) and Cauchy and Schwarz's  S_ij = |B_i| |A_j| >= sum_k |B_ik A_kj|
+
+    |d^ - d| <= 2 g S        for d^ in any order, d the chain, each at most g S from the exact sum (Higham 2002, section 3.1)
+
+All that follows, the scale, the roundings, the sum with W, is monotone in d. So where it makes the same bits of  d^ - e  and of  d^ + e,
+with  e = 2 (g + u) S + tiny  for the rounding of the two themselves and for what underflows, these are PEFT's. Elsewhere, at less than one
+number in a hundred of a 16-bit weight, the chain is computed: a product of two float32 is exact in float64; the sum with the third is
+rounded there to odd wherever the nearest might lie half-way between two float32, so that rounding it once more is rounding once (Boldo and
+Melquiond 2008).
+
+From r = 193 on, torch (its MKL) sums blocks of r // 2, or of 192 where r > 384, and adds them in order. Matrices with fewer than 16 rows or
+columns go through other code there, whose order is not this one; so do convolutions of fewer than 16 channels, or with r > 192.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import final
+
+import numpy as np
+
+from peft_ref.checkpoints.arithmetic import Ending, buffer
+from peft_ref.checkpoints.plan import NDArray
+
+UNIT = 2.0**-24
+LOW, HALF = 2**29 - 1, 2**28  # the bits of a float64 that a float32 has not, and the first of them
+SMALLEST = 2.0**-126  # of the normal float32
+MOST = 192  # of what is summed in one chain
+FEW = 0.1  # of the numbers of a tile: so many are looked up one by one
+
+
+@final
+class Chain:
+    """B A as torch sums it, where a sum in any order does not tell."""
+
+    def __init__(self, B: NDArray, A: NDArray) -> None:
+        self._B, self._A = B, A
+        r = B.shape[1]
+        g = (r + 4) * UNIT / (1 - (r + 4) * UNIT)
+        self._rows = _up(_norms(B, 1) * 2 * (g + UNIT))
+        self._columns = _up(_norms(A, 0))
+        self._tiny = np.float32((r + 4) * 2.0**-149)
+
+    def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, ending: Ending) -> None:
+        """`ending.onto` with the chain; `delta` is the sum in any order, of these rows of B and columns of A."""
+        e = buffer("e", delta.shape, delta.dtype)
+        np.multiply(self._rows[across, None], self._columns[None, along], out=e)
+        e += self._tiny
+        e *= np.float32(1 + 2.0**-20)
+        low, high = (buffer(name, delta.shape, tile.dtype) for name in ("low", "high"))
+        np.copyto(low, tile)
+        np.copyto(high, tile)
+        e += delta  # d^ + e
+        ending.onto(high, e)
+        np.multiply(self._rows[across, None], self._columns[None, along], out=e)
+        e += self._tiny
+        e *= np.float32(1 + 2.0**-20)
+        delta -= e
+        ending.onto(low, delta)
+        bits = f"u{tile.dtype.itemsize}"
+        i, j = np.nonzero(low.view(bits) != high.view(bits))
+        B, A = self._B[across], self._A[:, along]
+        if len(i) > FEW * tile.size:
+            ending.onto(tile, chained(lambda k: B[:, k, None], lambda k: A[k, None, :], B.shape[1]))
+            return
+        if len(i):
+            there = tile[i, j][None]
+            ending.onto(there, chained(lambda k: B[i, k], lambda k: A[k, j], B.shape[1])[None])
+            low[i, j] = there[0]
+        np.copyto(tile, low)
+
+
+def chained(column: Callable[[int], NDArray], row: Callable[[int], NDArray], r: int) -> NDArray:
+    """The sum over k of column(k) row(k), which may be broadcast together."""
+    total: NDArray | None = None
+    for block in blocks(r):
+        part = column(block[0]) * row(block[0]) + np.float32(0)  # a sum begins at +0
+        for k in block[1:]:
+            part = fused(column(k), row(k), part)
+        total = part if total is None else total + part
+    return column(0) * row(0) * 0 if total is None else total
+
+
+def blocks(r: int) -> Iterator[range]:
+    """What is summed in one chain, in order."""
+    length = r if r <= MOST else r // 2 if r <= 2 * MOST else MOST
+    return (range(k, min(k + length, r)) for k in range(0, r, max(length, 1)))
+
+
+def fused(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
+    """a b + c of float32, rounded once."""
+    product = np.multiply(a, b, dtype=np.float64)
+    total = product + c
+    result = total.astype(np.float32)
+    doubtful = (total.view(np.int64) & LOW) == HALF
+    if doubtful.any() or bool((np.abs(result) < SMALLEST).any()):
+        result = to_odd(product, c.astype(np.float64), total).astype(np.float32)
+    return result
+
+
+def to_odd(x: NDArray, y: NDArray, total: NDArray) -> NDArray:
+    """x + y, of which `total` is the sum rounded to nearest, rounded to odd: of its two neighbours the one whose last bit is one."""
+    part = total - x
+    error = (x - (total - part)) + (y - part)
+    even = (total.view(np.int64) & 1) == 0
+    towards = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & even, towards, total)
+
+
+def product(B: NDArray, A: NDArray) -> NDArray:
+    """B A as torch sums it."""
+    return chained(lambda k: B[:, k, None], lambda k: A[k, None, :], B.shape[1])
+
+
+def _norms(M: NDArray, axis: int) -> NDArray:
+    norms: NDArray = np.sqrt(np.sum(np.square(M, dtype=np.float64), axis=axis))
+    return norms
+
+
+def _up(x: NDArray) -> NDArray:
+    """As float32, and no smaller."""
+    return np.nextafter((x * (1 + 2.0**-22)).astype(np.float32), np.float32(np.inf))

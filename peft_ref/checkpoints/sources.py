@@ -1,0 +1,109 @@
+"""An adapter folder as what it does to a base, told from its configuration and the header of its file alone.
+
+Everything is checked here that `load` would check: every key has a place on this model, every shape fits. What is in the file is refused or
+planned, never passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from peft_ref.attending import AttentionMethod
+from peft_ref.checkpoints.pieces import Piece, pieces
+from peft_ref.checkpoints.plan import NDArray, Source
+from peft_ref.contracts import WeightMethod
+from peft_ref.errors import ConfigError, NotMergeableError
+from peft_ref.files.adapter import AdapterFile, from_state_dict, load_config, open_adapter
+from peft_ref.files.config import AdapterConfig
+from peft_ref.files.keys import PREFIX, SHARED_PREFIX
+from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
+from peft_ref.layers import Layer
+from peft_ref.model.adapted import Adapted
+from peft_ref.model.placing import place
+from peft_ref.model.storing import beside
+
+
+class OnModule(NamedTuple):
+    """What an adapter has at one module."""
+
+    method: WeightMethod[Any]
+    layer: Layer
+    tensors: Mapping[str, Piece]  # by key
+    shared: Mapping[str, Piece]  # by field, what it shares with other modules
+    absent: tuple[str, ...]  # fields that are in no file
+
+
+class Adapter(NamedTuple):
+    source: Source
+    config: AdapterConfig
+    modules: Mapping[str, OnModule]
+    copies: Mapping[str, Piece]  # of modules_to_save, by the parameters' own names
+    frozen: Mapping[str, Piece]  # what takes the place of frozen parameters: trained biases, saved embeddings
+
+
+def config_of(source: Source) -> AdapterConfig:
+    """Its configuration, if it is one that a weight can take up."""
+    config = load_config(source.folder)
+    method, name = config.method, type(config.method).__name__
+    if not isinstance(method, WeightMethod):
+        what = "adds to what attention blocks return" if isinstance(method, AttentionMethod) else "puts vectors before the model's inputs"
+        raise NotMergeableError(
+            f"{source.folder}: {name} {what}, which no weight can take up (HF PEFT cannot merge it either).\n"
+            "  Keep it as an adapter beside the base: PeftModel.from_pretrained(base, adapter)."
+        )
+    if config.housekeeping.get("layer_replication"):
+        raise NotMergeableError(
+            f"{source.folder}: layer_replication gives layers that are one tensor in the base adapters of their own, so that a merged\n"
+            "  checkpoint would need other layers than this one has. Write out the deeper base first, or keep the adapter beside it."
+        )
+    return config
+
+
+def modules_in(source: Source) -> list[str]:
+    """The names of modules in its file, as they are in the live model: roughly, without a look at what its keys are."""
+    keys = (key.removeprefix(PREFIX) for key in open_adapter(source.folder).entries if key.startswith(PREFIX))
+    return [key.rpartition(".")[0] for key in keys]
+
+
+def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
+    """What the adapter does to this model."""
+    file = open_adapter(source.folder)
+    placed = place(model, config)
+    there = pieces(file)
+    found = from_state_dict(placed.config, {name: _hollow(p) for name, p in there.items()}, placed.layers)
+    saved, frozen = (_pieces(part, there) for part in beside(_keyed(found), placed.tied))
+    names = placed.config.method.shared_keys(tuple(found.modules)) if isinstance(placed.config.method, WeightMethod) else {}
+    modules = {}
+    for name, (method, layer, params) in found.modules.items():
+        specs = method.spec(layer)
+        keys = {s.key: f"{PREFIX}{name}.{s.key}" for s in specs if s.saved and not s.shared}
+        shared = {s.field: f"{SHARED_PREFIX}{names[name][s.field]}" for s in specs if s.saved and s.shared}
+        absent = tuple(s.field for s in specs if getattr(params, s.field) is None)
+        modules[name] = OnModule(method, layer, {k: there[f] for k, f in keys.items()}, {k: there[f] for k, f in shared.items()}, absent)
+    if source.weight != 1 and (other := [*saved, *frozen]):
+        raise ConfigError(
+            f"{source.folder}: weight {source.weight} and a whole {other[0]}, which takes the place of the base's and has no scale.\n"
+            "  Use weight 1."
+        )
+    return Adapter(source, placed.config, modules, saved, frozen)
+
+
+def _hollow(p: Piece) -> Tensor:
+    """An array of that shape and dtype that takes no memory: what a header tells is enough to check it."""
+    if p.dtype not in dtypes():
+        return RawTensor(p.dtype, p.shape, b"")
+    array: NDArray = np.broadcast_to(np.zeros((), dtypes()[p.dtype]), p.shape)
+    return array
+
+
+def _keyed(found: AdapterFile) -> AdapterFile:
+    """What lies beside the adapter, each tensor as its own key."""
+    parts: dict[str, Any] = {part: {key: key for key in getattr(found, part)} for part in ("modules_to_save", "biases", "embeddings")}
+    return AdapterFile(config=found.config, **parts)
+
+
+def _pieces(part: Mapping[str, Any], there: Mapping[str, Piece]) -> dict[str, Piece]:
+    return {name: there[key] for name, key in part.items()}
