@@ -44,7 +44,9 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="the folder of the checkpoint, sharded or not, or its one safetensors file")
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="the folder of the checkpoint, as save_pretrained writes it, sharded or not"
+    )
     parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of adapters, merged in this order")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the folder that is to be written")
     parser.add_argument("--weights", metavar="W,W", help="one for each adapter, with commas between them (default: 1 for each)")
@@ -57,7 +59,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--exact", action="store_true", help="the very bits that HF PEFT gets on a CPU, whatever BLAS NumPy was built with")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights of the output (default: as they are stored)")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="cut the output anew, into files of at most this size: 5GB, 500MB")
-    parser.add_argument("--ties", choices=("keep", "both"), default="keep", help="of a weight under two names of which one is stored")
+    parser.add_argument(
+        "--ties",
+        choices=("refuse", "untie", "share"),
+        default="refuse",
+        help="of a tied weight that changes: refuse, untie (each name a tensor of its own) or share (both names change)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="workers (default: one for each core)")
