@@ -148,8 +148,8 @@ def write_shard(shard: Shard, size: int, target: str, desk: str | None, places: 
             system.put_file(str(own / shard.name), f"{path}/{shard.name}")
     finally:
         shutil.rmtree(own, ignore_errors=True)
-        for path in fetched:  # of the base; the adapters are used again
-            path.unlink(missing_ok=True)
+        for file in fetched:  # of the base; the adapters are used again
+            file.unlink(missing_ok=True)
     return size
 
 
@@ -161,7 +161,8 @@ def _written(shard: Shard, size: int, folder: Path, fsync: bool) -> None:
             while (task := job.take()) is not None:
                 job.do(task, bench)
                 job.settled(done=1)
-            job.finish(stamps)
+            job.finish()
+            stamps.check(stamps.files)
         finally:
             job.close()
 

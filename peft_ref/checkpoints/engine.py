@@ -75,7 +75,7 @@ def execute(
     began = time.monotonic()
     try:
         stamps = Stamps(read_by(plan))
-        mark = fingerprint(plan, stamps, fsync)
+        mark = fingerprint(plan, stamps)
         with Output(out, fingerprint=mark, overwrite=overwrite, fsync=fsync, reads=[plan.base, *stamps.files]) as output:
             if output.done:
                 return Merged(out, 0, tuple(shard.name for shard in plan.shards), time.monotonic() - began)
@@ -83,7 +83,7 @@ def execute(
             kept = output.finished(sizes)
             _check_space(plan, output, sum(sizes.values()) - sum(sizes[name] for name in kept))
             todo = Todo([shard for shard in plan.shards if shard.name not in kept], sizes, output.folder, len(kept), tell)
-            written = run(todo) if run is not None else _Workers(todo, stamps, threads or cores(), fsync).run()
+            written = run(todo) if run is not None else _Workers(todo, threads or cores(), fsync).run()
             _write_small(plan, output)
             stamps.check(stamps.files)
             output.publish()
@@ -105,11 +105,11 @@ def read_by(plan: Plan) -> set[Path]:
     return base | theirs | set(plan.along)
 
 
-def fingerprint(plan: Plan, stamps: Stamps, fsync: bool) -> str:
+def fingerprint(plan: Plan, stamps: Stamps) -> str:
     """The same text for the same plan over the same files, in another process too; a file that was touched is another file."""
     from peft_ref import __version__
 
-    mark = hashlib.sha256(f"{__version__} {fsync} {plan.sources}".encode())
+    mark = hashlib.sha256(f"{__version__} {plan.sources}".encode())
     for shard in plan.shards:
         mark.update(repr(shard).encode())
     mark.update(repr((plan.along, plan.written, sorted(stamps.files.items()))).encode())
@@ -117,10 +117,10 @@ def fingerprint(plan: Plan, stamps: Stamps, fsync: bool) -> str:
 
 
 class _Workers:
-    def __init__(self, todo: Todo, stamps: Stamps, threads: int, fsync: bool) -> None:
+    def __init__(self, todo: Todo, threads: int, fsync: bool) -> None:
         jobs = [Job(shard, todo.sizes[shard.name], todo.folder, fsync) for shard in todo.shards]
         self._waiting, self._begun = list(reversed(jobs)), list[Job]()
-        self._stamps, self._tell = stamps, todo.tell
+        self._tell = todo.tell
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._error: BaseException | None = None
         self._stop = False
@@ -190,7 +190,7 @@ class _Workers:
         return None, None
 
     def _finish(self, job: Job) -> None:
-        job.finish(self._stamps)
+        job.finish()
         with self._lock:
             self._begun.remove(job)
             self._finished += 1

@@ -97,7 +97,7 @@ def moved(value: T, places: Mapping[Path, Path]) -> T:
         return value
     if isinstance(value, tuple):
         parts = [moved(part, places) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)  # type: ignore[return-value]  # as it was
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: moved(getattr(value, f.name), places) for f in fields(value) if f.init})
     return value

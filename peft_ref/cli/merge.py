@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_ref.errors import ConfigError, PeftRefError
 
 if TYPE_CHECKING:
-    from peft_ref.checkpoints.engine import Merged
-    from peft_ref.checkpoints.plan import Plan
+    from peft_ref.checkpoints.engine import Merged, Progress
+    from peft_ref.checkpoints.plan import Plan, Source
 
 EXAMPLES = """
 examples:
@@ -44,9 +45,9 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="the folder of the checkpoint, sharded or not, or its one safetensors file")
-    parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of adapters, merged in this order")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the folder that is to be written")
+    parser.add_argument("base", metavar="BASE", help="the folder of the checkpoint, as save_pretrained writes it, sharded or not")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders of adapters, merged in this order")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder that is to be written")
     parser.add_argument("--weights", metavar="W,W", help="one for each adapter, with commas between them (default: 1 for each)")
     parser.add_argument(
         "--rounding",
@@ -57,7 +58,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--exact", action="store_true", help="the very bits that HF PEFT gets on a CPU, whatever BLAS NumPy was built with")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all weights of the output (default: as they are stored)")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="cut the output anew, into files of at most this size: 5GB, 500MB")
-    parser.add_argument("--ties", choices=("keep", "both"), default="keep", help="of a weight under two names of which one is stored")
+    parser.add_argument(
+        "--ties",
+        choices=("refuse", "untie", "share"),
+        default="refuse",
+        help="of a tied weight that changes: refuse, untie (each name a tensor of its own) or share (both names change)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="workers (default: one for each core)")
@@ -88,27 +94,24 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, weights: Sequence[float], size: int | None) -> int:
-    from peft_ref.checkpoints.engine import cores
     from peft_ref.checkpoints.plan import Source
     from peft_ref.checkpoints.planning import plan
 
-    threads = options.threads or cores()
-    planned = plan(
-        options.base,
-        [Source(folder, weight) for folder, weight in zip(options.adapters, weights, strict=True)],
-        rounding=options.rounding,
-        exact=options.exact,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
-        max_shard_size=size,
-        ties=options.ties,
-    )
-    if options.dry_run:
-        from peft_ref.checkpoints import summary
-
-        told = summary.as_json(planned, options.out, threads) if options.json else None
-        print(json.dumps(told) if told is not None else summary.in_words(planned, options.out, threads))
-        return 0
-    merged = _executed(options, planned, threads)
+    how = {
+        "rounding": options.rounding,
+        "exact": options.exact,
+        "dtype": DTYPES[options.dtype] if options.dtype else None,
+        "max_shard_size": size,
+        "ties": options.ties,
+    }
+    if options.scheduler is not None and not options.dry_run:
+        merged = _on_cluster(options, weights, lambda base, sources: plan(base, sources, **how))
+    else:
+        sources = [Source(Path(folder), weight) for folder, weight in zip(options.adapters, weights, strict=True)]
+        planned = plan(Path(options.base), sources, **how)
+        if options.dry_run:
+            return _told(options, planned)
+        merged = _executed(options, planned)
     if options.json:
         print(json.dumps({"out": str(merged.out), "written": merged.written, "kept": merged.kept, "seconds": merged.seconds}))
     else:
@@ -118,21 +121,45 @@ def _run(options: argparse.Namespace, weights: Sequence[float], size: int | None
     return 0
 
 
-def _executed(options: argparse.Namespace, plan: Plan, threads: int) -> Merged:
+def _told(options: argparse.Namespace, plan: Plan) -> int:
+    from peft_ref.checkpoints import summary
+    from peft_ref.checkpoints.engine import cores
+
+    threads = options.threads or cores()
+    told = summary.as_json(plan, Path(options.out), threads) if options.json else None
+    print(json.dumps(told) if told is not None else summary.in_words(plan, Path(options.out), threads))
+    return 0
+
+
+def _executed(options: argparse.Namespace, plan: Plan) -> Merged:
     from peft_ref.checkpoints.engine import execute
+
+    with _bar(options) as tell:
+        how = {"threads": options.threads, "fsync": not options.no_fsync, "overwrite": options.overwrite}
+        return execute(plan, Path(options.out), tell=tell, **how)
+
+
+def _on_cluster(options: argparse.Namespace, weights: Sequence[float], planned: Callable[[Path, Sequence[Source]], Plan]) -> Merged:
+    from peft_ref.checkpoints.cluster import merge_on
+
+    adapters = list(zip(options.adapters, weights, strict=True))
+    with _bar(options) as tell:
+        how = {"fsync": not options.no_fsync, "overwrite": options.overwrite}
+        return merge_on(options.scheduler, options.base, adapters, options.out, planned, tell=tell, **how)
+
+
+@contextlib.contextmanager
+def _bar(options: argparse.Namespace) -> Iterator[Callable[[Progress], None]]:
     from peft_ref.checkpoints.telling import Bar
 
-    how = {"threads": threads, "fsync": not options.no_fsync, "overwrite": options.overwrite}
-    if options.json:
-        return execute(plan, options.out, **how)
     bar = Bar(sys.stderr)
     try:
-        return execute(plan, options.out, tell=bar.tell, **how)
+        yield (lambda progress: None) if options.json else bar.tell
     finally:
         bar.done()
 
 
-def read_weights(text: str | None, adapters: Sequence[Path]) -> list[float]:
+def read_weights(text: str | None, adapters: Sequence[object]) -> list[float]:
     if text is None:
         return [1.0] * len(adapters)
     try:
