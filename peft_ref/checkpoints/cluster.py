@@ -29,6 +29,7 @@ from peft_ref.errors import ConfigError, MergeError, PeftRefError
 from peft_ref.graph.checkpoint import INDEX
 
 Tell: TypeAlias = Callable[[Progress], None]
+PATIENCE = 20  # seconds until a scheduler that does not answer is none
 RETRIES = 3  # of a shard whose worker died or failed: a disk may be full on one machine and not on the next
 
 
@@ -81,7 +82,7 @@ def _client(scheduler: str) -> Any:
     except ImportError:
         raise ConfigError("--scheduler wants Dask: pip install 'peft-ref[cluster]'.") from None
     try:
-        return Client(scheduler, timeout=20, set_as_default=False)
+        return Client(scheduler, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise ConfigError(f"no Dask scheduler answers at {scheduler} ({error!s:.80}).\n  Start one: dask scheduler, dask worker.") from None
 
@@ -117,7 +118,9 @@ class _Crew:
             for shard in largest_first
         ]
         try:
-            for future in as_completed(futures):
+            with self._client.as_current():
+                done = as_completed(futures)
+            for future in done:
                 written += future.result()
                 finished += 1
                 todo.tell(Progress(written, everything, finished, todo.kept + len(todo.shards), time.monotonic() - began))

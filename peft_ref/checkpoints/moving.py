@@ -31,7 +31,7 @@ def is_address(place: str) -> bool:
 
 def filesystem(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it."""
-    import fsspec
+    import fsspec.core
 
     try:
         system, path = fsspec.core.url_to_fs(address)
@@ -93,7 +93,7 @@ def moved(value: T, places: Mapping[Path, Path]) -> T:
     if isinstance(value, Path):
         for here, there in places.items():
             if value == here or here in value.parents:
-                return there / value.relative_to(here)  # type: ignore[return-value]  # a Path for a Path
+                return there / value.relative_to(here)
         return value
     if isinstance(value, tuple):
         parts = [moved(part, places) for part in value]
