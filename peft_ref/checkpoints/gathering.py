@@ -19,14 +19,14 @@ from peft_ref.checkpoints.plan import Change, Rounding
 from peft_ref.checkpoints.remade import Home
 from peft_ref.checkpoints.sources import Adapter, OnModule, OnParameter
 from peft_ref.checkpoints.steps import Fresh, Frozen, Step
-from peft_ref.checkpoints.ways import cuts, rounded_first, touches
+from peft_ref.checkpoints.ways import cuts, needs_bias, rounded_first, touches
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
-from peft_ref.model.ties import Ties, changed_name
+from peft_ref.model.ties import Ties, changed_name, names_of
 
 HALF = ("F16", "BF16")
 
@@ -74,7 +74,7 @@ class Gathered:
         for name, on in adapter.parameters.items():
             self._parameter(adapter, name, on)
         for name, tensor in adapter.copies.items():
-            key = self._kept(name, f"{adapter.source.folder}: {tensor.name} of modules_to_save")
+            key = self._parted(name, adapter, tensor)
             if key in self._copies:
                 raise ConfigError(
                     f"{self._copies[key].source.folder} and {adapter.source.folder} both hold a copy of {name}, and a merge can keep one.\n"
@@ -105,7 +105,7 @@ class Gathered:
             if bias is not None:
                 key = self._kept(bias, what)
                 self._merged.setdefault(key, []).append(self._change(adapter, module, found, "bias", weight, bias, what))
-            elif isinstance(method, LowRank | Additive):
+            elif needs_bias(method):
                 raise NotMergeableError(
                     f"{what}: {type(method).__name__} adds to the bias, and this layer has none (HF PEFT refuses it too).\n"
                     "  Keep the adapter beside the base, or give the layer a bias of zeros."
@@ -137,6 +137,7 @@ class Gathered:
             **own,
             part=part,
             first=first,
+            exact=self._exact(dtype, what),
             weight=self._as_frozen(weight, what),
             bias=None if bias is None else self._as_frozen(bias, what),
             alone=key not in self._merged,
@@ -198,6 +199,16 @@ class Gathered:
         kept, apart = changed_name(self._model.base, name, self._asked.ties, what)
         self._apart |= apart
         return kept
+
+    def _parted(self, name: str, adapter: Adapter, copy: Piece) -> str:
+        """Under which name a copy is kept. It is its module's alone; other names of a tied weight keep theirs, as in PEFT."""
+        if name not in self._model.parameters() and name not in self._model.tied():
+            raise KeyMismatchError(f"{adapter.source.folder}: {copy.name} is a copy of what the base has not.\n  Another model's adapter?")
+        first, *others = names_of(self._model.base, name)
+        if any(second not in adapter.tied for second in others):
+            self._apart |= set(others)
+            return name
+        return first
 
     def _stored(self, key: str) -> str:
         """The name of a parameter in the base's files; of one that gets a tensor of its own, its new one."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.checkpoints.pieces import Piece, pieces
+from peft_ref.checkpoints.pieces import Piece, pieces, same
 from peft_ref.checkpoints.plan import NDArray, Source
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError
@@ -57,6 +57,7 @@ class Adapter(NamedTuple):
     modules: Mapping[str, OnModule]
     parameters: Mapping[str, OnParameter]
     copies: Mapping[str, Piece]  # of modules_to_save, by the parameters' own names
+    tied: Mapping[str, str]  # those whose copy is that of another name
     frozen: Mapping[str, Piece]  # what takes the place of frozen parameters: trained biases, saved embeddings
 
 
@@ -104,7 +105,11 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
             f"{source.folder}: weight {source.weight} and a whole {other[0]}, which takes the place of the base's and has no scale.\n"
             "  Use weight 1."
         )
-    return Adapter(source, placed.config, modules, parameters, saved, frozen)
+    for second, one in placed.tied.items():
+        if second in saved and one in saved and not same(saved[second], saved[one]):
+            raise KeyMismatchError(f"{second} and {one} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
+    copies = {name: tensor for name, tensor in saved.items() if name not in placed.tied}
+    return Adapter(source, placed.config, modules, parameters, copies, placed.tied, frozen)
 
 
 def _placed(model: Adapted, config: AdapterConfig, there: Mapping[str, Piece]) -> tuple[Placed, dict[str, OnParameter]]:

@@ -18,7 +18,9 @@ from peft_ref.checkpoints.changes import OfModule
 from peft_ref.checkpoints.pieces import Piece, pread
 from peft_ref.checkpoints.plan import Change, NDArray, Rows, Source
 from peft_ref.checkpoints.remade import Home, remade
-from peft_ref.checkpoints.ways import BY_ROWS, OWN, State
+from peft_ref.checkpoints.ways import BY_ROWS, OWN, State, exact_delta
+from peft_ref.conditioned import Conditioned
+from peft_ref.contracts import Additive
 from peft_ref.files.adapter import load_config
 from peft_ref.files.safetensors import dtypes
 from peft_ref.layers import Layer, Linear
@@ -52,6 +54,7 @@ class Step(OfModule):
     first: bool  # whether the delta is rounded before it is added
     weight: Frozen
     bias: Frozen | None
+    exact: bool
     alone: bool  # whether it is the first change of the tensor but those of `Frozen`
     shared: tuple[tuple[str, Piece], ...] = ()  # by field, what it shares with other modules
     absent: tuple[str, ...] = ()  # fields that no file holds
@@ -74,7 +77,9 @@ class Step(OfModule):
             made = remade(self.home, self.source.folder, self.module, self.absent)
             given |= {field: self._as_drawn(array) for field, array in made.items()}
         params = params._replace(**given)
-        return _RowSteps(self, params, computed) if self.by_rows() else _WholeStep(self, params, computed)
+        if self.by_rows():
+            return _RowSteps(self, params, computed)
+        return _WholeStep(self, params, computed)
 
     def _as_drawn(self, array: NDArray) -> NDArray:
         """What is made again stays in the dtype of the weight in PEFT, and is computed with in the wider one."""
@@ -91,14 +96,17 @@ class _Steps(Rows):
         def rounded(x: NDArray) -> NDArray:
             return x.astype(dtype).astype(x.dtype)
 
-        if weight == 1 and (own := OWN.get(type(method).__name__)) is not None:
+        if (own := OWN.get(type(method).__name__)) is not None and weight == 1:
             return own(method, layer, params, at, rounded)
-        W, b = step(layer, Adapter(method, params), at.W, at.b, at.W0, at.b0)
-        if weight != 1:
-            W = at.W + weight * (W - at.W)
-        if self._change.first:
-            W = at.W + rounded(W - at.W)
-        return W, b
+        if isinstance(method, Additive):
+            delta = method.delta(layer, params) if not self._change.exact else exact_delta(method, layer, params)
+        elif isinstance(method, Conditioned):
+            delta = method.change(layer, params, at.W0, at.b0)
+        else:
+            return step(layer, Adapter(method, params), at.W, at.b, at.W0, at.b0)
+        parts = (None if part is None else part * part.dtype.type(weight) if weight != 1 else part for part in delta)
+        dW, db = (part if part is None or not self._change.first else rounded(part) for part in parts)
+        return at.W + dW, at.b if db is None or at.b is None else at.b + db
 
 
 @final
@@ -135,7 +143,7 @@ class _RowSteps(_Steps):
     def __call__(self, rows: NDArray, first: int) -> NDArray:
         change = self._change
         assert isinstance(change.layer, Linear)
-        letters = {name: shape for name, (shape, _) in declared(type(self._params)).items()}
+        letters = {name: shape for name, (shape, _) in declared(change.method.params_type).items()}
         own = {
             name: value if value is None or letters[name].split()[0] != "out" else value[first : first + len(rows)]
             for name, value in self._params._asdict().items()

@@ -14,12 +14,16 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from peft_ref.arrays import column
+from peft_ref.checkpoints.exact import product
 from peft_ref.checkpoints.plan import NDArray, Rounding
-from peft_ref.contracts import WeightMethod
+from peft_ref.contracts import Additive, Delta, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.glora import value
+from peft_ref.methods.loha import LoHa
 
 
 class Way(NamedTuple):
@@ -37,7 +41,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
 )  # all others round once
 KEPT = "LoRA"
 # Which of a layer's parameters a method changes, where it is not the weight alone. IA3 does so where it scales the output.
-WITH_BIAS = frozenset({"GLoRA", "IA3", "RoAd"})
+WITH_BIAS = frozenset({"AdaMSS", "GLoRA", "IA3", "RoAd"})
 BIAS_ALONE = frozenset({"BEFT"})
 # Methods whose parameters have a row for every row of the matrix, and nothing that joins two of them.
 BY_ROWS = frozenset({"DoRA", "HiRA", "LoHa"})
@@ -102,6 +106,15 @@ def _supertuning(method: Any, layer: Layer, p: Any, at: State, r: Rounded) -> tu
 OWN: Mapping[str, Own] = MappingProxyType({"C3A": _c3a, "GLoRA": _glora, "HiRA": _hira, "RoAd": _road, "SuperTuning": _supertuning})
 
 
+def exact_delta(method: WeightMethod[Any], layer: Layer, p: Any) -> Delta:
+    """The delta of an additive method with the bits that torch gives it, where its matrices are multiplied in an order that is known."""
+    if isinstance(method, LoHa):
+        return Delta(np.float32(method.scale) * (product(p.w1_a, p.w1_b) * product(p.w2_a, p.w2_b)))
+    assert isinstance(method, Additive)
+    delta: Delta = method.delta(layer, p)
+    return delta
+
+
 # Inits that take a part off the frozen weight, by how their names begin. The first two need nothing but the weight; PEFT runs them again
 # on load. Of the others the adapter brings its part in other ways.
 CUTTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -113,6 +126,11 @@ def cuts(method: WeightMethod[Any]) -> bool:
     return method.cuts_weight or (isinstance(init, str) and init.lower().startswith(CUTTING))
 
 
+def needs_bias(method: WeightMethod[Any]) -> bool:
+    """Whether it has something to add to a bias that a layer has to have."""
+    return type(method).__name__ in BIAS_ALONE or bool(getattr(method, "lora_bias", False))
+
+
 def touches(method: WeightMethod[Any], part: str) -> bool:
     """Whether the method changes a layer's "weight", or its "bias" where it has one."""
     name = type(method).__name__
@@ -120,4 +138,4 @@ def touches(method: WeightMethod[Any], part: str) -> bool:
         return name not in BIAS_ALONE
     if name == "IA3":
         return not getattr(method, "is_feedforward", False)
-    return name in WITH_BIAS | BIAS_ALONE or bool(getattr(method, "lora_bias", False))
+    return name in WITH_BIAS or needs_bias(method)

@@ -136,7 +136,7 @@ def differing(a: Mapping[str, NDArray], b: Mapping[str, NDArray]) -> dict[str, i
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     counts = {}
     for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, (name, a[name].dtype, b[name].dtype)
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
         bits = f"u{a[name].dtype.itemsize}"
         counts[name] = int((np.ascontiguousarray(a[name]).view(bits) != np.ascontiguousarray(b[name]).view(bits)).sum())
     return {name: count for name, count in counts.items() if count}
