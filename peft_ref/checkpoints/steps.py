@@ -67,19 +67,18 @@ class Step(OfModule):
     def whole(self) -> bool:
         return not self.by_rows()
 
-    def opened(self) -> Rows:
-        params = self.params()
-        computed = dtypes()[self.computed]
+    def params(self) -> Any:
+        """All of them: what is in the file, and what is shared or made again."""
         shapes = {s.field: s.shape for s in self.method.spec(self.layer)}
         given = {field: self.array(tensor).reshape(shapes[field]) for field, tensor in self.shared}
         if self.absent:
             assert self.home is not None
             made = remade(self.home, self.source.folder, self.module, self.absent)
             given |= {field: self._as_drawn(array) for field, array in made.items()}
-        params = params._replace(**given)
-        if self.by_rows():
-            return _RowSteps(self, params, computed)
-        return _WholeStep(self, params, computed)
+        return super().params()._replace(**given)
+
+    def opened(self) -> Rows:
+        return (_RowSteps if self.by_rows() else _WholeStep)(self, self.params(), dtypes()[self.computed])
 
     def _as_drawn(self, array: NDArray) -> NDArray:
         """What is made again stays in the dtype of the weight in PEFT, and is computed with in the wider one."""

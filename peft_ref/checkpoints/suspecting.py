@@ -46,6 +46,7 @@ class Claim(NamedTuple):
     W: NDArray
     right: NDArray
     got: NDArray
+    slack: NDArray  # more that an honest merge may be off, where several changes were rounded one after the other
     case: Case | None = None  # the same as a question to a port: None where no method maps it (modules_to_save)
     part: str = "weight"  # and which of that question's answers it is
 
@@ -77,13 +78,14 @@ def fits(claim: Claim, values: NDArray) -> bool:
     if values.shape != claim.got.shape:
         return False
     with np.errstate(invalid="ignore"):
-        return bool(np.all(np.abs(claim.got - values) <= tolerance(claim.W, values, claim.dtype)))
+        return bool(np.all(np.abs(claim.got - values) <= tolerance(claim.W, values, claim.dtype) + claim.slack))
 
 
 def is_told(claim: Claim, values: NDArray) -> bool:
     """Whether `values` can be told from the right numbers at all in this dtype."""
     apart = np.abs(values - claim.right)
-    return bool(np.any(apart > 2 * (tolerance(claim.W, claim.right, claim.dtype) + tolerance(claim.W, values, claim.dtype))))
+    both = tolerance(claim.W, claim.right, claim.dtype) + tolerance(claim.W, values, claim.dtype)
+    return bool(np.any(apart > 2 * (both + claim.slack)))
 
 
 def explaining(claim: Claim, only: frozenset[str] | None = None) -> list[Suspect]:

@@ -21,9 +21,9 @@ import numpy as np
 
 from peft_ref.check.result import Diagnosis, PortInfo, Report, Verdict, Worst
 from peft_ref.checkpoints.base import Base
-from peft_ref.checkpoints.exactly import blocks, claimed, method_of
+from peft_ref.checkpoints.exactly import Block, blocks, claimed, method_of
 from peft_ref.checkpoints.pieces import Piece, pread
-from peft_ref.checkpoints.plan import NDArray, Plan, Planned
+from peft_ref.checkpoints.plan import Plan, Planned
 from peft_ref.checkpoints.suspecting import CLAUSE, FORMATS, Claim, Suspect, explaining, spacing, tolerance
 
 Progress = Callable[[int, int, str], None]
@@ -71,8 +71,8 @@ def graded(task: Task) -> Verdict:
         same = _same_bytes(planned, place)
         return _verdict(planned.name, method, "right" if same else "wrong", "untouched" if same else "its bytes are not the base's")
     worst = _Worst(place.dtype, bool(planned.changes))
-    for first, W, right, got in blocks(planned, place):
-        worst.add(first, W, right, got)
+    for block in blocks(planned, place):
+        worst.add(block)
     return worst.verdict(planned.name, method)
 
 
@@ -90,11 +90,12 @@ class _Worst:
         self._ratio, self._ulps, self._effect = -1.0, 0.0, 0.0
         self._at: tuple[tuple[int, ...], float, float] = ((), 0.0, 0.0)
 
-    def add(self, first: int, W: NDArray, right: NDArray, got: NDArray) -> None:
+    def add(self, block: Block) -> None:
+        first, W, right, got, slack = block
         if not right.size:
             return
         step = spacing(right, self._dtype)
-        allowed = tolerance(W, right, self._dtype) if self._changed else 0.5 * step
+        allowed = tolerance(W, right, self._dtype) + slack if self._changed else 0.5 * step
         with np.errstate(invalid="ignore"):
             off = np.where((got == right) | (np.isnan(got) & np.isnan(right)), 0.0, np.abs(got - right))
         off = np.where(np.isfinite(off), off, np.inf)

@@ -13,6 +13,7 @@ from peft_ref.check.asked import Config, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case
 from peft_ref.check.distributions import Law, constant
 from peft_ref.check.mistake import (
+    AsIf,
     Formula,
     Mistake,
     Suite,
@@ -20,12 +21,13 @@ from peft_ref.check.mistake import (
     only,
     stored,
     unmerge_the_frozen,
+    with_config,
     with_tensors,
 )
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
 from peft_ref.check.shared_mistakes import only_first_adapter
 from peft_ref.check.variants import RUN, Variant
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.stack import Adapter
 
 OUT = {"is_feedforward": False}
@@ -47,6 +49,8 @@ VARIANTS = (
     Variant(name="rounded", clause="IA3-C1", configs=(OUT,), layers=("linear-large",), numbers="rounded"),
     Variant(name="vector", clause="IA3-C1", configs=(OUT,), layers=("linear", "transposed_linear"), operations=RUN, rows=(), draws=DRAWS),
     Variant(name="no-bias", clause="IA3-C1", configs=(OUT,), bias=False, draws=DRAWS),
+    Variant(name="square-output", clause="IA3-C1", configs=(OUT,), layers=("linear-square",), draws=DRAWS),
+    Variant(name="square-feedforward", clause="IA3-C4", configs=(IN,), layers=("linear-square",), draws=DRAWS),
     Variant(name="two-adapters", clause="IA3-C10", configs=(OUT, OUT), layers=("linear", "conv2d"), draws=DRAWS),
     Variant(name="two-feedforward", clause="IA3-C10", configs=(IN, IN), draws=DRAWS),
 )
@@ -66,6 +70,24 @@ def scaled_by(change: Callable[[Array], Array]) -> Callable[[Case], Answer | Non
         return stack.unmerge(p.layer, p.merged_W, p.merged_b, changed(p).adapters, p.W)
 
     return Formula(weight=weight, unmerge=unmerge)
+
+
+def on_the_other_side(feedforward: bool) -> AsIf:
+    """Inputs scaled for outputs, or outputs for inputs: it fits where there are as many of both, else a port fails without an answer."""
+
+    def other(case: Case) -> Case | None:
+        layer = case.layer
+        if not isinstance(layer, Linear) or layer.in_features != layer.out_features:
+            return None
+        if any(bool(a.config["is_feedforward"]) != feedforward for a in case.adapters):
+            return None
+        turned = with_config(case, lambda config: {**config, "is_feedforward": not feedforward})
+        return None if turned is None else with_tensors(turned, lambda key, v, config: v.reshape(v.shape[::-1]))
+
+    def back(case: Case, gradients: Answer) -> Answer:
+        return {name: g.reshape(g.shape[::-1]) if name != "x" else g for name, g in gradients.items()}
+
+    return AsIf(other, back)
 
 
 def _no_bias_gain(p: Problem) -> tuple[Array, Array | None]:
@@ -154,6 +176,19 @@ SUITE = Suite(
             clause="IA3-C2",
             sentence="the factor is 1 + l instead of l",
             replay=scaled_by(lambda l: l + 1.0),
+        ),
+        Mistake(
+            name="ia3-feedforward-side",
+            clause="IA3-C4",
+            sentence="the outputs are scaled where a feed-forward module has to scale its inputs",
+            replay=on_the_other_side(feedforward=True),
+            links=("https://github.com/huggingface/peft/pull/972",),
+        ),
+        Mistake(
+            name="ia3-output-side",
+            clause="IA3-C1",
+            sentence="the inputs are scaled where a module that is not feed-forward has to scale its outputs",
+            replay=on_the_other_side(feedforward=False),
         ),
         Mistake(
             name="ia3-applied-twice",
