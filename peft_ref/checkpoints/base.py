@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_ref.checkpoints.pieces import Piece, pieces
-from peft_ref.errors import FileFormatError
+from peft_ref.errors import FileFormatError, NotMergeableError
 from peft_ref.files.safetensors import SafetensorsFile, open_file
 from peft_ref.graph.checkpoint import INDEX, SINGLE
 
@@ -72,6 +72,17 @@ class Base:
     def tensors(self) -> Mapping[str, Piece]:
         return {name: piece for own in self.shards.values() for name, piece in own.items()}
 
+    def check(self) -> None:
+        """Raise `FileFormatError` where the base is not what it should be."""
+        if config := _config_of(self.folder):
+            quantised = config.get("quantization_config")
+            if isinstance(quantised, dict):
+                raise NotMergeableError(
+                    f"{self.folder}: a base quantised by {quantised.get('quant_method', 'something')}, whose stored numbers are not its"
+                    " weights.\n  Merge into the base as it was before, in 16 or 32 bits."
+                )
+        self.files  # noqa: B018  # opens them
+
     def beside(self) -> tuple[list[Path], list[str]]:
         """Which files come along, and the names of what does not."""
         along, left = list[Path](), list[str]()
@@ -98,3 +109,14 @@ class Base:
         for name, file in self.index.get("weight_map", found).items():
             if found.get(name) != file:
                 raise FileFormatError(f"{self.folder}: {name!r} is not in {file}, where the index says it is.\n  Get both again.")
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
+    return config if isinstance(config, dict) else {}

@@ -1,7 +1,7 @@
 """The bits of PEFT's low-rank merge, whatever BLAS NumPy was built with.
 
-torch on a CPU sums  d_ij = sum_k B_ik A_kj  as one chain of fused multiply-adds, k ascending; NumPy's BLAS in an order of its own, fusing or
-not. With u = 2^-24, g = (r + 4) u / (1 - (r + 4) u) and Cauchy and Schwarz's  S_ij = |B_i| |A_j| >= sum_k |B_ik A_kj|
+torch on a CPU sums  d_ij = sum_k B_ik A_kj  as one chain of fused multiply-adds, k ascending; NumPy's BLAS in its own order, fused or not.
+With u = 2^-24, g = (r + 4) u / (1 - (r + 4) u) and Cauchy and Schwarz's  S_ij = |B_i| |A_j| >= sum_k |B_ik A_kj|
 
     |d^ - d| <= 2 g S        for d^ in any order, d the chain, each at most g S from the exact sum (Higham 2002, section 3.1)
 

@@ -12,18 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_ref.attending import AttentionMethod
-from peft_ref.checkpoints.pieces import Piece, pieces
+from peft_ref.checkpoints.pieces import Piece, pieces, same
 from peft_ref.checkpoints.plan import NDArray, Source
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import ConfigError, NotMergeableError
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError
 from peft_ref.files.adapter import AdapterFile, from_state_dict, load_config, open_adapter
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
 from peft_ref.layers import Layer
+from peft_ref.methods.lora import LoRA
+from peft_ref.methods.lora_parameter import Stack, unpack
 from peft_ref.model.adapted import Adapted
-from peft_ref.model.placing import place
+from peft_ref.model.parameters import places
+from peft_ref.model.placing import Placed, place
 from peft_ref.model.storing import beside
+
+# Architectures whose experts are stored (E, in, out); no file tells.
+TRANSPOSED = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
 
 class OnModule(NamedTuple):
@@ -36,11 +42,22 @@ class OnModule(NamedTuple):
     absent: tuple[str, ...]  # fields that are in no file
 
 
+class OnParameter(NamedTuple):
+    """What it has at a bare parameter."""
+
+    method: LoRA
+    stack: Stack
+    A: Piece
+    B: Piece
+
+
 class Adapter(NamedTuple):
     source: Source
     config: AdapterConfig
     modules: Mapping[str, OnModule]
+    parameters: Mapping[str, OnParameter]
     copies: Mapping[str, Piece]  # of modules_to_save, by the parameters' own names
+    tied: Mapping[str, str]  # those whose copy is that of another name
     frozen: Mapping[str, Piece]  # what takes the place of frozen parameters: trained biases, saved embeddings
 
 
@@ -70,10 +87,10 @@ def modules_in(source: Source) -> list[str]:
 
 def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
     """What the adapter does to this model."""
-    file = open_adapter(source.folder)
-    placed = place(model, config)
-    there = pieces(file)
-    found = from_state_dict(placed.config, {name: _hollow(p) for name, p in there.items()}, placed.layers)
+    there = pieces(open_adapter(source.folder))
+    placed, parameters = _placed(model, config, there)
+    rest = {name: _hollow(p) for name, p in there.items() if not any(p in (on.A, on.B) for on in parameters.values())}
+    found = from_state_dict(placed.config, rest, placed.layers)
     saved, frozen = (_pieces(part, there) for part in beside(_keyed(found), placed.tied))
     names = placed.config.method.shared_keys(tuple(found.modules)) if isinstance(placed.config.method, WeightMethod) else {}
     modules = {}
@@ -88,7 +105,30 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
             f"{source.folder}: weight {source.weight} and a whole {other[0]}, which takes the place of the base's and has no scale.\n"
             "  Use weight 1."
         )
-    return Adapter(source, placed.config, modules, saved, frozen)
+    for second, one in placed.tied.items():
+        if second in saved and one in saved and not same(saved[second], saved[one]):
+            raise KeyMismatchError(f"{second} and {one} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
+    copies = {name: tensor for name, tensor in saved.items() if name not in placed.tied}
+    return Adapter(source, placed.config, modules, parameters, copies, placed.tied, frozen)
+
+
+def _placed(model: Adapted, config: AdapterConfig, there: Mapping[str, Piece]) -> tuple[Placed, dict[str, OnParameter]]:
+    """Where it goes: to modules, and to bare parameters."""
+    if not config.targets.target_parameters:
+        return place(model, config), {}
+    graph = model.base
+    turned = [name for name in graph.modules() if name.endswith("experts")] if graph.model_type in TRANSPOSED else []
+    found, parameters = places(graph, config, turned), {}
+    for name, (method, stack) in found.parameters.items():
+        keys = [f"{PREFIX}{found.keys[name]}.lora_{letter}.weight" for letter in "AB"]
+        if missing := [key for key in keys if key not in there]:
+            raise KeyMismatchError(
+                f"{missing[0]} missing, of {name!r}.\n  The file was made for other target parameters, or another model."
+            )
+        A, B = (there[key] for key in keys)
+        unpack(method, stack, {"lora_A.weight": _hollow(A), "lora_B.weight": _hollow(B)}, name)
+        parameters[name] = OnParameter(method, stack, A, B)
+    return Placed(config, found.layers), parameters
 
 
 def _hollow(p: Piece) -> Tensor:

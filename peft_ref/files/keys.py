@@ -13,6 +13,7 @@ HF      drops other adapters' keys where ".<name>." occurs anywhere, so beside a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import NamedTuple, get_args, get_type_hints
 
 from peft_ref.attending import AttentionMethod
@@ -103,6 +104,7 @@ def _beside_prompt(key: str, config: AdapterConfig) -> str | None:
     return "embeddings" if name.endswith(".weight") and name.split(".")[-2] in EMBEDDINGS else None
 
 
+@cache
 def parameter_keys(cls: type[Method], only_embedding: bool = False) -> frozenset[str]:
     """Every key a parameter of this method can have, or those that only an embedding has."""
     if not issubclass(cls, WeightMethod | AttentionMethod):

@@ -95,14 +95,14 @@ def init(method: LoRA, stack: Stack, W: Array, rng: np.random.Generator) -> Star
 
 def delta(method: LoRA, stack: Stack, p: Params) -> Array:
     """W' - W, as the parameter is stored."""
-    A, B = _split(method, stack, p)
+    A, B = split(method, stack, p)
     return _stored(stack, method.scale * (B @ A))
 
 
 def delta_vjp(method: LoRA, stack: Stack, p: Params, dW: Array) -> Params:
     """The gradients of A and B for a gradient dW of `delta`, in its shape."""
     xp = namespace(dW)
-    A, B = _split(method, stack, p)
+    A, B = split(method, stack, p)
     G = xp.reshape(dW, (stack.count, *dW.shape[-2:]))
     G = xp.matrix_transpose(G) if stack.transposed else G
     dA, dB = method.scale * (xp.matrix_transpose(B) @ G), method.scale * (G @ xp.matrix_transpose(A))
@@ -138,7 +138,7 @@ def unpack(method: LoRA, stack: Stack, tensors: Mapping[str, Array], where: str 
     return p
 
 
-def _split(method: LoRA, stack: Stack, p: Params) -> tuple[Array, Array]:
+def split(method: LoRA, stack: Stack, p: Params) -> tuple[Array, Array]:
     """A (E, r, in) and B (E, out, r)."""
     xp, E = namespace(p.A), stack.count
     A = xp.reshape(p.A, (E, method.r, stack.in_features))

@@ -79,24 +79,24 @@ class RoAd(Reweight[Params]):
 
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         c, s = self.factors(p)
-        return column(c) * W + column(s) * self._paired(W), None if b is None else c * b + s * self._paired(b)
+        return column(c) * W + column(s) * self.paired(W), None if b is None else c * b + s * self.paired(b)
 
     def weight_vjp(
         self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None
     ) -> WeightGradients[Params]:
         xp, (c, s) = namespace(dW), self.factors(p)
-        dc, ds = xp.sum(dW * W, axis=1), xp.sum(dW * self._paired(W), axis=1)
+        dc, ds = xp.sum(dW * W, axis=1), xp.sum(dW * self.paired(W), axis=1)
         if b is None or db is None:
-            return WeightGradients(self.factors_vjp(p, dc, ds), column(c) * dW - self._paired(column(s) * dW), None)
-        dc, ds = dc + db * b, ds + db * self._paired(b)
-        return WeightGradients(self.factors_vjp(p, dc, ds), column(c) * dW - self._paired(column(s) * dW), c * db - self._paired(s * db))
+            return WeightGradients(self.factors_vjp(p, dc, ds), column(c) * dW - self.paired(column(s) * dW), None)
+        dc, ds = dc + db * b, ds + db * self.paired(b)
+        return WeightGradients(self.factors_vjp(p, dc, ds), column(c) * dW - self.paired(column(s) * dW), c * db - self.paired(s * db))
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         c, s = self.factors(p)
         c_other, s_other = self._swapped(c), self._swapped(s)
         det = c * c_other + s * s_other  # of each pair's matrix, the same for both
-        back = (column(c_other) * W - column(s) * self._paired(W)) / column(det)
-        return back, None if b is None else (c_other * b - s * self._paired(b)) / det
+        back = (column(c_other) * W - column(s) * self.paired(W)) / column(det)
+        return back, None if b is None else (c_other * b - s * self.paired(b)) / det
 
     def factors(self, p: Params) -> tuple[Array, Array]:
         """The factors c and s (out,) of every output."""
@@ -123,7 +123,7 @@ class RoAd(Reweight[Params]):
         half = self.group_size // 2
         return _joined(_second(v, half), _first(v, half), half)
 
-    def _paired(self, v: Array) -> Array:
+    def paired(self, v: Array) -> Array:
         """(w_1, w_2) -> (-w_2, w_1) on every pair of rows; its transpose is its opposite."""
         half = self.group_size // 2
         return _joined(-_second(v, half), _first(v, half), half)

@@ -87,14 +87,20 @@ def started(
     if given is not None:
         method.unpack(layer, method.pack(layer, given.params), where=module)  # in the method's own shapes, or an error
         start = given
-    elif isinstance(method, LoRA) and method.init_lora_weights == "loftq":
-        start = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
     else:
-        start = method.start(layer, W, rng, made)
+        start = start_of(config, method, layer, W, rng, made)
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
     return model, start.params
+
+
+def start_of(config: AdapterConfig, method: Any, layer: Layer, W: Array, rng: np.random.Generator, made: Any = None) -> Start[Any]:
+    """Fresh parameters of `method` on the frozen matrix W, and what is left of it."""
+    if isinstance(method, LoRA) and method.init_lora_weights == "loftq":
+        return loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+    start: Start[Any] = method.start(layer, W, rng, made)
+    return start
 
 
 def joined(

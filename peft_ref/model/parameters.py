@@ -47,7 +47,7 @@ class ParameterAdapter(NamedTuple):
     keys: Mapping[str, str]  # where each is in a file
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     parameters: Mapping[str, tuple[LoRA, Stack]]
     layers: Mapping[str, Layer]
     keys: Mapping[str, str]
@@ -55,14 +55,14 @@ class _Places(NamedTuple):
 
 def add(graph: Graph, config: AdapterConfig, rng: np.random.Generator, *, transposed: Collection[str] = ()) -> ParameterAdapter:
     """A fresh adapter on the parameters that `config` targets, and on no module."""
-    places = _places(graph, config, transposed)
-    if places.layers:
-        raise ConfigError(f"{', '.join(places.layers)} are modules.\n  Give them an adapter of their own: target_modules=[] here.")
+    placed = places(graph, config, transposed)
+    if placed.layers:
+        raise ConfigError(f"{', '.join(placed.layers)} are modules.\n  Give them an adapter of their own: target_modules=[] here.")
     fresh = {
         name: OnParameter(method, stack, init(method, stack, wide(graph.weight(name)), rng).params)
-        for name, (method, stack) in places.parameters.items()
+        for name, (method, stack) in placed.parameters.items()
     }
-    return ParameterAdapter(AdapterFile(config=config), fresh, places.keys)
+    return ParameterAdapter(AdapterFile(config=config), fresh, placed.keys)
 
 
 def load(graph: Graph, folder: str | os.PathLike[str], name: str = DEFAULT, *, transposed: Collection[str] = ()) -> ParameterAdapter:
@@ -74,19 +74,19 @@ def load(graph: Graph, folder: str | os.PathLike[str], name: str = DEFAULT, *, t
 
 def read(graph: Graph, config: AdapterConfig, tensors: Mapping[str, Any], *, transposed: Collection[str] = ()) -> ParameterAdapter:
     """The adapter that these tensors are, under their keys in a file."""
-    places = _places(graph, config, transposed)
+    placed = places(graph, config, transposed)
     found = sort_tensors(config, tensors).modules
-    wanted = {place: name for name, place in places.keys.items()}
+    wanted = {place: name for name, place in placed.keys.items()}
     if missing := sorted(wanted.keys() - found.keys()):
         raise KeyMismatchError(f"{PREFIX}{missing[0]}: lora_A.weight, lora_B.weight missing, of {wanted[missing[0]]!r}.")
     own = {f"{PREFIX}{place}.{key}" for place in wanted for key in found[place]}
     parameters = {}
     for place, name in wanted.items():
-        method, stack = places.parameters[name]
+        method, stack = placed.parameters[name]
         here = {key: brought(tensor, graph.weight(name)) for key, tensor in found[place].items()}
         parameters[name] = OnParameter(method, stack, unpack(method, stack, here, PREFIX + place))
     rest = {key: tensor for key, tensor in tensors.items() if key not in own}
-    return ParameterAdapter(from_state_dict(config, rest, places.layers), {n: parameters[n] for n in places.parameters}, places.keys)
+    return ParameterAdapter(from_state_dict(config, rest, placed.layers), {n: parameters[n] for n in placed.parameters}, placed.keys)
 
 
 def state_dict(adapter: ParameterAdapter) -> dict[str, Any]:
@@ -114,7 +114,8 @@ def effective(graph: Graph, adapters: Sequence[Mapping[str, OnParameter]], name:
     return as_stored(changed, W)
 
 
-def _places(graph: Graph, config: AdapterConfig, transposed: Collection[str]) -> _Places:
+def places(graph: Graph, config: AdapterConfig, transposed: Collection[str]) -> Places:
+    """Where `config` sends an adapter: parameters, and modules beside them."""
     method = config.method
     if not isinstance(method, LoRA):
         raise ConfigError(f"{type(method).__name__} on parameters: of LoRA alone there is that (HF PEFT refuses it too).")
@@ -130,4 +131,4 @@ def _places(graph: Graph, config: AdapterConfig, transposed: Collection[str]) ->
         found[name] = own, stack_of(graph.parameters()[graph.resolve(name)].shape, owner in transposed)
         owned.setdefault(owner, []).append(last)
     layers = {module: layer for module in matched.modules if (layer := graph.modules()[module].layer) is not None}
-    return _Places(found, layers, keys(owned))
+    return Places(found, layers, keys(owned))
