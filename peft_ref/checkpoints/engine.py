@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import threading
 import time
@@ -107,9 +106,11 @@ def read_by(plan: Plan) -> set[Path]:
 
 def fingerprint(plan: Plan, stamps: Stamps) -> str:
     """The same text for the same plan over the same files, in another process too; a file that was touched is another file."""
+    from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, 4 MB
+
     from peft_ref import __version__
 
-    mark = hashlib.sha256(f"{__version__} {plan.sources}".encode())
+    mark = blake2b(f"{__version__} {plan.sources}".encode())
     for shard in plan.shards:
         mark.update(repr(shard).encode())
     mark.update(repr((plan.along, plan.written, sorted(stamps.files.items()))).encode())
