@@ -32,6 +32,7 @@ from peft_ref.files.keys import PREFIX, SHARED_PREFIX, check_adapter_name, sort_
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
 from peft_ref.layers import Layer
 from peft_ref.prompts import SAVED, Prompt
+from peft_ref.reading.documents import read_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # in the order they are put in place
@@ -187,11 +188,7 @@ def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterC
     path = committed(place, CONFIG, FILES)
     if not path.is_file():
         raise FileFormatError(f"{place} has no {CONFIG}.\n  Adapters there: {', '.join(adapter_names(folder)) or 'none'}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not text in UTF-8: {error}.") from error
-    return parse(text, str(path))
+    return parse(read_bytes(path), str(path))
 
 
 def open_adapter(folder: str | os.PathLike[str], name: str = DEFAULT) -> SafetensorsFile:
