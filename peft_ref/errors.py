@@ -6,6 +6,8 @@ Names from files are in them, and whoever wrote the file chose the names: a mess
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LONGEST = 4000  # letters of a message
 
@@ -44,6 +46,18 @@ class NotMergeableError(PeftRefError, RuntimeError):
 
 class FileFormatError(PeftRefError, ValueError):
     """A file is not what its name promises."""
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """An error of ours in here says which file or folder it is about, if it does not say so already."""
+    try:
+        yield
+    except PeftRefError as error:
+        if str(place) in str(error):
+            raise
+        error.args = (f"{place}: {error}",)
+        raise
 
 
 def clean(text: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError
+from peft_ref.errors import FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError, naming
 from peft_ref.files.atomic import committed, replace_files
 from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
@@ -205,7 +205,8 @@ def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Ma
     """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
     config = load_config(folder, name)
     file = open_adapter(folder, name)
-    adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
+    with naming(file.path):
+        adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
     return AdapterFile(**{**vars(adapter), "metadata": file.metadata})
 
 

@@ -45,7 +45,7 @@ from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
-from peft_ref.reading.documents import parsed
+from peft_ref.reading.documents import CONFIG, OWN, Limit, parsed
 
 # fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
 DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
@@ -137,9 +137,9 @@ class AdapterConfig:
         return is_feedforward(modules, module_name, self._clock)
 
 
-def parse(text: str | bytes, where: str = "adapter_config.json") -> AdapterConfig:
+def parse(text: str | bytes, where: str = "adapter_config.json", limit: Limit = CONFIG) -> AdapterConfig:
     """The configuration that a JSON text holds; bytes are the text as it lies in a file."""
-    data = parsed(text, where)
+    data = parsed(text, where, limit)
     if is_removed(data):
         return _split(as_of_today(data, where), where)
     return dataclasses.replace(_split(data, where), text=text.decode() if isinstance(text, bytes) else text)
@@ -147,7 +147,7 @@ def parse(text: str | bytes, where: str = "adapter_config.json") -> AdapterConfi
 
 def from_dict(data: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
     """The configuration that a flat dict holds; undone by `flatten`."""
-    return parse(json.dumps(data, indent=2), where)
+    return parse(json.dumps(data, indent=2), where, OWN)
 
 
 def render(config: AdapterConfig) -> str:

@@ -30,8 +30,8 @@ from peft_ref.errors import FileFormatError
 from peft_ref.graph.names import stored_modules
 from peft_ref.graph.protocol import Graph, Module, Parameter
 from peft_ref.graph.ties import head_of, tied_parameters
-from peft_ref.reading import header
-from peft_ref.reading.documents import LARGEST_INDEX, read_object
+from peft_ref.reading import documents, header
+from peft_ref.reading.documents import read_object
 from peft_ref.reading.opening import Stamp, span
 
 INDEX = "model.safetensors.index.json"
@@ -135,7 +135,7 @@ def _dtype(place: Place, name: str) -> np.dtype[Any]:
 
 def _sharded(folder: Path) -> dict[str, Place]:
     index = folder / INDEX
-    shards = read_object(index, LARGEST_INDEX).get("weight_map")
+    shards = read_object(index, documents.INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(f, str) and _is_beside(f) for f in shards.values()):
         raise FileFormatError(f"{index}: weight_map is not a map from tensor names to files beside it.")
     headers: dict[str, dict[str, Place]] = {}

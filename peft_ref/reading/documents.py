@@ -13,59 +13,67 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref.errors import FileFormatError
 from peft_ref.reading.opening import opened
 
-LARGEST = 16 * 2**20  # bytes of a configuration; the largest known, with a name for each of 21,841 classes, has 2 MB
-LARGEST_INDEX = 64 * 2**20  # of the index of a checkpoint: 91,000 tensors of 671 billion parameters take 10 MB
-VALUES = 2_500_000  # in one text
+
+class Limit(NamedTuple):
+    """The most that is read of one text."""
+
+    size: int  # in bytes
+    values: int
+
+
+CONFIG = Limit(16 * 2**20, 300_000)  # with a name for each of 21,841 classes one has 2 MB
+INDEX = Limit(64 * 2**20, 2_500_000)  # of a checkpoint: 91,000 tensors of 671 billion parameters take 10 MB
+OWN = Limit(2**31, 10_000_000)  # of what was made here
 DEEPEST = 64
 LONGEST_NUMBER = 400  # digits; Python itself refuses 4,300, and nothing that is meant has more than 20
 
 Pairs: TypeAlias = list[tuple[str, Any]]
 
 
-def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
+def read_object(path: Path, limit: Limit = CONFIG) -> dict[str, Any]:
     """The object in the JSON file at `path`."""
-    return parsed_object(read_bytes(path, largest), str(path), largest)
+    return parsed_object(read_bytes(path, limit), str(path), limit)
 
 
-def read_value(path: Path, largest: int = LARGEST) -> Any:
+def read_value(path: Path, limit: Limit = CONFIG) -> Any:
     """The value in the JSON file at `path`."""
-    return parsed(read_bytes(path, largest), str(path), largest)
+    return parsed(read_bytes(path, limit), str(path), limit)
 
 
-def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
-    """What the file holds, if that is not more than `largest`."""
+def read_bytes(path: Path, limit: Limit = CONFIG) -> bytes:
+    """What the file holds, if that is not more than the limit."""
     with opened(path) as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise FileFormatError(f"{path} has more than {largest:,} bytes, which no such file needs.\n  Is it something else?")
+        data = file.read(limit.size + 1)
+    if len(data) > limit.size:
+        raise FileFormatError(f"{path} has more than {limit.size:,} bytes, which no such file needs.\n  Is it something else?")
     return data
 
 
-def parsed_object(text: str | bytes, where: str, largest: int = LARGEST) -> dict[str, Any]:
-    value = parsed(text, where, largest)
+def parsed_object(text: str | bytes, where: str, limit: Limit = CONFIG) -> dict[str, Any]:
+    value = parsed(text, where, limit)
     if not isinstance(value, dict):
         raise FileFormatError(f"{where} is a JSON {type(value).__name__}, expected an object.")
     return value
 
 
-def parsed(text: str | bytes, where: str, largest: int = LARGEST) -> Any:
+def parsed(text: str | bytes, where: str, limit: Limit = CONFIG) -> Any:
     """The value that a JSON text holds."""
-    value = decoded(text, where, largest, lambda pairs: once(pairs, where))
+    value = decoded(text, where, limit, lambda pairs: once(pairs, where))
     _check_depth(value, where)
     return value
 
 
-def decoded(text: str | bytes, where: str, largest: int, made: Callable[[Pairs], Any]) -> Any:
+def decoded(text: str | bytes, where: str, limit: Limit, made: Callable[[Pairs], Any]) -> Any:
     """The value that a bounded JSON text holds, each object `made` of its pairs. How deep it goes is not asked."""
-    if len(text) > largest:
-        raise FileFormatError(f"{where}: {len(text):,} bytes of JSON, at most {largest:,} are read.\n  No such file needs more.")
-    if (count := _values(text)) > VALUES:
-        raise FileFormatError(f"{where}: JSON of up to {count:,} values, at most {VALUES:,} are read.\n  No such file needs more.")
+    if len(text) > limit.size:
+        raise FileFormatError(f"{where}: {len(text):,} bytes of JSON, at most {limit.size:,} are read.\n  No such file needs more.")
+    if (count := _values(text)) > limit.values:
+        raise FileFormatError(f"{where}: JSON of up to {count:,} values, at most {limit.values:,} are read.\n  No such file needs more.")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=made, parse_int=_whole)

@@ -18,10 +18,11 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from peft_ref.errors import FileFormatError
-from peft_ref.reading.documents import Pairs, decoded, once
+from peft_ref.reading.documents import Limit, Pairs, decoded, once
 from peft_ref.reading.opening import Stamp, opened, stamp
 
 MAX_HEADER = 32 * 2**20
+MAX_VALUES = 2_500_000  # ten for a tensor
 AXES = 64  # NumPy's most; the product of a million sizes would take for ever
 LONGEST_NAME = 1000  # letters; the longest known has about 150
 # How many bits one element takes. A dtype that is not here is newer than this table; its size is not checked.
@@ -71,7 +72,7 @@ def read_header(path: Path) -> Header:
             )
         file.seek(8)
         # the bytes are handed over, not held here: they are freed as soon as they are text
-        claims = decoded(file.read(length), f"{path}: the header", MAX_HEADER, lambda pairs: _made(pairs, path))
+        claims = decoded(file.read(length), f"{path}: the header", Limit(MAX_HEADER, MAX_VALUES), lambda pairs: _made(pairs, path))
     if not isinstance(claims, dict):
         raise FileFormatError(f"{path}: the header describes a tensor and does not say what it is called.")
     metadata = _metadata(path, claims.pop("__metadata__", None))
