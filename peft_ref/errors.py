@@ -1,10 +1,23 @@
-"""The errors of the package. Each message says where, what came, what was expected and what to do."""
+"""The errors of the package. Each message says where, what came, what was expected and what to do.
+
+Names from files are in them, and whoever wrote the file chose the names: a message neither steers a terminal nor fills it.
+"""
 
 from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 4000  # letters of a message
 
 
 class PeftRefError(Exception):
     """The root of every error raised on purpose here."""
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if len(self.args) == 1 else super().__str__()
+        return clean(text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}")
 
 
 class ShapeError(PeftRefError, ValueError):
@@ -13,9 +26,6 @@ class ShapeError(PeftRefError, ValueError):
 
 class KeyMismatchError(PeftRefError, KeyError):
     """A tensor is missing, or one is there that nothing asked for."""
-
-    def __str__(self) -> str:  # KeyError would print the repr of a many-lined message
-        return str(self.args[0]) if self.args else ""
 
 
 class ConfigError(PeftRefError, ValueError):
@@ -40,3 +50,26 @@ class FileFormatError(PeftRefError, ValueError):
 
 class MergeError(PeftRefError, RuntimeError):
     """A merge ended before its output was whole. Nothing of it is left, and what was there before still is."""
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """An error of ours in here says which file or folder it is about, if it does not say so already."""
+    try:
+        yield
+    except PeftRefError as error:
+        if str(place) in str(error):
+            raise
+        error.args = (f"{place}: {error}",)
+        raise
+
+
+def clean(text: str) -> str:
+    """The text without anything that could steer a terminal, break XML or turn the reading direction; such characters are spelled out."""
+    return text if text.isprintable() else "".join(_spelled(c) if c not in "\n\t" else c for c in text.replace("\r\n", "\n"))
+
+
+def _spelled(c: str) -> str:
+    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") or ord(c) & 0xFFFE == 0xFFFE:
+        return c.encode("unicode_escape").decode("ascii")
+    return c

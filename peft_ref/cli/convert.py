@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, naming
 
 if TYPE_CHECKING:
     from peft_ref.files.adapter import AdapterFile
@@ -49,16 +49,18 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     from peft_ref.files.adapter import load_adapter, save_adapter
-    from peft_ref.model.converting import Conversion, plain
+    from peft_ref.model.converting import Conversion, check_finite, plain
 
     if options.out.resolve() == options.adapter.resolve():
         raise ConfigError(f"{options.out}: the adapter itself would be overwritten.\n  Name another folder.")
     source = load_adapter(options.adapter)
-    if options.initial is not None:
-        file = plain(source, load_adapter(options.initial))
-        made = Conversion(file, dict.fromkeys(file.modules, 0.0))
-    else:
-        made = _converted(source, options)
+    with naming(options.adapter):
+        check_finite(source)
+        if options.initial is not None:
+            file = plain(source, load_adapter(options.initial))
+            made = Conversion(file, dict.fromkeys(file.modules, 0.0))
+        else:
+            made = _converted(source, options)
     place = save_adapter(options.out, made.file)
     ranks = {name: int(found.params.A.shape[0]) for name, found in made.file.modules.items()}
     if options.json:

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_ref.cli.check import check_writable
 from peft_ref.errors import ConfigError
+from peft_ref.reading.documents import read_value
 
 EXAMPLES = """
 examples:
@@ -82,7 +83,4 @@ def _trace(options: argparse.Namespace) -> Any:
     own = [name for name in (*SCHEDULE, "learn", "seed") if getattr(options, name) is not None]
     if own:
         raise ConfigError(f"--{own[0].replace('_', '-')} is for a training of our own: a trace brings its schedule with it.")
-    try:
-        return json.loads(options.trace.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{options.trace}: cannot be read as JSON: {error}") from None
+    return read_value(options.trace)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_ref.cli.check import check_writable
-from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.errors import ConfigError
+from peft_ref.reading.documents import read_object
 
 EXAMPLES = """
 The options of the method are the keys of adapter_config.json: --r 8 --lora-alpha 16 --target-modules q_proj v_proj, --num-virtual-tokens 8.
@@ -143,13 +144,7 @@ def _config(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     given = {name: _value(name, words) for name in keys() if (words := getattr(options, f"key:{name}")) is not None}
     if options.method is not None:
         return named_config(options.method, given, steps)
-    try:
-        read = json.loads(options.config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{options.config}: cannot be read as JSON: {error}") from None
-    if not isinstance(read, dict):
-        raise FileFormatError(f"{options.config} holds no object of keys and values.")
-    return {**read, **given}
+    return {**read_object(options.config), **given}
 
 
 def _value(name: str, words: Sequence[str]) -> Any:

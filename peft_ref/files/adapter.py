@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError
+from peft_ref.errors import FileFormatError, KeyMismatchError, ShapeError, UnsupportedLayerError, naming
 from peft_ref.files.atomic import committed, replace_files
 from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
@@ -32,6 +32,7 @@ from peft_ref.files.keys import PREFIX, SHARED_PREFIX, check_adapter_name, sort_
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
 from peft_ref.layers import Layer
 from peft_ref.prompts import SAVED, Prompt
+from peft_ref.reading.documents import read_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # in the order they are put in place
@@ -187,11 +188,7 @@ def load_config(folder: str | os.PathLike[str], name: str = DEFAULT) -> AdapterC
     path = committed(place, CONFIG, FILES)
     if not path.is_file():
         raise FileFormatError(f"{place} has no {CONFIG}.\n  Adapters there: {', '.join(adapter_names(folder)) or 'none'}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not text in UTF-8: {error}.") from error
-    return parse(text, str(path))
+    return parse(read_bytes(path), str(path))
 
 
 def open_adapter(folder: str | os.PathLike[str], name: str = DEFAULT) -> SafetensorsFile:
@@ -208,7 +205,8 @@ def load_adapter(folder: str | os.PathLike[str], name: str = DEFAULT, layers: Ma
     """Read the adapter called `name` from a folder. `layers` as in `from_state_dict`."""
     config = load_config(folder, name)
     file = open_adapter(folder, name)
-    adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
+    with naming(file.path):
+        adapter = from_state_dict(config, {key: file.tensor(key) for key in file.entries}, layers)
     return AdapterFile(**{**vars(adapter), "metadata": file.metadata})
 
 

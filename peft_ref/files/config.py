@@ -17,21 +17,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, get_type_hints
 
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
-from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.errors import ConfigError
 from peft_ref.files.removed import as_of_today, is_removed
-from peft_ref.files.rules import check, check_kept, check_pattern, check_types, field_names, init_as_saved, start_as_saved, switch_as_saved
-from peft_ref.graph.patterns import key_below, pattern_key
+from peft_ref.files.rules import (
+    MOST,
+    MOST_SAVED,
+    check,
+    check_kept,
+    check_names,
+    check_pattern,
+    check_types,
+    field_names,
+    init_as_saved,
+    start_as_saved,
+    switch_as_saved,
+)
+from peft_ref.graph.pattern_keys import Keys
+from peft_ref.graph.patterns import SECONDS_PER_NAME, Matcher
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
 from peft_ref.prompts import Prompt
+from peft_ref.reading.documents import CONFIG, OWN, Limit, parsed
 
 # fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
 DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
@@ -41,6 +55,7 @@ LAMBDAS = ("delora_lambda",)
 SIZES_BY_ANY_PATTERN = frozenset({"WAVEFT"})  # read like a rank_pattern; the others' must end the name after a dot
 SIZES = ("block_size", "n_frequency")  # hyper-parameters that `<name>_pattern` changes
 PATTERNS_UNREAD = frozenset({"HIRA"})  # PEFT reads its rank_pattern for a second adapter on a layer only: HIRA-Q3
+COMPARED = ("modules_to_save", "feedforward_modules", "layers_pattern")  # with the end of every name, one by one
 KEPT = "lora_E"  # the ending of a module's key in AdaLoRA's rank_pattern
 
 
@@ -68,29 +83,49 @@ class AdapterConfig:
         if not isinstance(self.method, WeightMethod):
             where = "it goes before its inputs" if isinstance(self.method, Prompt) else "it adds to attention blocks, alike to all of them"
             raise ConfigError(f"{type(self.method).__name__} adapts no layer of a model: {where}.")
-        p, names = self.patterns, field_names(type(self.method))
         if self.method.peft_type in PATTERNS_UNREAD:
             return self.method
+        if module_name not in self._methods:
+            self._clock.allow(SECONDS_PER_NAME)
+            self._methods[module_name] = self._worked_out(self.method, module_name)
+        return self._methods[module_name]
+
+    def _worked_out(self, method: WeightMethod[Any], module_name: str) -> WeightMethod[Any]:
+        p, names = self.patterns, field_names(type(method))
         changes: dict[str, Any] = {}
         if "live_r" in names:
             kept = p.rank_pattern.get(f"{module_name}.{KEPT}")
-            return self.method if kept is None else dataclasses.replace(self.method, live_r=sum(kept))  # type: ignore[type-var]
-        for pattern, fields in ((p.rank_pattern, RANKS), (p.alpha_pattern, ALPHAS), (p.lambda_pattern, LAMBDAS)):
-            if (key := self._matching(tuple(pattern), module_name)) is not None:
-                changes[_one_of(fields, names, self.method)] = pattern[key]
-        size_of = pattern_key if self.method.peft_type in SIZES_BY_ANY_PATTERN else key_below
-        if p.size_pattern and (key := size_of(tuple(p.size_pattern), module_name)) is not None:
-            changes[_one_of(SIZES, names, self.method)] = p.size_pattern[key]
+            return method if kept is None else dataclasses.replace(method, live_r=sum(kept))  # type: ignore[type-var]
+        for word, fields in (("rank_pattern", RANKS), ("alpha_pattern", ALPHAS), ("lambda_pattern", LAMBDAS), ("size_pattern", SIZES)):
+            if (key := self._matching(word, module_name)) is not None:
+                changes[_one_of(fields, names, method)] = getattr(p, word)[key]
         if "is_feedforward" in names:
             changes["is_feedforward"] = self._is_feedforward(module_name)
-        method: WeightMethod[Any] = dataclasses.replace(self.method, **changes) if changes else self.method  # type: ignore[type-var]
-        return method.on_module(module_name)
+        changed: WeightMethod[Any] = dataclasses.replace(method, **changes) if changes else method  # type: ignore[type-var]
+        return changed.on_module(module_name)
 
-    def _matching(self, patterns: tuple[str, ...], module_name: str) -> str | None:
-        """The first pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
+    def _matching(self, word: str, module_name: str) -> str | None:
+        """The first key of a pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
         if self.method.peft_type == "OSF":
-            return next((key for key in patterns if re.search(key, module_name)), None)
-        return pattern_key(patterns, module_name)
+            return next((key for key in getattr(self.patterns, word) if self._clock.anywhere(key, module_name)), None)
+        return self._keys[word].first(module_name, self._clock)
+
+    @cached_property
+    def _keys(self) -> Mapping[str, Keys]:
+        below = self.method.peft_type not in SIZES_BY_ANY_PATTERN
+        p = self.patterns
+        alike = {"rank_pattern": Keys(p.rank_pattern), "alpha_pattern": Keys(p.alpha_pattern), "lambda_pattern": Keys(p.lambda_pattern)}
+        return {**alike, "size_pattern": Keys(p.size_pattern, below=below)}
+
+    @cached_property
+    def _clock(self) -> Matcher:
+        """For the patterns on all modules together: a file may hold one that never ends."""
+        return Matcher()
+
+    @cached_property
+    def _methods(self) -> dict[str, WeightMethod[Any]]:
+        """By module: each is asked for many times."""
+        return {}
 
     def _is_feedforward(self, module_name: str) -> bool:
         modules = self.patterns.feedforward_modules
@@ -99,29 +134,20 @@ class AdapterConfig:
                 "feedforward_modules is null, so PEFT takes the architecture's default, which the file does not tell.\n"
                 "  Give the list; [] if no module is in a feed-forward block."
             )
-        return is_feedforward(modules, module_name)
+        return is_feedforward(modules, module_name, self._clock)
 
 
-def parse(text: str, where: str = "adapter_config.json") -> AdapterConfig:
-    """The configuration that a JSON text holds."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise FileFormatError(f"{where}: a key is there twice among {', '.join(key for key, _ in pairs)}.")
-        return dict(pairs)
-
-    try:
-        data = json.loads(text, object_pairs_hook=once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{where} is not JSON: {error}.") from error
+def parse(text: str | bytes, where: str = "adapter_config.json", limit: Limit = CONFIG) -> AdapterConfig:
+    """The configuration that a JSON text holds; bytes are the text as it lies in a file."""
+    data = parsed(text, where, limit)
     if is_removed(data):
         return _split(as_of_today(data, where), where)
-    return dataclasses.replace(_split(data, where), text=text)
+    return dataclasses.replace(_split(data, where), text=text.decode() if isinstance(text, bytes) else text)
 
 
 def from_dict(data: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:
     """The configuration that a flat dict holds; undone by `flatten`."""
-    return parse(json.dumps(data, indent=2), where)
+    return parse(json.dumps(data, indent=2), where, OWN)
 
 
 def render(config: AdapterConfig) -> str:
@@ -163,6 +189,8 @@ def _split(data: Any, where: str) -> AdapterConfig:
         method = cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    for name in (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES)):
+        check_names(data.get(name), f"{where}: {name}", MOST_SAVED if name in COMPARED else MOST)
     given = {name: data[name] for name in field_names(Targets) if name in data}
     targets = _targets(given, data["peft_type"], where)
     if issubclass(cls, AttentionMethod) and not isinstance(targets.target_modules, str | None):

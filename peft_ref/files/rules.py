@@ -19,11 +19,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 from peft_ref.contracts import Method
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, TargetError
+from peft_ref.graph.pattern_keys import is_plain
+from peft_ref.graph.patterns import LARGEST, check_length
+from peft_ref.reading.header import LONGEST_NAME
 from peft_ref.registry import TaskType
+
+MOST = 250_000  # names in one list: a mixture of experts with 10^12 parameters has 70,000 layers
+MOST_SAVED = 10_000  # that are compared with the ends of every name
 
 TASK_TYPES = tuple(task.value for task in TaskType)
 
@@ -130,11 +137,16 @@ def _number(value: Any) -> float:
 
 
 def check_pattern(pattern: str, where: str) -> None:
+    if is_plain(pattern):
+        return
     try:
+        check_length(pattern)
         re.compile(rf"(.*\.)?({pattern})$")
+    except TargetError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(
-            f"{where}: {pattern!r} is no regular expression ({error}).\n  A module's name has its dots escaped: 'h\\.0'."
+            f"{where}: {pattern!r:.80} is no regular expression ({error}).\n  A module's name has its dots escaped: 'h\\.0'."
         ) from None
 
 
@@ -163,10 +175,40 @@ _ALLOWED: Mapping[Any, tuple[type, ...]] = {
 }
 
 
+@cache
+def _hints(cls: type[Method]) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
+def check_numbers(value: Any, where: str) -> None:
+    """Raise `ConfigError` for a number, or one within a list or map, that no arithmetic survives: it would make every weight NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value!r}: a finite number is needed.\n  HF PEFT takes it, and what it computes is NaN.")
+    if isinstance(value, int) and not abs(value) < 2**63:
+        raise ConfigError(f"{where} is a number of {value.bit_length()} bits, which fits into no integer of a library.")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        check_numbers(inner, where)
+
+
+def check_names(names: Any, where: str, most: int) -> None:
+    """Raise `ConfigError` for a list of names, or the keys of a map, that would take for ever to be looked for in a model."""
+    if not isinstance(names, list | tuple | Mapping):
+        return
+    if len(names) > most:
+        raise ConfigError(f"{where} has {len(names):,} entries, at most {most:,} are read.\n  No model has as many layers.")
+    if longest := next((name for name in names if isinstance(name, str) and len(name) > LONGEST_NAME and is_plain(name)), None):
+        raise ConfigError(
+            f"{where}: {longest!r:.60}... has {len(longest):,} letters, at most {LONGEST_NAME} are read.\n  No module is so called."
+        )
+    if (letters := sum(len(name) for name in names if isinstance(name, str) and not is_plain(name))) > LARGEST * 10:
+        raise ConfigError(f"{where}: regular expressions of {letters:,} letters, at most {LARGEST * 10:,} are read.\n  Use plain names.")
+
+
 def check_types(cls: type[Method], values: Mapping[str, Any], where: str) -> None:
     """Raise `ConfigError` for a hyper-parameter that is of another type than its field."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for name, value in values.items():
+        check_numbers(value, f"{where}: {name}")
         hint = hints[name]
         wanted = _ALLOWED.get(hint)
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):

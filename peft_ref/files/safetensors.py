@@ -1,20 +1,14 @@
-"""Safetensors files: read by their header, one tensor at a time; written as the `safetensors` library writes them.
+"""Safetensors files: read by their header (peft_ref/reading/header.py), one tensor at a time; written as the `safetensors` library does.
 
-    8 bytes      n, the header's length, little-endian
-    n bytes      JSON: {"__metadata__": {str: str}, name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
-    the rest     the tensors' bytes, little-endian and C-ordered; offsets count from here; no overlap and no hole
-
-A header is believed only after every claim in it was checked against the file. A tensor of a dtype NumPy does not have can still be
-copied: `raw` gives its bytes, and `serialize` takes them back.
+A tensor of a dtype NumPy does not have can still be copied: `raw` gives its bytes, and `serialize` takes them back.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -22,27 +16,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from peft_ref.errors import FileFormatError, KeyMismatchError
+from peft_ref.reading.header import BITS as BITS
+from peft_ref.reading.header import MAX_HEADER as MAX_HEADER
+from peft_ref.reading.header import Entry as Entry
+from peft_ref.reading.header import read_header
+from peft_ref.reading.opening import Stamp, span
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
-MAX_HEADER = 100_000_000  # the library's own limit
-# How many bits one element takes. A dtype that is not here is newer than this table; its size is not checked.
-BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-
-
-class Entry(NamedTuple):
-    """What the header says of one tensor; begin and end count from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class RawTensor(NamedTuple):
@@ -74,26 +54,23 @@ class SafetensorsFile:
     path: Path
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
+    stamp: Stamp | None = field(default=None, repr=False, compare=False)  # of the file when its header was read
 
     def read(self, name: str) -> NDArray:
         """The tensor as an array of its own."""
-        raw = self.raw(name)
-        if raw.dtype not in dtypes():
+        entry = self._entry(name)
+        if entry.dtype not in dtypes():
             raise FileFormatError(
-                f"{self.path}: tensor {name!r} is {raw.dtype}, which is no NumPy dtype here.\n"
+                f"{self.path}: tensor {name!r} is {entry.dtype}, which is no NumPy dtype here.\n"
                 f"  Readable: {', '.join(sorted(dtypes()))}. `raw` gives its bytes, so that it can be copied."
             )
-        return np.frombuffer(bytearray(raw.data), dtype=dtypes()[raw.dtype]).reshape(raw.shape)
+        data = span(self.path, name, entry.begin, entry.end, self.stamp)
+        return np.frombuffer(data, dtype=dtypes()[entry.dtype]).reshape(entry.shape)
 
     def raw(self, name: str) -> RawTensor:
         """The tensor as its bytes."""
         entry = self._entry(name)
-        with self.path.open("rb") as file:
-            file.seek(entry.begin)
-            data = file.read(entry.end - entry.begin)
-        if len(data) != entry.end - entry.begin:
-            raise FileFormatError(f"{self.path}: tensor {name!r} was cut off since the file was opened.\n  Is it being written?")
-        return RawTensor(entry.dtype, entry.shape, data)
+        return RawTensor(entry.dtype, entry.shape, bytes(span(self.path, name, entry.begin, entry.end, self.stamp)))
 
     def tensor(self, name: str) -> Tensor:
         """`read` where NumPy has the dtype, else `raw`."""
@@ -108,25 +85,7 @@ class SafetensorsFile:
 def open_file(path: str | os.PathLike[str]) -> SafetensorsFile:
     """Read and check the header of a safetensors file."""
     path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise FileFormatError(f"{path}: {size} bytes cannot hold a safetensors header.\n  The file was cut off; get it again.")
-        length = int.from_bytes(start, "little")
-        if start.startswith((b"\x80", b"PK\x03\x04")) and length > size - 8:
-            raise FileFormatError(f"{path} is a pickle under the name of a safetensors file.\n  Unpickling runs code: not read.")
-        if length > MAX_HEADER:
-            raise FileFormatError(f"{path}: claims a header of {length} bytes; at most {MAX_HEADER} are allowed.\n  No safetensors file?")
-        if length > size - 8:
-            raise FileFormatError(
-                f"{path}: claims a header of {length} bytes, the file has {size}.\n  It was cut off, or is something else."
-            )
-        claims = _json(path, file.read(length))
-    metadata = _metadata(path, claims.pop("__metadata__", None) or {})
-    entries = {name: _entry(path, name, claim, 8 + length, size) for name, claim in claims.items()}
-    _check_cover(path, entries, 8 + length, size)
-    return SafetensorsFile(path, metadata, entries)
+    return SafetensorsFile(path, *read_header(path))
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -181,61 +140,3 @@ def header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: M
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _json(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(keys := [key for key, _ in pairs]) != len(set(keys)):
-            raise FileFormatError(f"{path}: the header names {next(k for k in keys if keys.count(k) > 1)!r} twice.")
-        return dict(pairs)
-
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=once)
-        "".join(header).encode()  # JSON can spell text that is none: a lone surrogate
-    except FileFormatError:
-        raise
-    except (ValueError, RecursionError, TypeError) as error:
-        raise FileFormatError(f"{path}: the header is not JSON ({error}).\n  No safetensors file, or a damaged one.") from error
-    if not isinstance(header, dict) or not text.startswith(b"{"):
-        raise FileFormatError(f"{path}: the header is a JSON {type(header).__name__}, expected an object.")
-    return header
-
-
-def _metadata(path: Path, metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileFormatError(f"{path}: __metadata__ is not a map from text to text.")
-    return metadata
-
-
-def _entry(path: Path, name: str, claim: Any, start: int, size: int) -> Entry:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(claim, dict) or claim.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{where} is described by {claim!r:.80},\n  expected dtype, shape and data_offsets.")
-    dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-    if not isinstance(dtype, str):
-        raise FileFormatError(f"{where} has the dtype {dtype!r:.80}, expected a name.")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-        raise FileFormatError(f"{where} has the shape {shape!r:.80}, expected a list of sizes.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise FileFormatError(f"{where} has the offsets {offsets!r:.80}, expected [begin, end].")
-    begin, end = (start + n for n in offsets)
-    if not begin <= end <= size:
-        raise FileFormatError(
-            f"{where} claims the bytes {begin} to {end} of a file of {size}.\n  The file was cut off, or its header is wrong."
-        )
-    if dtype in BITS and 8 * (end - begin) != (needed := math.prod(shape) * BITS[dtype]):
-        raise FileFormatError(f"{where}: {dtype} of shape {tuple(shape)} takes {needed / 8:g} bytes, its offsets span {end - begin}.")
-    return Entry(dtype, tuple(shape), begin, end)
-
-
-def _check_cover(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    at, before = start, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.begin != at:
-            problem = "overlap" if entry.begin < at else "leave a hole"
-            raise FileFormatError(
-                f"{path}: {before} and tensor {name!r} {problem}: one ends at byte {at}, the other begins at {entry.begin}."
-            )
-        at, before = entry.end, f"tensor {name!r}"
-    if at != size:
-        raise FileFormatError(f"{path}: {size - at} bytes after {before} belong to no tensor.\n  Not the file its header describes.")

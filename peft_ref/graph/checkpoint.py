@@ -14,8 +14,6 @@ What a file does not say, and what is done about it:
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -32,6 +30,9 @@ from peft_ref.errors import FileFormatError
 from peft_ref.graph.names import stored_modules
 from peft_ref.graph.protocol import Graph, Module, Parameter
 from peft_ref.graph.ties import head_of, tied_parameters
+from peft_ref.reading import documents, header
+from peft_ref.reading.documents import read_object
+from peft_ref.reading.opening import Stamp, span
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -46,27 +47,13 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     begin: int  # from the start of the file
     end: int
+    stamp: Stamp | None = None  # of the file when its header was read
 
 
 def read_header(path: Path) -> dict[str, Place]:
     """The tensors of a safetensors file, from its header alone."""
-    with path.open("rb") as file:
-        size = file.read(8)
-        length = int.from_bytes(size, "little")
-        text = file.read(length) if len(size) == 8 and length <= 100_000_000 else b""
-    if len(size) < 8 or len(text) != length:
-        raise FileFormatError(f"{path}: the first 8 bytes promise a header of {length} bytes, which is not there.\n  No safetensors file?")
-    try:
-        header = json.loads(text)
-        places = {}
-        for name, claim in header.items():
-            if name != "__metadata__":
-                begin, end = claim["data_offsets"]
-                shape = tuple(int(n) for n in claim["shape"])
-                places[name] = Place(path, str(claim["dtype"]), shape, 8 + length + int(begin), 8 + length + int(end))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FileFormatError(f"{path}: the header cannot be read ({error!r:.80}).\n  No safetensors file, or a damaged one.") from error
-    return places
+    found = header.read_header(path)
+    return {name: Place(path, *entry, found.stamp) for name, entry in found.entries.items()}
 
 
 @final
@@ -84,7 +71,7 @@ class CheckpointGraph(Graph):
     @cached_property
     def _config(self) -> Mapping[str, Any]:
         path = Path(self.folder) / "config.json"
-        return MappingProxyType(_json_object(path)) if path.is_file() else MappingProxyType({})
+        return MappingProxyType(read_object(path)) if path.is_file() else MappingProxyType({})
 
     @cached_property
     def _places(self) -> dict[str, Place]:
@@ -131,14 +118,7 @@ class CheckpointGraph(Graph):
     def weight(self, name: str) -> Array:
         place = self._places[self.resolve(name)]
         dtype = _dtype(place, name)
-        if place.end - place.begin != math.prod(place.shape) * dtype.itemsize:
-            raise FileFormatError(f"{place.path}: {name} is {place.dtype} of shape {place.shape}, its bytes are {place.end - place.begin}.")
-        with place.path.open("rb") as file:
-            file.seek(place.begin)
-            data = file.read(place.end - place.begin)
-        if len(data) != place.end - place.begin:
-            raise FileFormatError(f"{place.path}: the file ends inside {name}.\n  It was cut off; get it again.")
-        return np.frombuffer(bytearray(data), dtype=dtype).reshape(place.shape)
+        return np.frombuffer(span(place.path, name, place.begin, place.end, place.stamp), dtype=dtype).reshape(place.shape)
 
 
 def under_live_names(folder: str | os.PathLike[str], modules: Iterable[str]) -> CheckpointGraph:
@@ -163,23 +143,24 @@ def _dtype(place: Place, name: str) -> np.dtype[Any]:
 
 
 def _sharded(folder: Path) -> dict[str, Place]:
-    shards = _json_object(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
-        raise FileFormatError(f"{folder / INDEX}: weight_map is not a map from tensor names to files beside it.")
-    headers = {file: read_header(folder / file) for file in sorted(set(shards.values()))}
+    index = folder / INDEX
+    shards = read_object(index, documents.INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and _is_beside(f) for f in shards.values()):
+        raise FileFormatError(f"{index}: weight_map is not a map from tensor names to files beside it.")
+    headers: dict[str, dict[str, Place]] = {}
+    for file in sorted(set(shards.values())):
+        try:
+            headers[file] = read_header(folder / file)
+        except OSError as error:
+            raise FileFormatError(f"{index}: weight_map names {file!r}, which cannot be read: {error.strerror}.\n  Get it again.") from None
     if missing := [name for name, file in shards.items() if name not in headers[file]]:
         raise FileFormatError(f"{folder}: {missing[0]!r} is not in {shards[missing[0]]}, where the index says it is.\n  Get both again.")
     return {name: headers[file][name] for name, file in shards.items()}
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path} is a JSON {type(value).__name__}, expected an object.")
-    return value
+def _is_beside(name: str) -> bool:
+    """Whether it can be the name of a file in a folder, wherever that is: no path, no drive, nothing that steers a terminal."""
+    return 0 < len(name) <= 255 and name not in (".", "..") and name.isprintable() and not set(name) & set('/\\:*?"<>|')
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

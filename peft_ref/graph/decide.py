@@ -46,6 +46,10 @@ class Rules:
         return frozenset(self.target or ())
 
     @cached_property
+    def _layers(self) -> frozenset[int]:
+        return frozenset(self.layers)
+
+    @cached_property
     def _excluded(self) -> frozenset[str]:
         return frozenset(self.exclude)
 
@@ -77,7 +81,7 @@ class Rules:
         if index is None:
             where = f"layers_pattern={self.layer_patterns!r} finds" if self.layer_patterns else "there is"
             return Verdict(UNMATCHED, f"{name}: ends with .{entry}, but {where} no layer's number in it.", True)
-        if index not in self.layers:
+        if index not in self._layers:
             return Verdict(
                 UNMATCHED, f"{name}: ends with .{entry}, but is in layer {index}; layers_to_transform={self.layers!r:.60}.", True
             )

@@ -19,37 +19,55 @@ from typing import Any
 
 from peft_ref.errors import TargetError
 
-SECONDS = 0.5  # of processor time
-LARGEST = 20_000  # single steps in a pattern when its counts are written out
+SECONDS = 0.5  # of the thread's processor time
+SECONDS_PER_NAME = 1e-4  # more where many names are asked about: 10,000 modules have 1.5 s in all
+LARGEST = 20_000  # single steps in a pattern when its counts are written out, and letters in it
 
 _COUNT = re.compile(r"\{(?:(\d+)(?:,(\d*))?|,(\d*))\}")
 
 
 class Matcher:
-    """Matches patterns, all of them together for no longer than `seconds`. `regex` counts processor time, so it does too."""
+    """Matches patterns, all of them together on all names for no longer than `seconds`, and reading them counts too."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._left = seconds
 
     def full(self, pattern: str, name: str) -> bool:
-        return self._run(pattern, name, pattern, whole=True) is not None
+        return self._run(pattern, name, pattern, "fullmatch") is not None
 
     def start(self, expression: str, name: str, pattern: str) -> Any:
         """The match of `expression`, in which the user's `pattern` is set, at the start of `name`."""
-        return self._run(expression, name, pattern, whole=False)
+        return self._run(expression, name, pattern, "match")
 
-    def _run(self, expression: str, name: str, pattern: str, whole: bool) -> Any:
+    def anywhere(self, pattern: str, name: str) -> bool:
+        """Whether it matches some part of the name."""
+        return self._run(pattern, name, pattern, "search") is not None
+
+    def allow(self, seconds: float) -> None:
+        """Give it more time."""
+        self._left += seconds
+
+    def charge(self, seconds: float, pattern: str) -> None:
+        """Count time that was spent beside it."""
+        self._left -= seconds
+        if self._left <= 0:
+            raise TargetError(
+                f"the patterns took too long together; {_short(pattern)} was the last one tried.\n  Write fewer, or plain names."
+            )
+
+    def _run(self, expression: str, name: str, pattern: str, how: str) -> Any:
+        began = time.thread_time()
         compiled = _compiled(expression, pattern)
-        began = time.process_time()
+        left = self._left - (time.thread_time() - began)
         try:
-            return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(self._left, 0.001))
+            found = getattr(compiled, how)(name, timeout=max(left, 0.001))
         except TimeoutError:
             raise TargetError(
                 f"the pattern {_short(pattern)} was still undecided on {_short(name)} when its time was up.\n"
                 "  It backtracks: write it without a repetition inside a repetition."
             ) from None
-        finally:
-            self._left -= time.process_time() - began
+        self.charge(time.thread_time() - began, pattern)
+        return found
 
 
 def pattern_key(patterns: Collection[str], name: str, matcher: Matcher | None = None) -> str | None:
@@ -64,14 +82,21 @@ def key_below(patterns: Collection[str], name: str, matcher: Matcher | None = No
     return next((p for p in patterns if clock.start(rf".*\.{p}$", name, p) is not None), name if name in patterns else None)
 
 
+def check_length(pattern: str) -> None:
+    """Raise `TargetError` for what would take long to be read, before it is matched."""
+    if len(pattern) > LARGEST:
+        raise TargetError(f"the pattern {_short(pattern)} has {len(pattern):,} letters, at most {LARGEST:,} are read.\n  List the names.")
+
+
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _compiled(expression: str, pattern: str) -> Any:
     import regex  # type: ignore[import-untyped]  # it ships no types
 
+    check_length(pattern)
     try:
         re.compile(expression)
         return regex.compile(_as_regex(expression, pattern), flags=regex.VERSION0)

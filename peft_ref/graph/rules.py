@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peft_ref.errors import TargetError
 from peft_ref.graph.decide import Rules, suffixes
 from peft_ref.graph.defaults import DEFAULT_TARGETS, FEEDFORWARD
-from peft_ref.graph.patterns import SECONDS, Matcher
+from peft_ref.graph.patterns import SECONDS, SECONDS_PER_NAME, Matcher
 from peft_ref.graph.protocol import Graph
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def rules_for(targets: Targets, graph: Graph, peft_type: str, task_type: str | N
         guards=guards,
         layers=(transform,) if isinstance(transform, int) else transform or (),
         layer_patterns=(patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ()),
-        matcher=Matcher(SECONDS + 1e-4 * len(graph.modules())),  # a model of many modules may take its time
+        matcher=Matcher(SECONDS + SECONDS_PER_NAME * len(graph.modules())),
     )
 
 
@@ -90,10 +90,10 @@ def _condensed(targets: tuple[str, ...], names: list[str]) -> tuple[str, ...]:
     wanted = set(targets)
     others = [name for name in names if wanted.isdisjoint((name, *suffixes(name)))]
     taken = {end for name in others for end in (name, *suffixes(name))}
-    short: list[str] = []
+    short: dict[str, None] = {}
     for ends in sorted([*reversed(list(suffixes(name))), name] for name in wanted):
         for end in ends:
-            if end not in short and end not in taken and not any(ends[-1].endswith(f".{s}") for s in short):
-                short.append(end)
+            if end not in short and end not in taken and short.keys().isdisjoint(suffixes(ends[-1])):
+                short[end] = None
                 break
     return tuple(short) if short and len(short) < len(wanted) else targets

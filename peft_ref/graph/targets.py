@@ -26,7 +26,8 @@ from peft_ref.graph.beside import chosen_parameters, saved_modules
 from peft_ref.graph.decide import TARGET
 from peft_ref.graph.defaults import ALONE_REFUSED, PATTERN_WITH_REGEX_REFUSED, TRANSFORM_WITH_REGEX_REFUSED
 from peft_ref.graph.explaining import notes_on, nothing_matched
-from peft_ref.graph.patterns import Matcher, pattern_key
+from peft_ref.graph.pattern_keys import Keys
+from peft_ref.graph.patterns import SECONDS, SECONDS_PER_NAME, Matcher, pattern_key
 from peft_ref.graph.protocol import Graph, Module
 from peft_ref.graph.rules import rules_for
 
@@ -116,10 +117,10 @@ def check(targets: Targets, peft_type: str) -> None:
         )
 
 
-def is_feedforward(feedforward_modules: str | Collection[str], name: str) -> bool:
+def is_feedforward(feedforward_modules: str | Collection[str], name: str, clock: Matcher | None = None) -> bool:
     """Whether IA3 scales the input of `name` and not its output. A list matches ends of names, dot or not: "c_proj" is also "xc_proj"."""
     if isinstance(feedforward_modules, str):
-        return Matcher().full(feedforward_modules, name)
+        return (clock or Matcher()).full(feedforward_modules, name)
     return any(name.endswith(end) for end in feedforward_modules)
 
 
@@ -131,8 +132,9 @@ def from_pattern(patterns: Mapping[str, V], name: str, default: V) -> V:
 
 def unused_patterns(patterns: Collection[str], names: Collection[str]) -> tuple[str, ...]:
     """The keys of a rank_pattern or alpha_pattern that match none of `names`; PEFT warns of them."""
-    clock = Matcher()
-    return tuple(p for p in patterns if not any(clock.start(rf"(.*\.)?({p})$", name, p) for name in names))
+    keys, clock = Keys(patterns), Matcher(SECONDS + SECONDS_PER_NAME * len(names))
+    used = {key for name in names for key in keys.all(name, clock)}
+    return tuple(key for key in patterns if key not in used)
 
 
 def _check_module(module: Module, graph: Graph, peft_type: str, kinds: Collection[str] | None) -> None:

@@ -17,7 +17,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, naming
 from peft_ref.files.adapter import CONFIG, DEFAULT, load_config
 from peft_ref.files.atomic import replace_files
 from peft_ref.files.config import AdapterConfig, flatten, from_dict, render
@@ -60,7 +60,9 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None) -> PeftConfig:
         """The configuration in a folder, of the class that its peft_type names."""
-        return of(load_config(_folder(pretrained_model_name_or_path, subfolder), DEFAULT))
+        folder = _folder(pretrained_model_name_or_path, subfolder)
+        with naming(folder):
+            return of(load_config(folder, DEFAULT))
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Literal, final
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.errors import ConfigError, KeyMismatchError, naming
 from peft_ref.files.adapter import AdapterFile, from_state_dict, load_adapter
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PROMPT_PREFIX, check_adapter_name, parameter_name
@@ -90,7 +90,9 @@ class Prompted(State):
         return self._joined(name, PromptAdapter(config=config, tensors=tensors, saved=self._copies(config), trainable=True))
 
     def loaded(self, folder: str | os.PathLike[str], name: str, subfolder: str, trainable: bool, lazy: bool, ties: Ties) -> Prompted:
-        return self.attached(name, load_adapter(folder, subfolder), trainable, ties)
+        file = load_adapter(folder, subfolder)
+        with naming(folder):
+            return self.attached(name, file, trainable, ties)
 
     def attached(self, name: str, file: AdapterFile, trainable: bool, ties: Ties) -> Prompted:
         if trainable:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeAlias, final
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, naming
 from peft_ref.files.adapter import DEFAULT, AdapterFile, load_adapter, load_config
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph
@@ -334,7 +334,8 @@ class Wrapped:
         refuse({"low_cpu_mem_usage with a config": low_cpu_mem_usage})
         made._check(config, autocast_adapter_dtype)
         file = load_adapter(model_id, sub)
-        made._state = made._state.attached(adapter_name, AdapterFile(**{**vars(file), "config": config.frozen()}), is_trainable, ties)
+        with naming(model_id):
+            made._state = made._state.attached(adapter_name, AdapterFile(**{**vars(file), "config": config.frozen()}), is_trainable, ties)
         made._keep(adapter_name, config)
         return made
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError, KeyMismatchError, TargetError
+from peft_ref.errors import ConfigError, KeyMismatchError, TargetError, naming
 from peft_ref.files.adapter import DEFAULT, AdapterFile, all_tensors, from_state_dict, load_config, open_adapter, save_tensors
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, sort_tensors
@@ -49,7 +49,8 @@ class BlockAdapter(NamedTuple):
 def load(graph: Graph, folder: str | os.PathLike[str], name: str = DEFAULT) -> BlockAdapter:
     """The adapter called `name` in a folder."""
     file = open_adapter(folder, name)
-    adapter = read(graph, load_config(folder, name), {key: file.tensor(key) for key in file.entries})
+    with naming(file.path):
+        adapter = read(graph, load_config(folder, name), {key: file.tensor(key) for key in file.entries})
     return adapter._replace(file=replace(adapter.file, metadata=file.metadata))
 
 

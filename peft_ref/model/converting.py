@@ -21,14 +21,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from peft_ref.arrays import Array, namespace, zeros_like
-from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.errors import ConfigError, FileFormatError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterFile, AdapterModule
 from peft_ref.files.config import AdapterConfig, Patterns, flatten
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.methods.to_lora import Converted, check_asked, to_lora
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import weight_name
-from peft_ref.model.numbers import as_stored, to_file, wide
+from peft_ref.model.numbers import as_stored, is_finite, to_file, wide
 from peft_ref.model.storing import adapter_file
 
 KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "fan_in_fan_out")
@@ -39,6 +39,14 @@ TRUNCATING = "kasa_config"  # the switch of the method whose start leaves anothe
 class Conversion(NamedTuple):
     file: AdapterFile
     lost: Mapping[str, float]  # by module: the share of the delta's energy that is not in the LoRA
+
+
+def check_finite(file: AdapterFile) -> None:
+    """Raise `FileFormatError` where a parameter is not finite: no LoRA is near to it."""
+    for name, module in file.modules.items():
+        for field, tensor in zip(module.params._fields, module.params, strict=True):
+            if not (tensor is None or is_finite(wide(tensor))):
+                raise FileFormatError(f"{name}: {field} holds NaN or an infinity.\n  The training diverged, or the file is damaged.")
 
 
 def converted(

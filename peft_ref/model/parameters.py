@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.errors import ConfigError, KeyMismatchError, naming
 from peft_ref.files.adapter import DEFAULT, AdapterFile, all_tensors, from_state_dict, load_config, open_adapter, save_tensors
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, sort_tensors
@@ -68,7 +68,8 @@ def add(graph: Graph, config: AdapterConfig, rng: np.random.Generator, *, transp
 def load(graph: Graph, folder: str | os.PathLike[str], name: str = DEFAULT, *, transposed: Collection[str] = ()) -> ParameterAdapter:
     """The adapter called `name` in a folder."""
     file = open_adapter(folder, name)
-    adapter = read(graph, load_config(folder, name), {key: file.tensor(key) for key in file.entries}, transposed=transposed)
+    with naming(file.path):
+        adapter = read(graph, load_config(folder, name), {key: file.tensor(key) for key in file.entries}, transposed=transposed)
     return adapter._replace(file=replace(adapter.file, metadata=file.metadata))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.attending import AttentionAdapter
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import FileFormatError, KeyMismatchError
+from peft_ref.errors import FileFormatError, KeyMismatchError, naming
 from peft_ref.files.adapter import (
     DEFAULT,
     AdapterFile,
@@ -63,6 +63,11 @@ def load(
     ties: Ties = "refuse",
 ) -> Adapted:
     """`model` with the adapter that lies in `folder`, or in its `subfolder`, under `name`."""
+    with naming(folder if subfolder == DEFAULT else Path(folder) / subfolder):
+        return _loaded(model, folder, name, subfolder, trainable, lazy, ties)
+
+
+def _loaded(model: Adapted, folder: str | os.PathLike[str], name: str, subfolder: str, trainable: bool, lazy: bool, ties: Ties) -> Adapted:
     config = _trained(load_config(folder, subfolder), trainable)
     check_new(model, name, config)
     placed = place(model, config)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError, naming
 from peft_ref.graph.checkpoint import CheckpointGraph
 from peft_ref.nn.bert_heads import (
     BertForMaskedLM,
@@ -73,10 +73,11 @@ def in_working_precision(array: Host) -> Host:
 
 def load(folder: str | os.PathLike[str], hold: Callable[[Host], Array] = in_working_precision) -> Loaded:
     """The model in `folder`; `hold` makes the array to compute with of what the file has (`lambda a: backend.from_numpy(a, "float32")`)."""
-    file = CheckpointGraph(folder)
-    model = _as_stored(file, model_of(file.config))
-    weights = {name: hold(_read(file, model, name, shape)) for name, shape in model.shapes().items()}
-    return Loaded(model, model.net(weights), ModelGraph(model=model, weights=weights, model_config=file.config))
+    with naming(folder):
+        file = CheckpointGraph(folder)
+        model = _as_stored(file, model_of(file.config))
+        weights = {name: hold(_read(file, model, name, shape)) for name, shape in model.shapes().items()}
+        return Loaded(model, model.net(weights), ModelGraph(model=model, weights=weights, model_config=file.config))
 
 
 def _as_stored(file: CheckpointGraph, model: Model) -> Model:

@@ -5,7 +5,6 @@ Whatever comes from a port (its name, its reasons, its case ids) goes through `c
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 
 from peft_ref.check.case import OPERATIONS, NDArray, decode
 from peft_ref.check.result import ASKED, Counterexample, Diagnosis, Report, Verdict, Worst
+from peft_ref.errors import clean
 
 NAMELESS = "?"  # the port was broken before it said anything
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
@@ -29,17 +29,6 @@ class Group(NamedTuple):
     operation: str
     reason: str
     cases: tuple[str, ...]
-
-
-def clean(text: str) -> str:
-    """The text without anything that could steer a terminal, break XML or turn the reading direction; such characters are spelled out."""
-    return "".join(_spelled(c) if c not in "\n\t" else c for c in text.replace("\r\n", "\n"))
-
-
-def _spelled(c: str) -> str:
-    if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") or ord(c) & 0xFFFE == 0xFFFE:
-        return c.encode("unicode_escape").decode("ascii")
-    return c
 
 
 def headline(report: Report) -> tuple[str, str, str]:

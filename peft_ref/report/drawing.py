@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from peft_ref.report import clean
+from peft_ref.errors import clean
 
 INK, SOFT, GRID, PAPER = "#1f2933", "#616e7c", "#dde1e6", "#ffffff"
 # Okabe and Ito's colours, which the colour-blind can tell apart; the yellow is darker, so that white paper does not swallow it.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from peft_ref.check.result import Diagnosis, Report, Verdict
-from peft_ref.report import clean, headline, one_line, page, port_name, title
+from peft_ref.errors import clean
+from peft_ref.report import headline, one_line, page, port_name, title
 
 SKIPPED = ("skipped", "not asked", "undecidable")
 

@@ -9,7 +9,8 @@ import numpy as np
 from peft_ref.check.case import NDArray
 from peft_ref.check.protocol import flatten
 from peft_ref.check.result import Counterexample
-from peft_ref.report import arrays, clean, one_line, settings
+from peft_ref.errors import clean
+from peft_ref.report import arrays, one_line, settings
 
 DRAWN = 64  # an array of more numbers is told, not drawn
 

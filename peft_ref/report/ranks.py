@@ -21,11 +21,10 @@ from peft_ref.check.case import Case, NDArray, config_of, from_json
 from peft_ref.check.oracle import float64
 from peft_ref.check.protocol import violation
 from peft_ref.check.training import KEYS, Step, method_of, steps_of
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, clean
 from peft_ref.layers import Linear
 from peft_ref.methods.adalora import AdaLoRA, Params
 from peft_ref.methods.adalora_allocator import State, after_step, budget
-from peft_ref.report import clean
 from peft_ref.stack import Adapter
 
 SIZES = ((24, 18), (18, 30), (30, 16), (16, 24), (24, 20), (20, 28))  # in, out of the modules, over and over

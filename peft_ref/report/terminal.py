@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TextIO, final
 
 from peft_ref.check.result import ASKED, STATUSES, Diagnosis, Report
+from peft_ref.errors import clean
 from peft_ref.report import (
     Group,
     about,
-    clean,
     closeness,
     distance,
     element,

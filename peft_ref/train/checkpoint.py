@@ -24,6 +24,7 @@ from peft_ref.files.config import render
 from peft_ref.files.safetensors import SafetensorsFile, open_file, serialize
 from peft_ref.methods.adalora_allocator import State as Allocation
 from peft_ref.nn.tree import leaves, mapped
+from peft_ref.reading.documents import read_object
 from peft_ref.train.begin import Training, file_of
 from peft_ref.train.step import State
 
@@ -67,13 +68,13 @@ def read(folder: Path, start: State, settings: Mapping[str, Any]) -> Saved:
     """The training in `folder`, which began at `start`. Raises `ConfigError` where it had other settings."""
     path = committed(folder, REST, FILES)
     try:
-        rest = json.loads(path.read_text(encoding="utf-8"))
+        rest = read_object(path)
         step, losses = int(rest["step"]), [float(loss) for loss in rest["losses"]]
         rng = np.random.default_rng()
         rng.bit_generator.state = rest["generator"]
         before = dict(rest["settings"])
         version = rest["version"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileFormatError(
             f"{path} is no state of a training: {type(error).__name__}: {error}.\n  Begin anew in another folder."
         ) from None

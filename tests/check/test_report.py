@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from peft_ref.check.case import OPERATIONS
 from peft_ref.check.result import ASKED, STATUSES, Diagnosis, PortInfo, Verdict, Worst
-from peft_ref.report import clean, html, junit, one_line, terminal
+from peft_ref.errors import clean
+from peft_ref.report import html, junit, one_line, terminal
 from tests.check.reports import ALL, ALPHA, ATTRIBUTES, ELEMENTS, HOSTILE, REPORTS, SMALLEST, WRONG, Page, report, verdict
 
 # ---- text

@@ -120,12 +120,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
 
 LIES = {
     "a length beyond the file": ({"header": {}, "length": 10**6}, "header of 1000000"),
-    "a huge header": ({"header": {}, "length": 2**63}, "at most 100000000"),
+    "a huge header": ({"header": {}, "length": 2**63}, "at most 33554432"),
     "not JSON": ({"header": None, "text": b"{not json"}, "not JSON"),
-    "not UTF-8": ({"header": None, "text": b'{"\xff": 1}'}, "not JSON"),
-    "a lone surrogate": ({"header": None, "text": b'{"\\ud800": {"dtype":"F32","shape":[],"data_offsets":[0,0]}}'}, "not JSON"),
+    "not UTF-8": ({"header": None, "text": b'{"\xff": 1}'}, "not text in UTF-8"),
+    "a lone surrogate": ({"header": None, "text": b'{"\\ud800": {"dtype":"F32","shape":[],"data_offsets":[0,0]}}'}, "not text in UTF-8"),
     "nested too deep": ({"header": None, "text": b'{"a":' + b"[" * 200_000}, "not JSON"),
-    "no object": ({"header": [1]}, "JSON list|not JSON"),
+    "no object": ({"header": [1]}, "expected an object"),
     "a name twice": ({"header": None, "text": b'{"a": 1, "a": 2}'}, "'a' twice"),
     "metadata that is no text": ({"header": {"__metadata__": {"a": 1}}}, "__metadata__"),
     "an entry that is no object": ({"header": {"x": 3}}, "'x' is described by 3"),
