@@ -79,10 +79,14 @@ def config_of(source: Source) -> AdapterConfig:
     return config
 
 
-def modules_in(source: Source) -> list[str]:
-    """The names of modules in its file, as they are in the live model: roughly, without a look at what its keys are."""
-    keys = (key.removeprefix(PREFIX) for key in open_adapter(source.folder).entries if key.startswith(PREFIX))
-    return [key.rpartition(".")[0] for key in keys]
+def modules_in(source: Source, config: AdapterConfig) -> list[str]:
+    """The modules that its file names, as they are called in the live model: by the look of the keys alone."""
+    found: dict[str, None] = {}
+    for key in open_adapter(source.folder).entries:
+        parts = key.removeprefix(PREFIX).split(".")
+        ends = (n for n, part in enumerate(parts) if part == "base_layer" or part.startswith(config.method.tuner_prefix))
+        found.setdefault(".".join(parts[: next(ends, -1)]))
+    return list(found)
 
 
 def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
