@@ -178,7 +178,7 @@ class TestTiedWeights:
     def test_a_change_of_one_is_refused_unless_it_is_said_what_becomes_of_the_other(self, tied: Any, tmp_path: Path) -> None:
         model, base = tied
         adapter = saved_adapter(model, lora(target_modules=["embed_tokens"]), tmp_path / "adapter")
-        with pytest.raises(NotMergeableError, match="which is also lm_head.weight"):
+        with pytest.raises(NotMergeableError, match=r"which is also lm_head\.weight"):
             plan(base, [Source(adapter)])
 
     def test_shared_both_change_as_in_pefts_memory(self, tied: Any, tmp_path: Path) -> None:
