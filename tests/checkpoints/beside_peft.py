@@ -100,7 +100,7 @@ def merged_by_peft(model: Any, adapters: Sequence[Path], rounding: str = "defaul
     names = [f"a{n}" for n in range(len(adapters))]
     for name, weight in zip(names, weights, strict=False):
         for module in tuned.modules():
-            if hasattr(module, "scaling") and name in module.scaling:
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     merged = tuned.merge_and_unload(safe_merge=rounding == "safe", adapter_names=names)
     return {name: array_of(tensor) for name, tensor in merged.state_dict().items()}
