@@ -44,7 +44,7 @@ def plan(
     checkpoint = Base(Path(base))
     configs = [config_of(source) for source in sources]
     checkpoint.check()
-    graph = under_live_names(base, [name for source in sources for name in modules_in(source)])
+    graph = under_live_names(base, [name for pair in zip(sources, configs, strict=True) for name in modules_in(*pair)])
     model = adapt(graph)
     read_in = [read(model, source, config) for source, config in zip(sources, configs, strict=True)]
     gathered = Gathered(model, checkpoint, graph.prefix, asked)

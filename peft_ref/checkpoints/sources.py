@@ -6,7 +6,8 @@ planned, never passed over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,21 +16,23 @@ from peft_ref.attending import AttentionMethod
 from peft_ref.checkpoints.pieces import Piece, pieces, same
 from peft_ref.checkpoints.plan import NDArray, Source
 from peft_ref.contracts import WeightMethod
-from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.files.adapter import AdapterFile, from_state_dict, load_config, open_adapter
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
-from peft_ref.methods.lora_parameter import Stack, unpack
+from peft_ref.methods.lora_parameter import Stack, shapes
 from peft_ref.model.adapted import Adapted
-from peft_ref.model.parameters import places
+from peft_ref.model.parameters import Places, places
 from peft_ref.model.placing import Placed, place
 from peft_ref.model.storing import beside
 
 # Architectures whose experts are stored (E, in, out); no file tells.
 TRANSPOSED = frozenset({"gpt_oss", "llama4", "llama4_text"})
+
+MOST = 6  # parameters of one module, whose orders are tried
 
 
 class OnModule(NamedTuple):
@@ -79,10 +82,14 @@ def config_of(source: Source) -> AdapterConfig:
     return config
 
 
-def modules_in(source: Source) -> list[str]:
-    """The names of modules in its file, as they are in the live model: roughly, without a look at what its keys are."""
-    keys = (key.removeprefix(PREFIX) for key in open_adapter(source.folder).entries if key.startswith(PREFIX))
-    return [key.rpartition(".")[0] for key in keys]
+def modules_in(source: Source, config: AdapterConfig) -> list[str]:
+    """The modules that its file names, as they are called in the live model: by the look of the keys alone."""
+    found: dict[str, None] = {}
+    for key in open_adapter(source.folder).entries:
+        parts = key.removeprefix(PREFIX).split(".")
+        ends = (n for n, part in enumerate(parts) if part == "base_layer" or part.startswith(config.method.tuner_prefix))
+        found.setdefault(".".join(parts[: next(ends, -1)]))
+    return list(found)
 
 
 def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
@@ -118,17 +125,38 @@ def _placed(model: Adapted, config: AdapterConfig, there: Mapping[str, Piece]) -
         return place(model, config), {}
     graph = model.base
     turned = [name for name in graph.modules() if name.endswith("experts")] if graph.model_type in TRANSPOSED else []
-    found, parameters = places(graph, config, turned), {}
-    for name, (method, stack) in found.parameters.items():
-        keys = [f"{PREFIX}{found.keys[name]}.lora_{letter}.weight" for letter in "AB"]
-        if missing := [key for key in keys if key not in there]:
-            raise KeyMismatchError(
-                f"{missing[0]} missing, of {name!r}.\n  The file was made for other target parameters, or another model."
-            )
-        A, B = (there[key] for key in keys)
-        unpack(method, stack, {"lora_A.weight": _hollow(A), "lora_B.weight": _hollow(B)}, name)
-        parameters[name] = OnParameter(method, stack, A, B)
+    found = places(graph, config, turned)
+    by_owner: dict[str, list[str]] = {}
+    for name in found.parameters:
+        by_owner.setdefault(name.rpartition(".")[0], []).append(name)
+    parameters: dict[str, OnParameter] = {}
+    for names in by_owner.values():
+        parameters |= _in_order(names, found, there)
     return Placed(config, found.layers), parameters
+
+
+def _in_order(names: Sequence[str], found: Places, there: Mapping[str, Piece]) -> dict[str, OnParameter]:
+    """The parameters of one module with their tensors, whose keys tell them apart by the module's own order, which no checkpoint has.
+
+    So it is the one in which all shapes fit.
+    """
+    keys = sorted((found.keys[name] for name in names), key=len)
+    pairs = [[f"{PREFIX}{key}.lora_{letter}.weight" for letter in "AB"] for key in keys]
+    if missing := [key for pair in pairs for key in pair if key not in there]:
+        raise KeyMismatchError(f"{missing[0]} missing, of {names[0]!r}.\n  The file was made for other parameters, or another model.")
+    if len(names) > MOST:
+        raise UnsupportedLayerError(f"{names[0]!r} and {len(names) - 1} more parameters of one module: at most {MOST} are told apart.")
+    fitting = []
+    for order in permutations(names):
+        tensors = {name: [there[key] for key in pair] for name, pair in zip(order, pairs, strict=True)}
+        given = {name: shapes(*found.parameters[name]) for name in order}
+        if all((A.shape, B.shape) == tuple(given[name][:2]) for name, (A, B) in tensors.items()):
+            fitting.append({name: OnParameter(*found.parameters[name], A, B) for name, (A, B) in tensors.items()})
+    if len(fitting) != 1:
+        came = ", ".join(f"{tuple(there[key].shape)}" for pair in pairs for key in pair)
+        what = "in no order" if not fitting else "in several orders"
+        raise ShapeError(f"{', '.join(names)}: tensors {came} fit them {what}.\n  Another model's adapter, or another rank than it says.")
+    return fitting[0]
 
 
 def _hollow(p: Piece) -> Tensor:

@@ -66,7 +66,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
-    parser.add_argument("--threads", type=int, metavar="N", help="workers (default: one for each core)")
+    parser.add_argument("--threads", type=int, metavar="N", help="workers, about 4 MB of memory each (default: one for each core)")
     parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk: faster, but a power failure may lose the output")
     parser.add_argument(
         "--scheduler",
@@ -115,9 +115,11 @@ def _run(options: argparse.Namespace, weights: Sequence[float], size: int | None
     if options.json:
         print(json.dumps({"out": str(merged.out), "written": merged.written, "kept": merged.kept, "seconds": merged.seconds}))
     else:
-        rate = merged.written / max(merged.seconds, 1e-9) / 1e9
-        kept = f", {len(merged.kept)} shards kept of a run that was stopped" if merged.kept else ""
-        print(f"{merged.out}: {merged.written / 1e9:.2f} GB written in {merged.seconds:.1f} s, {rate:.2f} GB/s{kept}")
+        from peft_ref.checkpoints.summary import amount
+
+        kept = f"; kept of a run that was stopped: {', '.join(merged.kept)}" if merged.kept else ""
+        rate = amount(int(merged.written / max(merged.seconds, 1e-9)))
+        print(f"{merged.out}: {amount(merged.written)} written in {merged.seconds:.1f} s, {rate} a second{kept}")
     return 0
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,10 +124,11 @@ class CheckpointGraph(Graph):
 
 def under_live_names(folder: str | os.PathLike[str], modules: Iterable[str]) -> CheckpointGraph:
     """The checkpoint under the names of the live model, of which `modules` are some: a file may leave out their first part."""
-    graph = CheckpointGraph(folder)
-    first = next(iter(modules), "")
-    heads = [f"{first[:i]}." for i, letter in enumerate(first) if letter == "."]
-    head = next((h for h in ["", *heads] if first[len(h) :] in graph.modules()), "")
+    graph, heads = CheckpointGraph(folder), Counter[str]()
+    for module in modules:
+        ends = [0, *(at + 1 for at, letter in enumerate(module) if letter == ".")]
+        heads.update(module[:end] for end in ends if module[end:] in graph.modules())
+    head = heads.most_common(1)[0][0] if heads else ""
     return CheckpointGraph(folder, prefix=head) if head else graph
 
 

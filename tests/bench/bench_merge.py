@@ -4,7 +4,8 @@ The checkpoint has the shape of TinyLlama in bfloat16, in 4 shards; the adapter 
 
     fresh    OUT is not there, nothing waits for the disk
     fsync    OUT is not there, and it is on the disk at the end
-    cache    OUT is there and in the page cache. cp writes over it; merge writes beside it and exchanges the two
+    cache    OUT is there and in the page cache. cp writes over it; merge writes beside it, exchanges the two and removes the old one
+    again    what is written over is there and in the page cache, for all: for merge, the files of a run that was killed at its end
 
 Every sample is a process of its own, from its start to its end, imports included. The runners take turns within a round, after a sync;
 a ratio is the median of the ratios within a round, so that a slow minute of the machine slows both. `others` is the share of the machine
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, INNER, HEADS, KEYS, RANK, SHARDS = 2048, 5632, 32, 4, 16, 4
-SCENARIOS = ("fresh", "fsync", "cache")
+SCENARIOS = ("fresh", "fsync", "cache", "again")
 HF = """
 import sys
 import torch
@@ -37,6 +38,22 @@ base, adapter, out, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+# What a run leaves that is killed right before its first shard gets its name.
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from peft_ref.checkpoints.copying import Stamps
+from peft_ref.checkpoints.engine import fingerprint, read_by
+from peft_ref.checkpoints.output import PART, Output
+from peft_ref.checkpoints.plan import Source
+from peft_ref.checkpoints.planning import plan
+base, adapter, out = map(Path, sys.argv[1:4])
+planned = plan(base, [Source(adapter)], exact=sys.argv[4] == "exact")
+with Output(out, fingerprint=fingerprint(planned, Stamps(read_by(planned))), fsync=False) as output:
+    for shard in planned.shards:
+        shutil.copyfile(base / shard.name, output.folder / (shard.name + PART))
+    os._exit(0)
 """
 MERGEKIT = "merge_method: linear\nmodels:\n  - model: {base}+{adapter}\n    parameters: {{weight: 1.0}}\ndtype: bfloat16\n"
 
@@ -120,7 +137,7 @@ def _make_adapter(folder: Path, linear: dict[str, tuple[int, int]], layers: int,
 
 def commands(folder: Path, scenario: str, threads: int, mergekit: str | None) -> dict[str, list[str]]:
     base, adapter, out = folder / "base", folder / "adapter", folder / "out"
-    how = {"fresh": ["--no-fsync"], "fsync": [], "cache": ["--no-fsync", "--overwrite"]}[scenario]
+    how = {"fsync": [], "cache": ["--no-fsync", "--overwrite"]}.get(scenario, ["--no-fsync"])
     merge = [sys.executable, "-m", "peft_ref.cli", "merge", str(base), str(adapter), "-o", str(out), "--threads", str(threads), *how]
     found = {"cp": ["cp", "-rT", str(base), str(out)], "merge": merge, "merge --exact": [*merge, "--exact"]}
     found["HF PEFT"] = [sys.executable, "-c", HF, str(base), str(adapter), str(out), str(threads)]
@@ -133,12 +150,27 @@ def commands(folder: Path, scenario: str, threads: int, mergekit: str | None) ->
     return found
 
 
+def prepare(folder: Path, scenario: str, name: str) -> None:
+    """What is there when the runner starts."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    if scenario == "again" and name in ("merge", "merge --exact"):
+        exact = "exact" if "exact" in name else "fast"
+        killed = [sys.executable, "-c", KILLED, *(str(folder / part) for part in ("base", "adapter", "out")), exact]
+        subprocess.run(killed, check=True, env=_environment(1))
+    elif scenario in ("cache", "again"):
+        shutil.copytree(folder / "base", folder / "out")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    return {**os.environ, **own}
+
+
 def sample(command: list[str], threads: int) -> Sample:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     with tempfile.TemporaryFile() as said:
         busy, began = _busy(), time.perf_counter()
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, cwd="/")
+        process = subprocess.Popen(command, env=_environment(threads), stdout=said, stderr=said, cwd="/")
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -163,10 +195,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, li
             for name, command in commands(folder, scenario, options.threads, options.mergekit).items():
                 if name not in options.only or (name in ("HF PEFT", "mergekit") and not 0 < n <= options.slow_repeats):
                     continue
-                if scenario == "cache":
-                    shutil.copytree(folder / "base", folder / "out", dirs_exist_ok=True)
-                else:
-                    shutil.rmtree(folder / "out", ignore_errors=True)
+                prepare(folder, scenario, name)
                 os.sync()
                 taken = sample(command, options.threads)
                 print(f"round {n}  {scenario:6} {name:14} {taken.seconds:7.2f} s  others {taken.others:.0%}", file=sys.stderr, flush=True)

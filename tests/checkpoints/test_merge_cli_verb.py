@@ -209,17 +209,30 @@ def test_an_interrupt_is_130(tmp_path: Path, base: Path, adapter: Path, capsys: 
     assert not beside(tmp_path / "out")
 
 
-def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path, base: Path, adapter: Path) -> None:
+def on_a_terminal(*words: str | Path) -> tuple[str, str]:
+    """What the verb writes to a terminal as its standard error, and to its standard output."""
     ours, theirs = pty.openpty()
-    program = [sys.executable, "-m", "peft_ref.cli", "merge", str(base), str(adapter), "-o", str(tmp_path / "out")]
-    done = subprocess.run(program, cwd=ROOT, stderr=theirs, stdout=subprocess.PIPE, check=True)
-    os.close(theirs)
+    program = [sys.executable, "-m", "peft_ref.cli", "merge", *map(str, words)]
+    done = subprocess.run(program, cwd=ROOT, stderr=theirs, stdout=subprocess.PIPE, text=True, check=True)
+    os.write(theirs, b"|")  # so that there is something to read
     seen = os.read(ours, 1 << 16).decode()
+    os.close(theirs)
     os.close(ours)
+    return seen.removesuffix("|"), done.stdout
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path, base: Path, adapter: Path) -> None:
+    seen, said = on_a_terminal(base, adapter, "-o", tmp_path / "out")
     assert "[################] 100%" in seen
     assert "2/2 shards" in seen
     assert seen.endswith("\r\x1b[K")
-    assert b"written in" in done.stdout
+    assert "written in" in said
+
+
+def test_with_json_a_terminal_gets_nothing_else(tmp_path: Path, base: Path, adapter: Path) -> None:
+    seen, said = on_a_terminal(base, adapter, "-o", tmp_path / "out", "--json")
+    assert seen == ""
+    assert json.loads(said)["kept"] == []
 
 
 PEAK = """

@@ -83,7 +83,7 @@ def test_an_exact_merge_has_the_bits_of_pefts(tmp_path: Path, case: str, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fast_merge_differs_by_one_last_place_and_seldom(tmp_path: Path, dtype: str) -> None:
-    """d of any order of summation is within 2 g S of PEFT's (exact.py): far less than a last place of a 16-bit weight, about one of float32."""
+    """A sum in any order is within 2 g S of PEFT's (exact.py): far less than a last place of a 16-bit weight, about one of float32."""
     model, base, adapter = folders(tmp_path, "llama", dtype)
     for rounding in ROUNDINGS:
         theirs = merged_by_peft(model, [adapter], rounding)
