@@ -19,7 +19,7 @@ from peft_ref.checkpoints.plan import Change, Rounding
 from peft_ref.checkpoints.remade import Home
 from peft_ref.checkpoints.sources import Adapter, OnModule, OnParameter
 from peft_ref.checkpoints.steps import Fresh, Frozen, Step
-from peft_ref.checkpoints.ways import cuts, needs_bias, rounded_first, touches
+from peft_ref.checkpoints.ways import cuts, init_of, needs_bias, rounded_first, touches
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
@@ -53,6 +53,7 @@ class Gathered:
     def load(self, adapter: Adapter) -> None:
         """What happens to the frozen weights."""
         for module, found in adapter.modules.items():
+            self._check(adapter, found, f"{adapter.source.folder} at {module!r}")
             if cuts(found.method):
                 what = f"{adapter.source.folder}: the init at {module!r}"
                 key = self._kept(self._weight_of(module, what), what)
@@ -95,7 +96,6 @@ class Gathered:
     def _module(self, adapter: Adapter, module: str, found: OnModule) -> None:
         what = f"{adapter.source.folder} at {module!r}"
         method = found.method
-        self._check(adapter, found, what)
         weight = self._weight_of(module, what)
         bias = self._model.modules()[module].bias
         if touches(method, "weight"):
@@ -166,6 +166,11 @@ class Gathered:
             raise NotMergeableError(
                 f"{what}: {name}'s file leaves out {', '.join(found.absent)}, whose signs whoever worked them out has chosen.\n"
                 "  Merge it with HF PEFT on the machine that trained it."
+            )
+        if init_of(method).startswith("corda"):
+            raise NotMergeableError(
+                f"{what}: init_lora_weights={init_of(method)!r} took a part off the frozen weight that only its data tell.\n"
+                "  HF PEFT refuses it too. Make a plain LoRA of it first: peft-ref convert --initial."
             )
         if adapter.source.weight != 1 and not isinstance(method, LowRank | Additive):
             raise ConfigError(
