@@ -61,7 +61,7 @@ class BOFT(Reweight[Params]):
                 "  Their product is the number of inputs, so the other one follows."
             )
         if not 1 <= self.boft_n_butterfly_factor <= 63:  # factor i is for at least 2^(i-1) blocks
-            raise ConfigError(f"boft_n_butterfly_factor={self.boft_n_butterfly_factor}: there are 1 to 63 factors, and no layer takes more.")
+            raise ConfigError(f"boft_n_butterfly_factor={self.boft_n_butterfly_factor}: there are 1 to 63 factors.")
 
     def blocks(self, layer: Layer) -> tuple[int, int]:
         """How many blocks a factor has, and of what size."""
