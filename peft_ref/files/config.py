@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 
 from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, naming
 from peft_ref.files.removed import as_of_today, is_removed
 from peft_ref.files.rules import (
     MOST,
@@ -140,9 +140,10 @@ class AdapterConfig:
 def parse(text: str | bytes, where: str = "adapter_config.json", limit: Limit = CONFIG) -> AdapterConfig:
     """The configuration that a JSON text holds; bytes are the text as it lies in a file."""
     data = parsed(text, where, limit)
-    if is_removed(data):
-        return _split(as_of_today(data, where), where)
-    return dataclasses.replace(_split(data, where), text=text.decode() if isinstance(text, bytes) else text)
+    with naming(where):
+        if is_removed(data):
+            return _split(as_of_today(data, where), where)
+        return dataclasses.replace(_split(data, where), text=text.decode() if isinstance(text, bytes) else text)
 
 
 def from_dict(data: Mapping[str, Any], where: str = "adapter_config.json") -> AdapterConfig:

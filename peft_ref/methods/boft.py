@@ -60,8 +60,8 @@ class BOFT(Reweight[Params]):
                 f"boft_block_size={size} and boft_block_num={num}: one of them is positive and the other 0 (HF PEFT refuses it too).\n"
                 "  Their product is the number of inputs, so the other one follows."
             )
-        if self.boft_n_butterfly_factor < 1:
-            raise ConfigError(f"boft_n_butterfly_factor={self.boft_n_butterfly_factor}: there is at least one factor.")
+        if not 1 <= self.boft_n_butterfly_factor <= 63:  # factor i is for at least 2^(i-1) blocks
+            raise ConfigError(f"boft_n_butterfly_factor={self.boft_n_butterfly_factor}: there are 1 to 63 factors.")
 
     def blocks(self, layer: Layer) -> tuple[int, int]:
         """How many blocks a factor has, and of what size."""

@@ -1,6 +1,6 @@
-"""Hostile files at every door: one clear error that names the file, in bounded memory and time, or what is hostile does not matter there.
+"""Hostile files at every door: one clear error that names the file, in bounded memory and time, or what is hostile does not matter.
 
-Two doors see the whole corpus each time, one for adapters and one for checkpoints; the others every seventh case, and in the sweep all of it.
+Two doors see the whole corpus each time, one for adapters and one for checkpoints; the others every seventh case, in the sweep all of it.
 """
 
 from __future__ import annotations
