@@ -104,6 +104,12 @@ class AdapterConfig:
         changed: WeightMethod[Any] = dataclasses.replace(method, **changes) if changes else method  # type: ignore[type-var]
         return changed.on_module(module_name)
 
+    def pattern_key(self, name: str, module_name: str) -> str | None:
+        """The key of `rank_pattern` or `alpha_pattern` that decides about this module, where PEFT reads it."""
+        if self.method.peft_type in PATTERNS_UNREAD or "live_r" in field_names(type(self.method)):
+            return None
+        return self._matching(name, module_name)
+
     def _matching(self, word: str, module_name: str) -> str | None:
         """The first key of a pattern that a name matches: at its end, or, as OSF alone looks for it, anywhere."""
         if self.method.peft_type == "OSF":

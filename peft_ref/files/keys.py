@@ -46,7 +46,15 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
     """Which tensor is what. One that is nothing the configuration asks for is an error."""
     if isinstance(config.method, Prompt):
         return _sorted_prompt(config, config.method, tensors)
-    found = Sorted({}, {}, {}, {}, {}, {})
+    found, strangers = told_apart(config, tensors)
+    if strangers:
+        raise KeyMismatchError(next(iter(strangers.values())))
+    return found
+
+
+def told_apart(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[Sorted, dict[str, str]]:
+    """Which tensor is what, and every key that is nothing the configuration asks for, with why."""
+    found, strangers = Sorted({}, {}, {}, {}, {}, {}), dict[str, str]()
     known, common = parameter_keys(type(config.method)), shared_keys(type(config.method))
     shared: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
@@ -56,7 +64,8 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
             shared[key.removeprefix(SHARED_PREFIX)] = tensors[key]
             continue
         if not key.startswith(PREFIX):
-            raise KeyMismatchError(f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?")
+            strangers[key] = f"{key!r} does not begin with {PREFIX!r}, as every key of a PEFT adapter does.\n  Not PEFT's format?"
+            continue
         name = name_of_today(key.removeprefix(PREFIX)) if config.method.peft_type == "MISS" else key.removeprefix(PREFIX)
         place = _parameter(name, known, config)
         if place is None:
@@ -68,12 +77,13 @@ def sort_tensors(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Sorted
         kind = _other(name, config, tables)
         if kind is None:
             saved, bias = list(config.targets.modules_to_save or ()), config.housekeeping.get("bias", "none")
-            raise KeyMismatchError(
+            strangers[key] = (
                 f"{key!r} is no parameter of {type(config.method).__name__}, in no module of modules_to_save={saved},\n"
                 f"  no bias (bias={bias!r}) and no embedding. Remove it, or name its module in modules_to_save."
             )
+            continue
         getattr(found, kind)[key] = tensors[key]
-    return found._replace(modules=modules, shared=shared)
+    return found._replace(modules=modules, shared=shared), strangers
 
 
 def _sorted_prompt(config: AdapterConfig, method: Prompt, tensors: Mapping[str, Tensor]) -> Sorted:
