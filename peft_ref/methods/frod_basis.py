@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_ref.arrays import Array, eye_like, namespace
+from peft_ref.arrays import Array, eye_like, namespace, pad
 from peft_ref.methods.torch_draws import Generator, Host
 
 SHORTEST = 1e-12
@@ -58,14 +58,16 @@ def basis(weights: Sequence[Array], ridge: float) -> Array:
     xp, mT = namespace(*weights), namespace(*weights).matrix_transpose
     stacked = xp.concat(list(weights), axis=0)
     rows, n = stacked.shape
-    if rows < n:
-        return mT(xp.linalg.svd(stacked, full_matrices=True)[2])
+    if rows < n:  # rows of zeros bring the vectors that W does not have
+        return mT(xp.linalg.svd(pad(stacked, 0, 0, n - rows), full_matrices=False)[2])
     Q, R = xp.linalg.qr(stacked)
-    mean, at = ridge * 0.0 * eye_like(n, Q), 0
+    one, at = eye_like(n, Q), 0
+    mean = 0.0 * one
     for W in weights:
         part = Q[at : at + W.shape[0], :]
-        mean, at = mean + xp.linalg.inv(mT(part) @ part + ridge * eye_like(n, Q)) / len(weights), at + W.shape[0]
-    return mT(R) @ xp.linalg.eigh(mean)[1]
+        mean, at = mean + xp.linalg.solve(mT(part) @ part + ridge * one, one) / len(weights), at + W.shape[0]
+    # of a symmetric matrix without negative eigenvalues singular vectors are eigenvectors, from the largest to the smallest
+    return mT(R) @ xp.flip(xp.linalg.svd((mean + mT(mean)) / 2.0, full_matrices=False)[0], axis=1)
 
 
 def places(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int) -> dict[str, Host]:

@@ -69,8 +69,7 @@ def _added(layer: Layer, method: Any, p: Any, W0: Array) -> Array:
 
 
 def _last_alone(p: Problem) -> Array:
-    last = p.adapters[-1]
-    return p.W + last.method.change(p.layer, last.params, p.W, p.b).W
+    return whole(p.adapters[-1].params, sparse(p.adapters[-1].params) + np.eye(p.W.shape[1]) * p.adapters[-1].params.L)
 
 
 def _several(replay: Replay) -> Replay:
@@ -81,7 +80,8 @@ def _worked_out(change: Callable[[NDArray, NDArray], NDArray]) -> Replay:
     """Another U, made of the frozen weight and V."""
 
     def other(case: Case) -> Case:
-        assert case.weight is not None and case.layer is not None
+        assert case.weight is not None
+        assert case.layer is not None
         W = case.layer.fold(case.weight)
         made = [{**a.tensors, "frod_U": change(W, a.tensors["frod_V"])} for a in case.adapters]
         return replace(case, adapters=tuple(replace(a, tensors=t) for a, t in zip(case.adapters, made, strict=True)))

@@ -67,7 +67,8 @@ def _same(key: str, g: NDArray, config: Mapping[str, Any]) -> NDArray:
 
 def _worked_out(case: Case) -> Case:
     """A and B of the frozen weight instead of the file's."""
-    assert case.weight is not None and case.layer is not None
+    assert case.weight is not None
+    assert case.layer is not None
     adapters = []
     for a in case.adapters:
         method: Any = build_method(case.method, a.config)
