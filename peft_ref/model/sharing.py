@@ -8,7 +8,7 @@ A method says what is made for all layers together (`WeightMethod.common`) and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -51,7 +51,7 @@ def common(model: Adapted, placed: Placed, rng: np.random.Generator) -> Mapping[
 
 def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
     """The modules with what their file left out, made again from the configuration, or from the frozen weight."""
-    weights, out = Matrices(model, placed.layers), dict(modules)
+    out = dict(modules)
     made: Mapping[str, Any] | None = None
     for name, (method, layer, params) in modules.items():
         absent = [s for s in method.spec(layer) if not s.saved and getattr(params, s.field) is None]
@@ -59,12 +59,18 @@ def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModul
             made = common(model, placed, np.random.default_rng(0))
         drawn = [s.field for s in absent if not s.derived and made and name in made]
         if made and drawn:
-            params = params._replace(**{field: getattr(made[name], field) for field in drawn})
-        if derived := [s.field for s in absent if s.field not in drawn]:
-            start = method.start(layer, weights[name], np.random.default_rng(0), params).params
-            params = params._replace(**{field: getattr(start, field) for field in derived})
-        out[name] = modules[name]._replace(params=params)
+            out[name] = modules[name]._replace(params=params._replace(**{field: getattr(made[name], field) for field in drawn}))
+        out[name] = worked_out(model, name, out[name], [s.field for s in absent if s.field not in drawn])
     return out
+
+
+def worked_out(model: Adapted, name: str, module: AdapterModule, fields: Sequence[str]) -> AdapterModule:
+    """A module with these fields as its `start` makes them of the frozen weight and of what the module holds."""
+    if not fields:
+        return module
+    method, layer, params = module
+    start = method.start(layer, Matrices(model, {name: layer})[name], np.random.default_rng(0), params).params
+    return module._replace(params=params._replace(**{field: getattr(start, field) for field in fields}))
 
 
 def given_apart(model: Adapted, placed: Placed, arrays: Mapping[str, Array], like: Array) -> dict[str, dict[str, Array]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_ref.methods.tinylora import TinyLoRA
 from tests.methods.config_words import LAYERS, OWN_TARGETS, SWITCH
-from tests.methods.facts import Difference, Facts, Tour
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import Draw, replaced
 
 
@@ -69,11 +69,11 @@ FACTS = Facts(
         "fan_in_fan_out": [True, False],
     },
     made=as_made,
-    differences=(Difference("we", r"init_weights=", "PEFT takes whatever it does not know for False, and leaves what was in memory"),),
     models={
         "tinylora": (None, lambda: tinylora(target_modules=["q", "up", "table"], modules_to_save=["head"])),
         "tinylora tied": (None, lambda: tinylora(u=5, weight_tying=0.5)),
-        "tinylora from its seed": (None, lambda: tinylora(r=9, u=4, weight_tying=1.0, save_projection=False, projection_seed=5)),
+        # of fewer than 16 numbers, which torch draws to the bit as here
+        "tinylora from its seed": (None, lambda: tinylora(weight_tying=1.0, save_projection=False, projection_seed=5)),
         "tinylora gpt2 Conv1D": (gpt2, lambda: tinylora(target_modules=["c_attn", "c_fc", "wpe"], weight_tying=0.25, bias="all")),
     },
     wrong_starts={
