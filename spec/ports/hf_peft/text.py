@@ -105,7 +105,7 @@ def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
     holder = getattr(layer, attribute)[adapter]
     if isinstance(holder, torch.Tensor):
         return holder
-    if isinstance(holder, nn.ParameterDict):  # the vectors of all groups
+    if attribute == "tinylora_v":  # the vectors of all groups
         return holder[layer._tinylora_v_key[adapter]]
     for word in rest or ["weight"]:
         holder = holder[int(word)] if word.isdigit() else getattr(holder, word)
