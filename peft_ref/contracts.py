@@ -183,8 +183,8 @@ class WeightMethod(Method, Generic[P]):
                 continue
             size = shape_of(shape, letters, ())
             stored = size if key.stored is None else shape_of(key.stored, letters, layer.kernel_size)
-            saved = key.saved is None or bool(getattr(self, key.saved))
-            specs.append(ParamSpec(name, key.key, size, stored, key.trained, key.shared, saved, key.repeated))
+            saved = not key.derived and (key.saved is None or bool(getattr(self, key.saved)))
+            specs.append(ParamSpec(name, key.key, size, stored, key.trained, key.shared, saved, key.repeated, key.derived))
         return tuple(specs)
 
     def _is_on(self, when: str | None, letters: Mapping[str, int]) -> bool:

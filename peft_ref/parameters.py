@@ -34,6 +34,7 @@ class Key:
     shared: bool = False
     saved: str | None = None  # the hyper-parameter that says whether a file holds it; what it does not hold, the seed makes again
     repeated: bool = False  # a file holds what is shared beside every layer too
+    derived: bool = False  # in no file: a layer's `start` works it out of its frozen weight and of what is made for all layers
 
 
 def conv_key(key: str, stored: str, when: str | None = None) -> Key:
@@ -49,6 +50,7 @@ class ParamSpec(NamedTuple):
     shared: bool = False
     saved: bool = True
     repeated: bool = False
+    derived: bool = False
 
 
 def shape_of(letters: str, dims: Mapping[str, int], kernel: tuple[int, ...]) -> tuple[int, ...]:

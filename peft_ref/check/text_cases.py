@@ -14,6 +14,7 @@ from peft_ref.check.prompt_saved import state_dict_cases
 from peft_ref.check.prompt_sizes import config_cases
 from peft_ref.check.prompt_starts import prompt_init_cases
 from peft_ref.check.variants import dyadic, generator, places_of
+from peft_ref.contracts import WeightMethod
 from peft_ref.files.adapter import spanned
 from peft_ref.files.config import from_dict
 from peft_ref.methods import METHODS
@@ -85,14 +86,16 @@ def _state_dicts(method: str, files: Files) -> Iterator[Case]:
         parsed = spanned(from_dict(config), files.saved_on, {})
         together: dict[str, Any] = {}
         where = f"{method}.state-dict.{adapter_name}"
-        rng = generator(where)
+        assert isinstance(parsed.method, WeightMethod)
+        rng, keys = generator(where), parsed.method.shared_keys(tuple(files.saved_on))
         modules = []
         for name, layer in files.saved_on.items():
             specs = parsed.method_for(name).spec(layer)
-            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in specs if s.key not in together}
+            shared = {s.key: keys[name][s.field] for s in specs if s.shared}
+            tensors = {s.key: encode(abs(dyadic(rng, s.stored_shape))) for s in specs if shared.get(s.key) not in together}
             tensors |= {key: encode(places) for key, places in places_of(parsed.method_for(name), layer, rng).items()}
-            together |= {s.key: tensors[s.key] for s in specs if s.shared and s.key in tensors}
-            tensors |= {s.key: together[s.key] for s in specs if s.shared}
+            together |= {place: tensors[key] for key, place in shared.items() if key in tensors}
+            tensors |= {key: together[place] for key, place in shared.items()}
             modules.append({"name": name, "layer": layer_to_json(layer), "tensors": tensors})
         question = {"adapter_config": config, "adapter_name": adapter_name, "modules": modules}
         yield Case(id=where, method=method, operation="state_dict", clause=files.keys_clause, question=question)

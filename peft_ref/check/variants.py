@@ -160,8 +160,15 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
 
 def places_of(method: WeightMethod[Any], layer: Layer, rng: np.random.Generator) -> dict[str, NDArray]:
     """Integers that an adapter is saved with, of another seed than its configuration's: a port has to read them, not to draw them again."""
-    if "random_seed" in {f.name for f in dataclasses.fields(method)}:  # type: ignore[arg-type]  # every method is a dataclass
+    words = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]  # every method is a dataclass
+    if "random_seed" in words:
         method = replace(method, random_seed=int(rng.integers(2**31)))  # type: ignore[type-var]
+    elif "projection_prng_key" in words and _whole(method, layer):
+        method = replace(method, projection_prng_key=int(rng.integers(2**31)))  # type: ignore[type-var]
+    return _whole(method, layer)
+
+
+def _whole(method: WeightMethod[Any], layer: Layer) -> dict[str, NDArray]:
     return {k: v for k, v in method.untrained(layer).items() if v.dtype.kind in "iu"}
 
 

@@ -72,7 +72,7 @@ from peft_ref.hf.configs_rotating import (
     PsoftConfig,
     RoadConfig,
 )
-from peft_ref.hf.configs_shared import PveraConfig, RandLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
+from peft_ref.hf.configs_shared import FrodConfig, PveraConfig, RandLoraConfig, TinyLoraConfig, UniLoraConfig, VBLoRAConfig, VeraConfig
 from peft_ref.hf.converting import convert_to_lora, save_as_lora
 from peft_ref.hf.mapping import (
     get_layer_status,
@@ -118,6 +118,7 @@ __all__ = [
     "DeftConfig",
     "DeloraConfig",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
@@ -156,6 +157,7 @@ __all__ = [
     "ShiraConfig",
     "SupertuningConfig",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "UniLoraConfig",
     "VBLoRAConfig",

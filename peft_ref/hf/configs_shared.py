@@ -14,6 +14,27 @@ from peft_ref.registry import PeftType
 
 @registered
 @dataclass(kw_only=True)
+class FrodConfig(PeftConfig):
+    target_modules: list[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    frod_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    sparse_rate: float = 0.01
+    regularization_alpha: float = 1e-3
+    progressbar: bool = True
+    runtime_offload_base_weight: bool = False
+
+    kind: ClassVar[PeftType | None] = PeftType.FROD
+
+
+@registered
+@dataclass(kw_only=True)
 class PveraConfig(PeftConfig):
     r: int = 256
     target_modules: list[str] | str | None = None
@@ -52,6 +73,27 @@ class RandLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
 
     kind: ClassVar[PeftType | None] = PeftType.RANDLORA
+
+
+@registered
+@dataclass(kw_only=True)
+class TinyLoraConfig(PeftConfig):
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    target_modules: list[str] | str | None = None
+    tinylora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.TINYLORA
 
 
 @registered

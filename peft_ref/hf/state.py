@@ -25,7 +25,7 @@ from peft_ref.model import Adapted, Count, activate, adapter_file, add, attach, 
 from peft_ref.model.attaching import weight_name
 from peft_ref.model.numbers import as_stored, brought
 from peft_ref.model.running import acting_alone, run_rows
-from peft_ref.model.sharing import brought_modules
+from peft_ref.model.sharing import brought_modules, worked_out
 from peft_ref.model.storing import beside, brought_to, read_blocks
 from peft_ref.model.ties import Ties
 from peft_ref.nn import Inputs, Output
@@ -172,11 +172,12 @@ class Layered(State):
             )
         read = from_state_dict(adapter.config, tensors, {module: found.layer for module, found in adapter.modules.items()})
         likes = {module: self.adapted.frozen(weight_name(self.adapted, module)) for module in read.modules}
-        unsaved = {module: {s.field for s in m.method.spec(m.layer) if not s.saved} for module, m in adapter.modules.items()}
-        params = {
-            module: found.params._replace(**{field: getattr(adapter.modules[module].params, field) for field in unsaved[module]})
-            for module, found in brought_modules(read.modules, likes).items()
-        }
+        params = {}
+        for module, found in brought_modules(read.modules, likes).items():
+            specs = found.method.spec(found.layer)
+            kept = {s.field: getattr(adapter.modules[module].params, s.field) for s in specs if not s.saved}
+            whole = found._replace(params=found.params._replace(**kept))
+            params[module] = worked_out(self.adapted, module, whole, [s.field for s in specs if s.derived]).params
         saved, frozen = beside(read, adapter.tied)
         biases = {self.base.resolve(key): self._like(key, tensor) for key, tensor in frozen.items()}
         return Layered(adapted=update(self.adapted, name, params, saved={k: self._like(k, t) for k, t in saved.items()}, biases=biases))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.delora import DeLoRA as DeLoRA
     from peft_ref.methods.dora import DoRA as DoRA
     from peft_ref.methods.fourierft import FourierFT as FourierFT
+    from peft_ref.methods.frod import FRoD as FRoD
     from peft_ref.methods.glora import GLoRA as GLoRA
     from peft_ref.methods.gralora import GraLoRA as GraLoRA
     from peft_ref.methods.hira import HiRA as HiRA
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.road import RoAd as RoAd
     from peft_ref.methods.shira import SHiRA as SHiRA
     from peft_ref.methods.supertuning import SuperTuning as SuperTuning
+    from peft_ref.methods.tinylora import TinyLoRA as TinyLoRA
     from peft_ref.methods.trainable_tokens import TrainableTokens as TrainableTokens
     from peft_ref.methods.unilora import UniLoRA as UniLoRA
     from peft_ref.methods.vblora import VBLoRA as VBLoRA
@@ -74,6 +76,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "delora": "DeLoRA",
         "dora": "DoRA",
         "fourierft": "FourierFT",
+        "frod": "FRoD",
         "glora": "GLoRA",
         "gralora": "GraLoRA",
         "hira": "HiRA",
@@ -103,6 +106,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "road": "RoAd",
         "shira": "SHiRA",
         "supertuning": "SuperTuning",
+        "tinylora": "TinyLoRA",
         "trainable_tokens": "TrainableTokens",
         "unilora": "UniLoRA",
         "vblora": "VBLoRA",

@@ -31,11 +31,11 @@ class Params(NamedTuple):
     U: Annotated[Array, "out low", Key("osf_svd_params.U_low")]
     S: Annotated[Array, "low", Key("osf_svd_params.S_low")]
     V: Annotated[Array, "low in", Key("osf_svd_params.V_low")]
-    U_0: Annotated[Array, "out low", Key("_osf_U_low_init", trained=False, saved="saves_frozen")]
-    S_0: Annotated[Array, "low", Key("_osf_S_low_init", trained=False, saved="saves_frozen")]
-    V_0: Annotated[Array, "low in", Key("_osf_V_low_init", trained=False, saved="saves_frozen")]
-    U_high: Annotated[Array, "out high", Key("_osf_U_high", when="tall", trained=False, saved="saves_frozen")]
-    V_high: Annotated[Array, "high in", Key("_osf_V_high", when="wide", trained=False, saved="saves_frozen")]
+    U_0: Annotated[Array, "out low", Key("_osf_U_low_init", trained=False, derived=True)]
+    S_0: Annotated[Array, "low", Key("_osf_S_low_init", trained=False, derived=True)]
+    V_0: Annotated[Array, "low in", Key("_osf_V_low_init", trained=False, derived=True)]
+    U_high: Annotated[Array, "out high", Key("_osf_U_high", when="tall", trained=False, derived=True)]
+    V_high: Annotated[Array, "high in", Key("_osf_V_high", when="wide", trained=False, derived=True)]
 
 
 @final
@@ -48,7 +48,6 @@ class OSF(Additive[Params]):
     tuner_prefix: ClassVar[str] = "osf_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
-    saves_frozen: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         k = self.effective_rank

@@ -42,8 +42,8 @@ class Params(NamedTuple):
     C: Annotated[Array, "r r", Key("psoft_R.weight", when="free")]
     v_b: Annotated[Array, "r", Key("psoft_R.vector_b", when="psoft_mag_b")]
     v_a: Annotated[Array, "r", Key("psoft_R.vector_a", when="psoft_mag_a")]
-    A: Annotated[Array, "r in", Key("_psoft_A_cache", trained=False, saved="saves_factors")]
-    B: Annotated[Array, "out r", Key("_psoft_B_cache", trained=False, saved="saves_factors")]
+    A: Annotated[Array, "r in", Key("_psoft_A_cache", trained=False, derived=True)]
+    B: Annotated[Array, "out r", Key("_psoft_B_cache", trained=False, derived=True)]
 
 
 @final
@@ -69,7 +69,6 @@ class PSOFT(LowRank[Params]):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
     dropout: ClassVar[str | None] = "psoft_dropout"
-    saves_factors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.r <= 0:

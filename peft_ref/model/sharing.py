@@ -8,7 +8,7 @@ A method says what is made for all layers together (`WeightMethod.common`) and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -51,20 +51,26 @@ def common(model: Adapted, placed: Placed, rng: np.random.Generator) -> Mapping[
 
 def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
     """The modules with what their file left out, made again from the configuration, or from the frozen weight."""
-    absent = {
-        name: [s.field for s in method.spec(layer) if getattr(params, s.field) is None and not s.saved]
-        for name, (method, layer, params) in modules.items()
-    }
-    if not any(absent.values()):
-        return dict(modules)
-    made, weights = dict(common(model, placed, np.random.default_rng(0))), Matrices(model, placed.layers)
-    for name, (method, layer, _) in modules.items():
-        if absent[name] and name not in made:  # what each works out from its own weight alone
-            made[name] = method.init(layer, weights[name], np.random.default_rng(0)).params
-    return {
-        name: m._replace(params=m.params._replace(**{field: getattr(made[name], field) for field in absent[name]}))
-        for name, m in modules.items()
-    }
+    out = dict(modules)
+    made: Mapping[str, Any] | None = None
+    for name, (method, layer, params) in modules.items():
+        absent = [s for s in method.spec(layer) if not s.saved and getattr(params, s.field) is None]
+        if any(not s.derived for s in absent) and made is None:
+            made = common(model, placed, np.random.default_rng(0))
+        drawn = [s.field for s in absent if not s.derived and made and name in made]
+        if made and drawn:
+            out[name] = modules[name]._replace(params=params._replace(**{field: getattr(made[name], field) for field in drawn}))
+        out[name] = worked_out(model, name, out[name], [s.field for s in absent if s.field not in drawn])
+    return out
+
+
+def worked_out(model: Adapted, name: str, module: AdapterModule, fields: Sequence[str]) -> AdapterModule:
+    """A module with these fields as its `start` makes them of the frozen weight and of what the module holds."""
+    if not fields:
+        return module
+    method, layer, params = module
+    start = method.start(layer, Matrices(model, {name: layer})[name], np.random.default_rng(0), params).params
+    return module._replace(params=params._replace(**{field: getattr(start, field) for field in fields}))
 
 
 def given_apart(model: Adapted, placed: Placed, arrays: Mapping[str, Array], like: Array) -> dict[str, dict[str, Array]]:

@@ -141,13 +141,13 @@ def pair(
         tensors, own = {}, {}
         method = own_facts(method).as_made_by(tuner, name, method)
         for spec in method.spec(layer):
+            place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
             if spec.saved:
-                place = method.shared_keys(("target",))["target"][spec.field] if spec.shared else f"model.target.{spec.key}"
                 assert tuple(saved[f"base_model.{place}"].shape) == spec.stored_shape
                 if not spec.trained and not saved[f"base_model.{place}"].is_floating_point():
                     tensors[spec.key] = saved[f"base_model.{place}"].numpy()  # both sides made it alike
                     continue
-            parameter = _parameter(model, spec.key, name)
+            parameter = _parameter(model, place, name)
             values = own_facts(method).numbers(spec.field, rng.normal(size=spec.stored_shape))
             if spec.shared:
                 values = common.setdefault(spec.key, values)
@@ -166,10 +166,11 @@ def pair(
     return Pair(model, tuner, layer, layer.fold(weight), base.bias.detach().numpy().copy() if has_bias else None, adapters, parameters)
 
 
-def _parameter(model: Any, key: str, adapter: str) -> Any:
-    """The torch parameter or buffer behind a checkpoint key: PEFT puts the adapter's name among its words, at times a `weight` last."""
+def _parameter(model: Any, place: str, adapter: str) -> Any:
+    """The torch parameter or buffer behind a file's key: PEFT puts the adapter's name among its words, at times a `weight` last."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
-        own = ".".join(word for word in name.removeprefix("base_model.model.target.").split(".") if word != adapter)
-        if own in (key, f"{key}.weight") and f".{adapter}" in name:
+        own = ".".join(word for word in name.split(".") if word != adapter)
+        at = {f"base_model.{place}", f"base_model.model.target.{place}"}  # what is shared is the layers' too
+        if (own in at or own.removesuffix(".weight") in at) and f".{adapter}" in name:
             return parameter
-    raise KeyError(key)
+    raise KeyError(place)

@@ -209,5 +209,5 @@ def test_a_layer_kind_we_refuse_peft_refuses_too(name: str, layer_name: str) -> 
     method, layer = SETTINGS[name], LAYERS[layer_name]
     with pytest.raises(UnsupportedLayerError, match=layer.kind):
         method.check_layer(layer)
-    with pytest.raises((ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError)):
+    with pytest.raises((ValueError, TypeError, NotImplementedError, AttributeError, KeyError, RuntimeError)):
         pair(layer, method, [config(method)], np.random.default_rng(0))

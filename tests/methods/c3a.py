@@ -35,7 +35,8 @@ FACTS = Facts(
     float32_modules=("peft.tuners.c3a.layer",),
     unable=unable,
     dialects={
-        "c3a-chained": lambda case, dtype: not unable(case, dtype) and ".two-on-square." in case and case.endswith(("forward", "backward")),
+        # its backward pass is chained too, and has the other mark as well
+        "c3a-chained": lambda case, dtype: not unable(case, dtype) and case.endswith(".two-on-square.forward"),
         "c3a-input-gradient": lambda case, dtype: not unable(case, dtype) and case.endswith(".backward"),
     },
     small={"block_size": 1},

@@ -60,6 +60,31 @@ KINDS: dict[str, Kind] = {
         ("unilora_indices", "unilora_scales"),
         *Q,
     ),
+    "tinylora": Kind(Net, lambda: peft.TinyLoraConfig(r=2, u=3, target_modules=["q", "up", "table"]), ("tinylora_P",), *Q),
+    "tinylora tied": Kind(Net, lambda: peft.TinyLoraConfig(r=3, u=5, weight_tying=0.5, target_modules=["q", "up"]), (), *Q),
+    "tinylora not saved": Kind(
+        Net, lambda: peft.TinyLoraConfig(r=9, u=2, weight_tying=1.0, target_modules=["q", "up"], save_projection=False), (), *Q
+    ),
+    "frod": Kind(
+        Net,
+        lambda: peft.FrodConfig(sparse_rate=0.2, target_modules=["q", "up"], progressbar=False),
+        ("frod_s_indices", "frod_s_size"),
+        *Q,
+    ),
+    "frod Conv1D": Kind(
+        gpt2,
+        lambda: peft.FrodConfig(projection_prng_key=7, sparse_rate=0.1, target_modules=["c_attn", "c_fc"], progressbar=False),
+        ("frod_s_indices", "frod_s_size"),
+        "transformer.h.1.mlp.c_fc",
+        8,
+    ),
+    "frod llama": Kind(
+        llama,
+        lambda: peft.FrodConfig(sparse_rate=0.05, target_modules="all-linear", progressbar=False),
+        ("frod_s_indices", "frod_s_size"),
+        "model.layers.1.mlp.down_proj",
+        12,
+    ),
     "vera llama": Kind(
         llama, lambda: peft.VeraConfig(r=2, target_modules="all-linear"), ("vera_A", "vera_B"), "model.layers.1.mlp.down_proj", 12
     ),
@@ -142,7 +167,9 @@ def test_an_update_that_gives_one_module_another_shared_array_is_refused(kind: K
     modules = b.fresh.attached("default").modules
     keys = next(iter(modules.values())).method.shared_keys(tuple(modules))
     times = [key for own in keys.values() for key in own.values()]
-    name = next(name for name in modules if any(times.count(key) > 1 for key in keys[name].values()))
+    name = next((name for name in modules if any(times.count(key) > 1 for key in keys[name].values())), None)
+    if name is None:
+        pytest.skip("every module has its own")
     field = next(f for f, key in keys[name].items() if times.count(key) > 1)
     params = modules[name].params
     with pytest.raises(ConfigError, match="shares one"):

@@ -23,6 +23,7 @@ from peft_ref.splice import SEQ_2_SEQ, TASKS
 from tests.methods import facts
 from tests.methods.facts import Facts
 from tests.ports.page import PORTS
+from tests.spec.dialect_table import dialects
 
 pytestmark = pytest.mark.hf
 
@@ -58,10 +59,10 @@ def test_only_what_peft_is_known_not_to_do_is_skipped(report: Report) -> None:
 
 
 def test_only_the_dialects_are_seen_that_are_known(report: Report) -> None:
-    known = {name for method in METHODS.weights for name in facts(method).dialects}
-    cases = {name: of(lambda own, name=name: own.dialects.get(name), report.port.dtype) for name in known}  # type: ignore[misc]
-    assert ids(report, "dialect") == set().union(*cases.values())
-    assert {name for d in report.diagnoses for name in d.mistakes} == {name for name, found in cases.items() if found}
+    """Case by case: what the spec's table of dialects counts is what PEFT shows, no more and no less."""
+    known = {(case.id, d.mistake.name) for d in dialects() for case in d.cases[report.port.dtype]}
+    assert {(case, name) for d in report.diagnoses for case in d.cases for name in d.mistakes} == known
+    assert ids(report, "dialect") == {case for case, _ in known}
 
 
 def test_what_a_model_receives_is_pefts_for_every_task_and_number_of_submodules() -> None:

@@ -30,12 +30,10 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    "Frod",
     "LNTuning",
     "Lily",
     "Poly",
     "Shadow",
-    "TinyLora",
     "XLora",
 )
 BUILT_METHODS = (
@@ -46,6 +44,7 @@ BUILT_METHODS = (
     "Deft",
     "Delora",
     "FourierFT",
+    "Frod",
     "Glora",
     "HRA",
     "OFT",
@@ -57,6 +56,7 @@ BUILT_METHODS = (
     "Road",
     "Shira",
     "Supertuning",
+    "TinyLora",
     "TrainableTokens",
     "UniLora",
     "VBLoRA",

@@ -17,6 +17,7 @@ from peft_ref.contracts import WeightMethod
 from peft_ref.files.safetensors import serialize
 from peft_ref.methods import METHODS
 from peft_ref.nn import model_of
+from tests.spec import dialect_table
 from tests.spec.method_table import with_table
 from tests.spec.pages import SPEC
 
@@ -57,6 +58,18 @@ def test_the_table_of_methods_is_what_the_code_says() -> None:
 def test_the_table_of_the_spec_is_what_the_code_says() -> None:
     text = (SPEC / "README.md").read_text(encoding="utf-8")
     assert with_table(text) == text, "run: python -m tests.spec.method_table"
+
+
+def test_the_table_of_dialects_is_what_the_code_says() -> None:
+    """And tests/ports/test_hf_port.py that the code says what PEFT does."""
+    text = (SPEC / "README.md").read_text(encoding="utf-8")
+    assert dialect_table.with_table(text) == text, "run: python -m tests.spec.dialect_table"
+
+
+def test_every_row_of_the_table_is_a_dialect_that_some_case_shows() -> None:
+    for dialect in dialect_table.dialects():
+        assert dialect.mistake.dialect, dialect.mistake.name
+        assert any(dialect.cases.values()), dialect.mistake.name
 
 
 def test_whoever_knows_peft_goes_on_as_the_readme_says(

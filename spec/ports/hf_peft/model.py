@@ -33,8 +33,9 @@ PREFIX, WIDE = "base_model.model.layer.", "base_model.model.wide."
 FLOAT32 = ("c3a", "fourierft")
 NARROW = ("deft",)  # computed in float32 whatever came
 SHARED = ("vera_A", "vera_B", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "vblora_vector_bank", "unilora_theta_d")
-TAKEN_OVER = ("vera", "pvera", "randlora")
-SEEDED = (*TAKEN_OVER, "unilora")  # what a seed decides depends on torch's default dtype, and PEFT's users have float32
+GROUPED = {"tinylora_v": "0", "frod_V": "layer", "frod_s_indices": "layer", "frod_s_size": "layer"}  # shared under a name of their own
+TAKEN_OVER = ("vera", "pvera", "randlora", "frod")
+SEEDED = (*TAKEN_OVER, "unilora", "tinylora")  # what a seed decides depends on torch's default dtype, and PEFT's users have float32
 
 
 class NotInPeft(Exception):
@@ -144,7 +145,7 @@ def made(case: Json, dtype: torch.dtype) -> Any:
 
 def hidden(keys: Iterable[str]) -> list[str]:
     """What a layer keeps beside the weight and saves in no file."""
-    return [key for key in keys if key.startswith("_")]
+    return [key for key in keys if key.startswith("_") or key == "frod_U"]
 
 
 def check(case: Json, dtype: torch.dtype) -> None:
@@ -199,7 +200,16 @@ def wide(config: Json, base: nn.Module) -> nn.Module | None:
 
 def place(key: str) -> str:
     """The key in a file: what layers share stands there once."""
+    if key in GROUPED:
+        return f"base_model.{key}.{GROUPED[key]}"
     return f"base_model.{key}" if key in SHARED else PREFIX + key
+
+
+def key_of(place: str) -> str:
+    """Undoes `place`."""
+    key = place.removeprefix(PREFIX).removeprefix("base_model.")
+    name, _, group = key.rpartition(".")
+    return name if GROUPED.get(name) == group else key
 
 
 def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
@@ -209,6 +219,8 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
         for k, v in config.items()
         if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks")
     }
+    if config["peft_type"] == "FROD":
+        own["progressbar"] = False
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
     if config["peft_type"] == "IA3":
@@ -259,7 +271,7 @@ def gradients(model: Any, case: Json) -> list[dict[str, Any]]:
 def own_tensors(model: Any, adapter: str, state_dict: Any = None) -> dict[str, torch.Tensor]:
     tensors = get_peft_model_state_dict(model, state_dict, adapter_name=adapter, save_embedding_layers=False)
     own = {key: value for key, value in tensors.items() if not key.startswith(WIDE)}
-    return {key.removeprefix(PREFIX).removeprefix("base_model."): value for key, value in own.items()}
+    return {key_of(key): value for key, value in own.items()}
 
 
 def array(value: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -68,6 +68,8 @@ def state_dict(case: Json) -> dict[str, Any]:
     adapter = case["adapter_name"]
     if case["adapter_config"].get("use_qalora"):
         raise NotInPeft("PEFT makes QA-LoRA on GPTQ's layers alone")
+    if case["adapter_config"]["peft_type"] == "TINYLORA" and adapter == "0":
+        raise NotInPeft("PEFT cuts the number of a group out of its key where the adapter is called by that number")
     model = adapted([(m["name"], sized(m["layer"])) for m in case["modules"]], case["adapter_config"], adapter)
     for module in case["modules"]:
         layer = model.get_base_model().get_submodule(module["name"])
@@ -103,6 +105,8 @@ def parameter_of(layer: Any, key: str, adapter: str) -> nn.Parameter:
     holder = getattr(layer, attribute)[adapter]
     if isinstance(holder, torch.Tensor):
         return holder
+    if attribute == "tinylora_v":  # the vectors of all groups
+        return holder[layer._tinylora_v_key[adapter]]
     for word in rest or ["weight"]:
         holder = holder[int(word)] if word.isdigit() else getattr(holder, word)
     return holder

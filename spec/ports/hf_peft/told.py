@@ -49,7 +49,7 @@ def _psoft(layer: Any, config: Any) -> Told:
 
 
 # What PEFT's layers call their dropout of the input.
-NAMED = ("DELORA", "GRALORA", "HIRA", "MISS", "PSOFT", "PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA")
+NAMED = ("DELORA", "FROD", "GRALORA", "HIRA", "MISS", "PSOFT", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
 DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
@@ -65,6 +65,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "FOURIERFT": words("n_frequency", "scaling", prefix="fourierft_"),
     "DELORA": lambda layer, config: {"r": layer.r["default"], "delora_lambda": layer.delora_lambda["default"].item()},
     "DEFT": lambda layer, config: {"decomposition_method": layer.deft_decomposition["default"], "para": layer.deft_para["default"]},
+    "FROD": lambda layer, config: {},
     "GLORA": words("r"),
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
@@ -77,6 +78,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ROAD": words("variant", "group_size"),
     "SHIRA": words("r"),
     "SUPERTUNING": lambda layer, config: {"r": config.r, "scaling": config.lora_alpha / config.r if config.r else 0.0},
+    "TINYLORA": words("r", "u"),
     "TRAINABLE_TOKENS": words("token_indices"),
     "WAVEFT": lambda layer, config: {
         name: getattr(layer, f"waveft_{name}")["default"] for name in ("n_frequency", "scaling", "wavelet_family", "use_idwt")
