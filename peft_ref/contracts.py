@@ -28,6 +28,7 @@ import numpy as np
 from peft_ref.arrays import Array, namespace
 from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.parameters import EVERY_KIND as EVERY_KIND
 from peft_ref.parameters import KINDS as KINDS
 from peft_ref.parameters import Key as Key
 from peft_ref.parameters import ParamSpec as ParamSpec
@@ -94,6 +95,7 @@ class WeightMethod(Method, Generic[P]):
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
     replaces: ClassVar[bool] = False  # parts of the weight are lost in it: to unmerge, W0 is the weight that was there before
+    swaps: ClassVar[bool] = False  # a copy of the layer takes its place, weight, bias, dtype and all: one acts at a time
     held: ClassVar[frozenset[str]] = frozenset()  # fields that are not trained and are parameters in HF all the same
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
@@ -141,6 +143,10 @@ class WeightMethod(Method, Generic[P]):
     def start(self, layer: Layer, W: Array, rng: np.random.Generator, common: P | None) -> Start[P]:
         """`init` of one layer among others, given what was made for all of them."""
         return self.init(layer, W, rng)
+
+    def with_frozen_bias(self, params: P, b: Array | None) -> P:
+        """A fresh adapter that starts from the frozen bias too, which `init` does not see."""
+        return params
 
     @final
     def start_alone(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:

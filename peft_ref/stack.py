@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from peft_ref.arrays import Array, column, namespace, zeros_like
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Additive, Factors, LowRank, Reweight, WeightGradients, WeightMethod
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.layers import Layer
 
 
@@ -101,9 +101,16 @@ def unmerge(
         if isinstance(a.method, Conditioned):
             W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
         else:
-            before = merge(layer, W0, b0, adapters[:k])[0] if a.method.replaces else W0
+            before, b_before = merge(layer, W0, b0, adapters[:k]) if a.method.replaces else (W0, b0)
             W, b = a.method.unmerge(layer, a.params, W, b, before)
+            b = _put_back(a.method, b, b_before) if a.method.swaps else b
     return W, b
+
+
+def _put_back(method: WeightMethod[Any], b: Array | None, before: Array | None) -> Array | None:
+    if b is not None and before is None:
+        raise NotMergeableError(f"{type(method).__name__}: the bias was replaced, and the frozen one did not come.\n  Pass b0.")
+    return before
 
 
 def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None) -> tuple[Array, Array | None]:

@@ -31,7 +31,7 @@ from peft_ref.errors import ConfigError, NotMergeableError, TargetError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph, Module, Parameter
-from peft_ref.layers import Layer, Linear
+from peft_ref.layers import Layer
 from peft_ref.model.ties import Ties
 from peft_ref.stack import Adapter
 
@@ -178,7 +178,7 @@ class Adapted(Graph):
         if found is None or found.layer is None:
             what = "there is no such module" if found is None else f"a module of kind {found.kind!r} is none of the layers here"
             raise TargetError(f"{module!r}: {what}.\n  `modules()` lists them with their kinds.")
-        return replace(found.layer, bias=found.bias is not None) if isinstance(found.layer, Linear) else found.layer
+        return found.layer.with_bias(found.bias is not None)
 
     def attached(self, name: str) -> Attached:
         """The adapter called `name`."""

@@ -94,6 +94,10 @@ def started(
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
+    if method.swaps:
+        bias = model.modules()[module].bias
+        params = method.with_frozen_bias(start.params, None if bias is None else model.frozen(bias))
+        return model, type(params)(*(None if v is None else as_stored(v, frozen) for v in params))
     return model, start.params
 
 

@@ -31,7 +31,6 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
     "Frod",
-    "LNTuning",
     "Lily",
     "Poly",
     "Shadow",
@@ -48,6 +47,7 @@ BUILT_METHODS = (
     "FourierFT",
     "Glora",
     "HRA",
+    "LNTuning",
     "OFT",
     "OSF",
     "Peanut",

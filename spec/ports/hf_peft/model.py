@@ -232,6 +232,8 @@ def build(layer: Json, dtype: torch.dtype) -> nn.Module:
         module = Conv1D(layer["out_features"], layer["in_features"])
     elif kind == "embedding":
         module = nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
+    elif kind == "norm":
+        module = norm(layer, bias is not None)
     else:
         geometry = {key: tuple(layer[key]) for key in ("kernel_size", "stride", "padding", "dilation")}
         channels = layer["in_channels"], layer["out_channels"]
@@ -240,6 +242,15 @@ def build(layer: Json, dtype: torch.dtype) -> nn.Module:
     if bias is not None:
         module.bias = nn.Parameter(array(bias, dtype))
     return module.to(dtype)
+
+
+def norm(layer: Json, bias: bool) -> nn.Module:
+    """torch's RMS norm has no bias."""
+    if layer["centred"]:
+        return nn.LayerNorm(layer["features"], eps=layer["eps"], bias=bias)
+    if bias:
+        raise NotInPeft("torch has no RMS norm with a bias")
+    return nn.RMSNorm(layer["features"], eps=layer["eps"])
 
 
 def names(case: Json) -> list[str]:

@@ -69,6 +69,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
+    "LN_TUNING": lambda layer, config: {},
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
     "OSF": words("effective_rank"),
