@@ -6,7 +6,8 @@
     alias       a module that is another one under a second name; rare, and nothing but `modules_to_save` looks at it
 
 A kind is one of the layers' ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d", "norm") or "other": containers,
-attention blocks. A norm is here whatever has one number for each channel as its weight, and perhaps a bias, and nothing else. Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
+attention blocks. A norm is here whatever has one number for each channel as its weight, and perhaps a bias, and nothing else.
+Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Module:
 
     def __post_init__(self) -> None:
         if self.kind not in EVERY_KIND | {OTHER}:
-            raise ConfigError(f"module {self.name!r}: kind {self.kind!r} is unknown.\n  There are {', '.join(sorted(EVERY_KIND))} and {OTHER}.")
+            raise ConfigError(
+                f"module {self.name!r}: kind {self.kind!r} is unknown.\n  There are {', '.join(sorted(EVERY_KIND))} and {OTHER}."
+            )
         if self.layer is not None and self.layer.kind != self.kind:
             raise ConfigError(f"module {self.name!r} is of kind {self.kind!r}, its layer of kind {self.layer.kind!r}.\n  Give one of them.")
 

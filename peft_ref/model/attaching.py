@@ -164,7 +164,10 @@ def update(
             blocks[module] = in_block(model, module, attention_method(adapter.config), values)
             continue
         old = modules[module]
-        for spec in old.method.spec(old.layer):
+        specs = old.method.spec(old.layer)
+        if extra := [f for f in values._fields if getattr(values, f) is not None and f not in {s.field for s in specs}]:
+            raise KeyMismatchError(f"{name!r} at {module!r}: {extra[0]} came, and {old.method} has none on {old.layer}.")
+        for spec in specs:
             value = getattr(values, spec.field)
             came = None if value is None else tuple(value.shape)
             if came != spec.shape:

@@ -100,12 +100,17 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     copies = {**adapter.saved, **{second: adapter.saved[first] for second, first in adapter.tied.items()}}
     return AdapterFile(
         config=config,
-        modules=adapter.modules,
+        modules=_as_numpys(adapter.modules) if isinstance(config.method, WeightMethod) and config.method.swaps else adapter.modules,
         attention=adapter.blocks,
         modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in copies.items()},
         biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, copies)},
         embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
     )
+
+
+def _as_numpys(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Numbers of 16 bits, which a library has and NumPy has not."""
+    return {name: m._replace(params=type(m.params)(*(None if v is None else to_file(v) for v in m.params))) for name, m in modules.items()}
 
 
 def state_dict(model: Adapted, name: str) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ from peft_ref.check.mistakes import SUITES
 from peft_ref.check.oracle import answer, pose
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.layers import Conv, Embedding, Layer
-from peft_ref.norms import NORM
 from peft_ref.methods import METHODS
+from peft_ref.norms import NORM
 from peft_ref.splice import TASKS
 from tests.check.frozen_corpus import FILE, fingerprints
 from tests.methods import facts

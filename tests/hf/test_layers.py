@@ -69,7 +69,9 @@ def close(got: Any, want: Any) -> None:
 
 
 def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropout: float = 0.0) -> tuple[Pair, Any, Any]:
-    rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
+    seed = zlib.crc32(f"{name}{layer_name}{adapters}".encode())
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)  # the frozen weight is torch's
     layer, method = LAYERS[layer_name], SETTINGS[name]
     if adapters > 1 and own_facts(method).alone:
         pytest.skip(f"PEFT takes one {name} on a layer")

@@ -20,7 +20,14 @@ FACTS = Facts(
     settings={"ln_tuning": LNTuning()},
     alone=True,
     config={"peft_type": "LN_TUNING", "target_modules": ["q", "up"]},
-    space=TARGETS,
+    space=TARGETS
+    | {
+        "target_modules": [
+            *TARGETS["target_modules"],
+            *(["layers.0"], ["layers.9.q"], ["Q"], ["_q"], ["q.weight"], "none", r".*\.none", r"layers\.9\..*", {"up": 1}, 3.5),
+        ]
+    },
+    differences=(Difference("we", "HF PEFT copies whatever it is", "a container: LNTUNING-Q1"),),
     made=lambda module, method: isinstance(method, LNTuning),
     models={"ln_tuning": (None, lambda: ln_tuning(target_modules=["q", "up", "conv2", "table"], modules_to_save=["head"]))},
     wrong_starts={

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from peft_ref.arrays import Array
-from peft_ref.check.asked import Config, Draw, Files, Fresh, Start
+from peft_ref.check.asked import Draw, Files, Fresh, Start
 from peft_ref.check.case import Answer, Case, NDArray
 from peft_ref.check.mistake import Formula, Mistake, Replay, Suite, as_if, autograd, one_by_one, only, stored
 from peft_ref.check.oracle import Problem, answer, null_answer, pose
@@ -179,8 +179,6 @@ def identity(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     return ""
 
 
-
-
 def _formula(name: str, clause: str, sentence: str, weight: Weighs, bias: Weighs) -> Mistake:
     return Mistake(name=name, clause=clause, sentence=sentence, replay=takes(weight, bias))
 
@@ -256,7 +254,12 @@ SUITE = Suite(
         _norm("ln-sample-variance", "LNTUNING-C5", "the mean square divides by n - 1", normalised(_sample_variance)),
         _norm("ln-weight-first", "LNTUNING-C5", "the weight acts on x before it is normalised", normalised(_weight_first)),
         _norm("ln-unit-offset", "LNTUNING-C6", "1 is added to the weight, as Gemma's norms do", normalised(_one_more)),
-        _norm("ln-grad-not-normalised", "LNTUNING-C8", "the weight's gradient is the sum of dy x, with x not normalised", _of_norms(_not_normalised)),
+        _norm(
+            "ln-grad-not-normalised",
+            "LNTUNING-C8",
+            "the weight's gradient is the sum of dy x, with x not normalised",
+            _of_norms(_not_normalised),
+        ),
         _norm("ln-statistics-held", "LNTUNING-C8", "dx takes the mean and the size of x for constants", _of_norms(_statistics_held)),
         Mistake(
             name="ln-dx-frozen",
