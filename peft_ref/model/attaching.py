@@ -20,7 +20,7 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
-from peft_ref.contracts import Start
+from peft_ref.contracts import Start, declared
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
@@ -165,7 +165,7 @@ def update(
             continue
         old = modules[module]
         specs = old.method.spec(old.layer)
-        if extra := [f for f in values._fields if getattr(values, f) is not None and f not in {s.field for s in specs}]:
+        if extra := [f for f in declared(type(values)) if getattr(values, f) is not None and f not in {s.field for s in specs}]:
             raise KeyMismatchError(f"{name!r} at {module!r}: {extra[0]} came, and {old.method} has none on {old.layer}.")
         for spec in specs:
             value = getattr(values, spec.field)
