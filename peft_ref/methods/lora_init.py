@@ -38,6 +38,15 @@ class _HasRank(Protocol):
     def init_lora_weights(self) -> bool | str: ...
 
 
+class Factored(Protocol):
+    """What a start from data asks of a method: LoRA, or DoRA, whose magnitudes come after (`dora.with_magnitudes`)."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+
+
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 

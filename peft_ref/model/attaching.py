@@ -27,6 +27,8 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
+from peft_ref.methods import lora
+from peft_ref.methods.dora import DoRA, with_magnitudes
 from peft_ref.methods.loftq_init import loftq, loftq_of
 from peft_ref.methods.lora import LoRA, transposed
 from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
@@ -84,11 +86,14 @@ def started(
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W, method = wide(layer.fold(frozen)), config.method_for(module)
+    if given is not None and isinstance(method, DoRA) and isinstance(given.params, lora.Params):
+        given = with_magnitudes(method, given)
     if given is not None:
         method.unpack(layer, method.pack(layer, given.params), where=module)  # in the method's own shapes, or an error
         start = given
-    elif isinstance(method, LoRA) and method.init_lora_weights == "loftq":
-        start = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+    elif isinstance(method, LoRA | DoRA) and method.init_lora_weights == "loftq":
+        corrected = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+        start = with_magnitudes(method, corrected) if isinstance(method, DoRA) else corrected
     else:
         start = method.start(layer, W, rng, made)
     if start.W is not W:
