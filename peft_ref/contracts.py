@@ -202,6 +202,19 @@ class WeightMethod(Method, Generic[P]):
         given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
         return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
 
+    @property
+    def saves_another_form(self) -> bool:
+        """Whether `in_file` changes anything."""
+        return False
+
+    def in_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What a file holds beside a layer, given its parameters by key: the same, unless the configuration saves another form of them."""
+        return tensors
+
+    def from_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Undoes `in_file`, as far as that form tells."""
+        return tensors
+
     @final
     def untrained(self, layer: Layer) -> dict[str, np.ndarray[Any, Any]]:
         """What of a fresh adapter is not trained, under its checkpoint key."""

@@ -67,7 +67,8 @@ def load(
     check_new(model, name, config)
     placed = place(model, config)
     file = open_adapter(folder, subfolder)
-    if not lazy or placed.blocks:  # what is on attention blocks is small and read at once
+    another = isinstance(config.method, WeightMethod) and config.method.saves_another_form
+    if not lazy or placed.blocks or another:  # what is on attention blocks is small and read at once
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
     specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}
     keys = {f"{PREFIX}{m}.{s.key}" for m, own in specs.items() for s in read_later(own)}
