@@ -207,7 +207,7 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     own = {
         k: v
         for k, v in config.items()
-        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks")
+        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks", "budget", "entries")
     }
     if config["peft_type"] == "ADALORA" and later:
         own["inference_mode"] = True  # it trains one adapter alone
