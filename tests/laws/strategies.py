@@ -161,7 +161,7 @@ def layers(draw: st.DrawFn, kind: str) -> Layer:
     if kind == "embedding":
         return Embedding(num_embeddings=draw(size), embedding_dim=draw(size))
     if kind == NORM:
-        return Norm(features=draw(st.integers(2, 6)), eps=draw(st.sampled_from((1e-5, 0.25))), centred=draw(st.booleans()))
+        return Norm(features=draw(st.integers(2, 6)), eps=draw(st.sampled_from((0.25, 1.0))), centred=draw(st.booleans()))
     dims = int(kind[4])
     groups = draw(st.integers(1, 3))
 
