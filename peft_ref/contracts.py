@@ -202,6 +202,13 @@ class WeightMethod(Method, Generic[P]):
         given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
         return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
 
+    def apart(self, params: P) -> tuple[P, P] | None:
+        """What of it dropout leaves alone, and what it reaches; None where it reaches all. `together` undoes it for their gradients."""
+        return None
+
+    def together(self, kept: P, dropped: P) -> P:
+        return dropped
+
     @property
     def saves_another_form(self) -> bool:
         """Whether `in_file` changes anything."""

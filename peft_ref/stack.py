@@ -51,6 +51,7 @@ class StackGradients(NamedTuple):
 
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
     """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
+    adapters = [part for a in adapters for part in _parts(a)]
     sides = _sides(layer, adapters)
     b = _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
@@ -63,6 +64,8 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
 
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
     """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
+    parts = [_parts(a) for a in adapters]
+    given, adapters = adapters, [part for own in parts for part in own]
     sides = _sides(layer, adapters)
     frozen, b = b, _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
@@ -81,7 +84,9 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
             beside = beside if g.b0 is None else [*beside, g.b0]
-    return StackGradients(dx, tuple(grads), None if frozen is None or db is None else sum(beside, db))
+    each = iter(grads)
+    joined = [next(each) if len(own) == 1 else a.method.together(next(each), next(each)) for a, own in zip(given, parts, strict=True)]
+    return StackGradients(dx, tuple(joined), None if frozen is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
@@ -126,6 +131,12 @@ def _step_vjp(
     if isinstance(a.method, Conditioned):
         return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db, b0)
     return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db)
+
+
+def _parts(a: Adapter) -> tuple[Adapter, ...]:
+    """An adapter as two where dropout reaches a part of it."""
+    apart = a.method.apart(a.params) if isinstance(a.dropout, Dropout) else None
+    return (a,) if apart is None else (Adapter(a.method, apart[0]), Adapter(a.method, apart[1], a.dropout))
 
 
 def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:

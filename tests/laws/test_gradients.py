@@ -181,8 +181,10 @@ def test_with_dropout_the_gradient_is_still_the_adjoint(name: str, kind: str, da
         return
 
     def y(q: Any, x: Host) -> Host:
-        W1, b1 = weight(q, W, b)
-        return layer.apply(x, W, b1) + layer.apply(x * mask / (1 - p_drop), W1 - W, None)
+        kept, dropped = case.method.apart(q) or (None, q)
+        W1, b1 = weight(dropped, W, b)
+        under = W if kept is None else weight(kept, W, b)[0]  # where dropout does not reach all
+        return layer.apply(x, under, b1) + layer.apply(x * mask / (1 - p_drop), W1 - W, None)
 
     got = stack.vjp(layer, W, b, [Adapter(case.method, p, Dropout(mask, p_drop))], x, dy)
     v, vx = case.direction(p, 16), case.numbers(17, x.shape)

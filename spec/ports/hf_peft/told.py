@@ -50,7 +50,7 @@ def _psoft(layer: Any, config: Any) -> Told:
 
 # What PEFT's layers call their dropout of the input.
 NAMED = ("DELORA", "GRALORA", "HIRA", "MISS", "PSOFT", "PVERA", "RANDLORA", "UNILORA", "VBLORA", "VERA")
-DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED}
+DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED} | {"SUPERTUNING": "supertuning_lora_dropout"}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
