@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar,
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.parameters import EVERY_KIND as EVERY_KIND
 from peft_ref.parameters import KINDS as KINDS
@@ -201,6 +201,14 @@ class WeightMethod(Method, Generic[P]):
         """Parameters (or their gradients, which what is not trained has none of) under their checkpoint keys, in their stored shapes."""
         given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
         return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
+
+    def thinned(self, params: P, keep: Array) -> P:
+        """Parameters whose blocks (factors, blocks) do nothing where `keep` is 0: how BOFT drops out. Linear, and its own transpose."""
+        raise ConfigError(f"{type(self).__name__} has no blocks that could drop out.\n  Give a Dropout, or none.")
+
+    def kept_blocks(self, layer: Layer, rng: np.random.Generator) -> np.ndarray[Any, Any] | None:
+        """`keep` for a step of training; None where no block drops out."""
+        return None
 
     def apart(self, params: P) -> tuple[P, P] | None:
         """What of it dropout leaves alone, and what it reaches; None where it reaches all. `together` undoes it for their gradients."""

@@ -10,7 +10,7 @@ one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref.arrays import Array, column, namespace, zeros_like
 from peft_ref.conditioned import Conditioned
@@ -37,10 +37,19 @@ class RowDropout(NamedTuple):
         return cls(mask / namespace(mask).mean(mask) if scaled else mask)
 
 
+class BlockDropout(NamedTuple):
+    """Which blocks of which factors act, the others being the identity: `boft_dropout` in training."""
+
+    keep: Array  # (factors, blocks) of zeros and ones
+
+
+Drops: TypeAlias = Dropout | RowDropout | BlockDropout
+
+
 class Adapter(NamedTuple):
     method: WeightMethod[Any]
     params: Any
-    dropout: Dropout | RowDropout | None = None
+    dropout: Drops | None = None
 
 
 class StackGradients(NamedTuple):
@@ -85,7 +94,7 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             grads[k], dW, db = g.params, g.W, g.b
             beside = beside if g.b0 is None else [*beside, g.b0]
     each = iter(grads)
-    joined = [next(each) if len(own) == 1 else a.method.together(next(each), next(each)) for a, own in zip(given, parts, strict=True)]
+    joined = [_whole(a, [next(each) for _ in own]) for a, own in zip(given, parts, strict=True)]
     return StackGradients(dx, tuple(joined), None if frozen is None or db is None else sum(beside, db))
 
 
@@ -134,9 +143,18 @@ def _step_vjp(
 
 
 def _parts(a: Adapter) -> tuple[Adapter, ...]:
-    """An adapter as two where dropout reaches a part of it."""
+    """An adapter as two where dropout reaches a part of it; as another one where blocks of it drop out."""
+    if isinstance(a.dropout, BlockDropout):
+        return (Adapter(a.method, a.method.thinned(a.params, a.dropout.keep)),)
     apart = a.method.apart(a.params) if isinstance(a.dropout, Dropout) else None
     return (a,) if apart is None else (Adapter(a.method, apart[0]), Adapter(a.method, apart[1], a.dropout))
+
+
+def _whole(a: Adapter, grads: Sequence[Any]) -> Any:
+    """The gradient of an adapter's parameters, given those of its `_parts`."""
+    if isinstance(a.dropout, BlockDropout):
+        return a.method.thinned(grads[0], a.dropout.keep)
+    return grads[0] if len(grads) == 1 else a.method.together(*grads)
 
 
 def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:

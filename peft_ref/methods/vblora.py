@@ -11,8 +11,8 @@ For a gradient G of W':  dA = B^T G,  dB = G A^T, cut into pieces; of a piece wi
 Neither factor starts at zero, so a fresh adapter is near the identity and not it.
 
 Paper   VB-LoRA: Li et al. 2024, arXiv:2405.15179
-HF      peft.VBLoRAConfig, on linear layers and Conv1D whose sizes L divides. No scale. save_only_topk_weights saves of each piece the places
-        of its k vectors, from the largest weight on, and all weights but the last. Read again the other logits are minus infinity, so that
+HF      peft.VBLoRAConfig, on linear layers and Conv1D whose sizes L divides. No scale. save_only_topk_weights saves of each piece the
+        places of its k vectors, from the largest weight on, and all weights but the last. Read again the other logits are minus infinity, so that
         nothing else can be trained: HF refuses to, here those k are trained.
 """
 

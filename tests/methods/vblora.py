@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft_ref.layers import Linear
 from peft_ref.methods.vblora import VBLoRA
 from tests.methods.config_words import LAYERS, TARGETS
-from tests.methods.facts import Difference, Facts, Tour
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 

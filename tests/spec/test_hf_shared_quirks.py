@@ -198,7 +198,7 @@ def stack_delta(model: Any, module: str) -> Any:
 def test_vblora_refuses_a_file_of_the_largest_that_does_not_fit() -> None:
     method = VBLoRA(r=2, num_vectors=5, vector_length=1, topk=2, save_only_topk_weights=True)
     places, weights = np.zeros((2, 3, 2), dtype=np.uint8), np.full((2, 3, 1), 0.75)
-    assert method.from_file({"a_topk_indices": places + [0, 1], "a_topk_weights": weights}).keys() == {"a"}
+    assert method.from_file({"a_topk_indices": places + np.arange(2), "a_topk_weights": weights}).keys() == {"a"}
     for wrong in (
         {"a_topk_indices": places},
         {"a_topk_indices": places + 5, "a_topk_weights": weights},
