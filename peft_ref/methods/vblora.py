@@ -12,8 +12,8 @@ Neither factor starts at zero, so a fresh adapter is near the identity and not i
 
 Paper   VB-LoRA: Li et al. 2024, arXiv:2405.15179
 HF      peft.VBLoRAConfig, on linear layers and Conv1D whose sizes L divides. No scale. save_only_topk_weights saves of each piece the
-        places of its k vectors, from the largest weight on, and all weights but the last. Read again the other logits are minus infinity, so that
-        nothing else can be trained: HF refuses to, here those k are trained.
+        places of its k vectors, from the largest weight on, and all weights but the last. Read again the other logits are minus
+        infinity, so that nothing else can be trained: HF refuses to, here those k are trained.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class Adapted(Graph):
         return self.base.modules()
 
     def buffers(self) -> Mapping[str, Array]:
-        return self.base.buffers()
+        """What the model keeps beside its parameters, as an adapter that was unloaded left it."""
+        return {name: self.changed.get(name, kept) for name, kept in self.base.buffers().items()}
 
     def aliases(self) -> Mapping[str, str]:
         return self.base.aliases()

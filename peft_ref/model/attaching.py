@@ -123,7 +123,7 @@ def joined(
     check_mirrored(modules, placed.mirrored)
     check_apart(model, name, placed)
     keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
-    kept = {key: b for key, b in model.base.buffers().items() if any(key.startswith(f"{module}.") for module in placed.saved)}
+    kept = {key: b for key, b in model.buffers().items() if any(key.startswith(f"{module}.") for module in placed.saved)}
     copies = {**{key: model.frozen(key) for key in keys}, **kept, **one_copy(saved or {}, placed.tied)}
     first = not model.adapters
     adapter = Attached(

@@ -105,4 +105,4 @@ def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array],
 
 
 def _known(model: Adapted, name: str) -> bool:
-    return name in model.base.parameters() or name in model.base.tied()
+    return name in model.base.parameters() or name in model.base.tied() or name in model.base.buffers()
