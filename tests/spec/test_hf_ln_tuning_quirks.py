@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_ref.errors import ConfigError, UnsupportedLayerError  # noqa: E402
+from peft_ref.errors import ConfigError, KeyMismatchError, UnsupportedLayerError  # noqa: E402
 from peft_ref.files.adapter import load_adapter  # noqa: E402
 from peft_ref.files.config import AdapterConfig  # noqa: E402
 from peft_ref.graph import TorchGraph  # noqa: E402
@@ -281,3 +281,10 @@ def test_the_default_targets_are_the_norms_of_the_architecture(name: str) -> Non
     where = set(mine.adapters["default"].modules)
     model = peft.get_peft_model(net, peft.LNTuningConfig())
     assert where == set(model.base_model.targeted_module_names)
+
+
+def test_a_bias_for_a_norm_that_has_none_is_refused() -> None:
+    model = ours(base(), "r")
+    old = model.adapters["default"].modules["r"].params
+    with pytest.raises(KeyMismatchError, match="c came, and .* has none"):
+        update(model, "default", {"r": old._replace(c=old.w[:, 0])})
