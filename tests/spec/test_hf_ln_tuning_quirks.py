@@ -286,5 +286,5 @@ def test_the_default_targets_are_the_norms_of_the_architecture(name: str) -> Non
 def test_a_bias_for_a_norm_that_has_none_is_refused() -> None:
     model = ours(base(), "r")
     old = model.adapters["default"].modules["r"].params
-    with pytest.raises(KeyMismatchError, match="c came, and .* has none"):
+    with pytest.raises(KeyMismatchError, match=r"c came, and .* has none"):
         update(model, "default", {"r": old._replace(c=old.w[:, 0])})
