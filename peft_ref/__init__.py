@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from peft_ref.methods import *  # noqa: F403 - METHODS and every class in it
     from peft_ref.methods import method_class as method_class
     from peft_ref.methods import register_method as register_method
+    from peft_ref.norms import Norm as Norm
     from peft_ref.registry import PeftType as PeftType
     from peft_ref.registry import TaskType as TaskType
     from peft_ref.stack import Adapter as Adapter
+    from peft_ref.stack import BlockDropout as BlockDropout
     from peft_ref.stack import Dropout as Dropout
     from peft_ref.stack import RowDropout as RowDropout
     from peft_ref.stack import forward as forward
@@ -45,8 +47,10 @@ _HOME = {
     "Embedding": "peft_ref.layers",
     "Layer": "peft_ref.layers",
     "Linear": "peft_ref.layers",
+    "Norm": "peft_ref.norms",
     "Adapter": "peft_ref.stack",
     "Dropout": "peft_ref.stack",
+    "BlockDropout": "peft_ref.stack",
     "RowDropout": "peft_ref.stack",
     "forward": "peft_ref.stack",
     "merge": "peft_ref.stack",

@@ -183,10 +183,90 @@ def hardswish_vjp(x: Array, dy: Array) -> Array:
     return dy * (_is(x > -3, x) * (1 - above) * (2 * x + 3) / 6 + above)
 
 
+def clipped_gelu(x: Array) -> Array:
+    """`gelu`, no more than 10. HF's "gelu_10"."""
+    return namespace(x).clip(gelu(x), -10.0, 10.0)
+
+
+def clipped_gelu_vjp(x: Array, dy: Array) -> Array:
+    return gelu_vjp(x, dy) * _is(gelu(x) <= 10, x)
+
+
+_MEAN, _SPREAD = 0.707107, 0.282095 * math.sqrt(2)
+
+
+def laplace(x: Array) -> Array:
+    """The distribution function of a normal with mean sqrt(1/2) and deviation 1 / sqrt(4 pi), both to six digits."""
+    return 0.5 * (1 + erf((x - _MEAN) / _SPREAD))
+
+
+def laplace_vjp(x: Array, dy: Array) -> Array:
+    return 0.5 * erf_vjp((x - _MEAN) / _SPREAD, dy) / _SPREAD
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + e^x), without an overflow."""
+    xp = namespace(x)
+    return relu(x) + xp.log1p(xp.exp(-xp.abs(x)))
+
+
+def mish(x: Array) -> Array:
+    return x * tanh(softplus(x))
+
+
+def mish_vjp(x: Array, dy: Array) -> Array:
+    t = tanh(softplus(x))
+    return dy * (t + x * (1 - t * t) * sigmoid(x))
+
+
+_STRAIGHT = 20.0  # from there on torch takes softplus for x itself, which is 2e-9 less
+
+
+def sqrt_softplus(x: Array) -> Array:
+    xp = namespace(x)
+    return xp.sqrt(xp.where(x > _STRAIGHT, x, softplus(x)))
+
+
+def sqrt_softplus_vjp(x: Array, dy: Array) -> Array:
+    xp = namespace(x)
+    return dy * xp.where(x > _STRAIGHT, xp.ones_like(x), sigmoid(x)) / (2 * sqrt_softplus(x))
+
+
+def prelu(x: Array) -> Array:
+    """`leaky_relu` of slope 1/4: HF makes the module anew at every call, so its slope is never another."""
+    return x * _quarter(x)
+
+
+def prelu_vjp(x: Array, dy: Array) -> Array:
+    return dy * _quarter(x)
+
+
+def _quarter(x: Array) -> Array:
+    return 0.25 + 0.75 * _is(x > 0, x)
+
+
+# xIELU's numbers as HF makes them, in bfloat16: 0.8, 0.8, 0.5 and -1e-6 were meant.
+_RIGHT, _LEFT, _SLOPE, _DENT = 0.80078125, 0.80078125, 0.5, -9.98377799987793e-07
+
+
+def xielu(x: Array) -> Array:
+    """a x^2 + x / 2 above 0, and b (e^min(x, -1e-6) - 1 - x) + x / 2 below, arXiv:2411.13010: its numbers as they start, as of `prelu`."""
+    xp = namespace(x)
+    below = xp.expm1(xp.where(x < _DENT, x, _DENT + 0 * x)) - x
+    return xp.where(x > 0, _RIGHT * x * x, _LEFT * below) + _SLOPE * x
+
+
+def xielu_vjp(x: Array, dy: Array) -> Array:
+    xp = namespace(x)
+    below = xp.where(x < _DENT, xp.exp(xp.where(x < _DENT, x, 0 * x)), 0 * x) - 1
+    return dy * (xp.where(x > 0, 2 * _RIGHT * x, _LEFT * below) + _SLOPE)
+
+
 _GELU_TANH = Elementwise(gelu_tanh, gelu_tanh_vjp)
 FUNCTIONS: Mapping[str, Elementwise] = MappingProxyType(
     {
         "gelu": Elementwise(gelu, gelu_vjp),
+        "gelu_10": Elementwise(clipped_gelu, clipped_gelu_vjp),
         "gelu_accurate": _GELU_TANH,
         "gelu_fast": Elementwise(gelu_fast, gelu_fast_vjp),
         "gelu_new": _GELU_TANH,
@@ -194,15 +274,20 @@ FUNCTIONS: Mapping[str, Elementwise] = MappingProxyType(
         "gelu_python_tanh": _GELU_TANH,
         "gelu_pytorch_tanh": _GELU_TANH,
         "hardswish": Elementwise(hardswish, hardswish_vjp),
+        "laplace": Elementwise(laplace, laplace_vjp),
         "leaky_relu": Elementwise(leaky_relu, leaky_relu_vjp),
         "linear": Elementwise(linear, linear_vjp),
+        "mish": Elementwise(mish, mish_vjp),
+        "prelu": Elementwise(prelu, prelu_vjp),
         "quick_gelu": Elementwise(quick_gelu, quick_gelu_vjp),
         "relu": Elementwise(relu, relu_vjp),
         "relu2": Elementwise(relu2, relu2_vjp),
         "relu6": Elementwise(relu6, relu6_vjp),
         "sigmoid": Elementwise(sigmoid, sigmoid_vjp),
         "silu": Elementwise(silu, silu_vjp),
+        "sqrtsoftplus": Elementwise(sqrt_softplus, sqrt_softplus_vjp),
         "swish": Elementwise(silu, silu_vjp),
         "tanh": Elementwise(tanh, tanh_vjp),
+        "xielu": Elementwise(xielu, xielu_vjp),
     }
 )

@@ -26,8 +26,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar,
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
-from peft_ref.errors import KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.parameters import EVERY_KIND as EVERY_KIND
 from peft_ref.parameters import KINDS as KINDS
 from peft_ref.parameters import Key as Key
 from peft_ref.parameters import ParamSpec as ParamSpec
@@ -94,6 +95,7 @@ class WeightMethod(Method, Generic[P]):
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]]
     replaces: ClassVar[bool] = False  # parts of the weight are lost in it: to unmerge, W0 is the weight that was there before
+    swaps: ClassVar[bool] = False  # a copy of the layer takes its place, weight, bias, dtype and all: one acts at a time
     held: ClassVar[frozenset[str]] = frozenset()  # fields that are not trained and are parameters in HF all the same
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
@@ -141,6 +143,10 @@ class WeightMethod(Method, Generic[P]):
     def start(self, layer: Layer, W: Array, rng: np.random.Generator, common: P | None) -> Start[P]:
         """`init` of one layer among others, given what was made for all of them."""
         return self.init(layer, W, rng)
+
+    def with_frozen_bias(self, params: P, b: Array | None) -> P:
+        """A fresh adapter that starts from the frozen bias too, which `init` does not see."""
+        return params
 
     @final
     def start_alone(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[P]:
@@ -195,6 +201,34 @@ class WeightMethod(Method, Generic[P]):
         """Parameters (or their gradients, which what is not trained has none of) under their checkpoint keys, in their stored shapes."""
         given = [(s, getattr(params, s.field)) for s in self.spec(layer)]
         return {s.key: namespace(v).reshape(v, s.stored_shape) for s, v in given if v is not None or (s.trained and not s.shared)}
+
+    def thinned(self, params: P, keep: Array) -> P:
+        """Parameters whose blocks (factors, blocks) do nothing where `keep` is 0: how BOFT drops out. Linear, and its own transpose."""
+        raise ConfigError(f"{type(self).__name__} has no blocks that could drop out.\n  Give a Dropout, or none.")
+
+    def kept_blocks(self, layer: Layer, rng: np.random.Generator) -> np.ndarray[Any, Any] | None:
+        """`keep` for a step of training; None where no block drops out."""
+        return None
+
+    def apart(self, params: P) -> tuple[P, P] | None:
+        """What of it dropout leaves alone, and what it reaches; None where it reaches all. `together` undoes it for their gradients."""
+        return None
+
+    def together(self, kept: P, dropped: P) -> P:
+        return dropped
+
+    @property
+    def saves_another_form(self) -> bool:
+        """Whether `in_file` changes anything."""
+        return False
+
+    def in_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What a file holds beside a layer, given its parameters by key: the same, unless the configuration saves another form of them."""
+        return tensors
+
+    def from_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Undoes `in_file`, as far as that form tells."""
+        return tensors
 
     @final
     def untrained(self, layer: Layer) -> dict[str, np.ndarray[Any, Any]]:

@@ -11,6 +11,7 @@ how W and a bias b act on an input x, and the gradient of that.
 
 For an output gradient dy:  linear  dx = dy W,  dW = dy^T x,  db = sum dy;  embedding  dW = dy^T onehot(x);  a convolution is
 the linear map of its patches, so its gradient is that of `linear` between gathering patches and adding them back.
+Norms are in peft_ref/norms.py.
 
 A low-rank path runs through the same layer twice: `down(r)` is this layer with r outputs and no groups (HF draws LoRA's A that way),
 `up` mixes the r channels to `out` with B (out, r/groups), a pointwise grouped map.
@@ -21,8 +22,8 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self, final
 
 from peft_ref.arrays import Array, as_rows, namespace, one_hot, pad, regroup, spread, take_columns, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
@@ -67,6 +68,10 @@ class Layer(ABC):
     def channels(self) -> int:
         """How many numbers one place of the input holds; the in of the matrix but for a convolution."""
         return self.shape[1]
+
+    def with_bias(self, bias: bool) -> Self:
+        """This layer with a bias, or without one; an embedding has none."""
+        return replace(self, bias=bias)
 
     @abstractmethod
     def fold(self, weight: Array) -> Array:
@@ -189,6 +194,10 @@ class Embedding(Layer):
 
     num_embeddings: int
     embedding_dim: int
+    bias: bool = field(default=False, init=False, repr=False)
+
+    def with_bias(self, bias: bool) -> Embedding:
+        return self
 
     @property
     def kind(self) -> str:
@@ -238,6 +247,7 @@ class Conv(Layer):
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    bias: bool = True
 
     def __post_init__(self) -> None:
         dims = len(self.kernel_size)

@@ -12,8 +12,10 @@ from functools import cache
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from peft_ref.layers import CONV_KINDS
+from peft_ref.norms import NORM
 
-KINDS = frozenset({"linear", "transposed_linear", "embedding"}) | CONV_KINDS
+KINDS = frozenset({"linear", "transposed_linear", "embedding"}) | CONV_KINDS  # of the layers that are a linear map of their input
+EVERY_KIND = KINDS | {NORM}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref.arrays import Array, column, namespace, zeros_like
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Additive, Factors, LowRank, Reweight, WeightGradients, WeightMethod
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.layers import Layer
 
 
@@ -37,10 +37,19 @@ class RowDropout(NamedTuple):
         return cls(mask / namespace(mask).mean(mask) if scaled else mask)
 
 
+class BlockDropout(NamedTuple):
+    """Which blocks of which factors act, the others being the identity: `boft_dropout` in training."""
+
+    keep: Array  # (factors, blocks) of zeros and ones
+
+
+Drops: TypeAlias = Dropout | RowDropout | BlockDropout
+
+
 class Adapter(NamedTuple):
     method: WeightMethod[Any]
     params: Any
-    dropout: Dropout | RowDropout | None = None
+    dropout: Drops | None = None
 
 
 class StackGradients(NamedTuple):
@@ -51,6 +60,7 @@ class StackGradients(NamedTuple):
 
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
     """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
+    adapters = [part for a in adapters for part in _parts(a)]
     sides = _sides(layer, adapters)
     b = _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
@@ -63,6 +73,8 @@ def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
 
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
     """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
+    parts = [_parts(a) for a in adapters]
+    given, adapters = adapters, [part for own in parts for part in own]
     sides = _sides(layer, adapters)
     frozen, b = b, _bias(layer, W, b, adapters)
     Ws, bs = _folded(layer, W, b, adapters, sides)
@@ -81,7 +93,9 @@ def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x:
             g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
             grads[k], dW, db = g.params, g.W, g.b
             beside = beside if g.b0 is None else [*beside, g.b0]
-    return StackGradients(dx, tuple(grads), None if frozen is None or db is None else sum(beside, db))
+    each = iter(grads)
+    joined = [_whole(a, [next(each) for _ in own]) for a, own in zip(given, parts, strict=True)]
+    return StackGradients(dx, tuple(joined), None if frozen is None or db is None else sum(beside, db))
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
@@ -101,9 +115,16 @@ def unmerge(
         if isinstance(a.method, Conditioned):
             W, b = a.method.unmerge(layer, a.params, W, b, W0, b0)
         else:
-            before = merge(layer, W0, b0, adapters[:k])[0] if a.method.replaces else W0
+            before, b_before = merge(layer, W0, b0, adapters[:k]) if a.method.replaces else (W0, b0)
             W, b = a.method.unmerge(layer, a.params, W, b, before)
+            b = _put_back(a.method, b, b_before) if a.method.swaps else b
     return W, b
+
+
+def _put_back(method: WeightMethod[Any], b: Array | None, before: Array | None) -> Array | None:
+    if b is not None and before is None:
+        raise NotMergeableError(f"{type(method).__name__}: the bias was replaced, and the frozen one did not come.\n  Pass b0.")
+    return before
 
 
 def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None) -> tuple[Array, Array | None]:
@@ -119,6 +140,21 @@ def _step_vjp(
     if isinstance(a.method, Conditioned):
         return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db, b0)
     return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db)
+
+
+def _parts(a: Adapter) -> tuple[Adapter, ...]:
+    """An adapter as two where dropout reaches a part of it; as another one where blocks of it drop out."""
+    if isinstance(a.dropout, BlockDropout):
+        return (Adapter(a.method, a.method.thinned(a.params, a.dropout.keep)),)
+    apart = a.method.apart(a.params) if isinstance(a.dropout, Dropout) else None
+    return (a,) if apart is None else (Adapter(a.method, apart[0]), Adapter(a.method, apart[1], a.dropout))
+
+
+def _whole(a: Adapter, grads: Sequence[Any]) -> Any:
+    """The gradient of an adapter's parameters, given those of its `_parts`."""
+    if isinstance(a.dropout, BlockDropout):
+        return a.method.thinned(grads[0], a.dropout.keep)
+    return grads[0] if len(grads) == 1 else a.method.together(*grads)
 
 
 def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:

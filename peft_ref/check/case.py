@@ -19,6 +19,7 @@ from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
+from peft_ref.norms import NORM, Norm
 from peft_ref.prompts import Prompt
 
 M = TypeVar("M", bound=Method)
@@ -188,24 +189,28 @@ def layer_to_json(layer: Layer) -> dict[str, Any]:
         return {"kind": layer.kind, "in_features": layer.in_features, "out_features": layer.out_features}
     # Whether there is a bias, "bias" beside the weight says.
     fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if f.name != "bias"}
+    if isinstance(layer, Norm):
+        fields = {k: fields[k] for k in ("features", "eps", "centred")}
     if isinstance(layer, Embedding):
         fields = {k: fields[k] for k in ("num_embeddings", "embedding_dim")}
     return {"kind": layer.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
 
 def layer_from_json(data: Mapping[str, Any]) -> Layer:
-    kind = data["kind"]
+    kind, bias = data["kind"], data.get("bias", ()) is not None
     if kind in ("linear", "transposed_linear"):
         return Linear(
             in_features=data["in_features"],
             out_features=data["out_features"],
             transposed=kind == "transposed_linear",
-            bias=data.get("bias", ()) is not None,
+            bias=bias,
         )
     if kind == "embedding":
         return Embedding(num_embeddings=data["num_embeddings"], embedding_dim=data["embedding_dim"])
+    if kind == NORM:
+        return Norm(features=data["features"], eps=data["eps"], centred=data["centred"], bias=bias)
     geometry = {k: tuple(data[k]) for k in ("kernel_size", "stride", "padding", "dilation")}
-    return Conv(in_channels=data["in_channels"], out_channels=data["out_channels"], groups=data["groups"], **geometry)
+    return Conv(in_channels=data["in_channels"], out_channels=data["out_channels"], groups=data["groups"], bias=bias, **geometry)
 
 
 def encode(array: NDArray | None) -> Any:

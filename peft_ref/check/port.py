@@ -95,7 +95,7 @@ class BackendPort(Port):
         for seed in range(case.question["draws"]):
             start = method.init(layer, problem.W, np.random.default_rng(seed))
             changed = {} if start.W is problem.W else {"weight": layer.unfold(start.W)}
-            tensors = {**method.pack(layer, start.params), **changed}
+            tensors = {**method.pack(layer, method.with_frozen_bias(start.params, problem.b)), **changed}
             draws.append({name: self._backend.to_numpy(array, self._dtype) for name, array in tensors.items()})
         return {"draws": draws}
 

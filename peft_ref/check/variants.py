@@ -22,6 +22,7 @@ import numpy as np
 from peft_ref.check.case import LAYER_OPERATIONS, Case, CaseAdapter, NDArray, config_of
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.norms import Norm
 
 Draw: TypeAlias = Callable[[np.random.Generator, tuple[int, ...]], NDArray]
 
@@ -48,6 +49,8 @@ LAYERS: dict[str, Layer] = {
     "transposed-both": Linear(in_features=8, out_features=12, transposed=True),
     "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), stride=(2,), padding=(1,)),
     "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), padding=(1, 0)),
+    "layer-norm": Norm(features=6, eps=0.25),
+    "rms-norm": Norm(features=6, eps=0.25, centred=False),
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 3),
@@ -70,6 +73,8 @@ INPUTS: dict[str, tuple[int, ...]] = {
     "transposed-both": (2, 3),
     "conv1d-both": (2, 5),
     "conv2d-both": (2, 2, 4),
+    "layer-norm": (2, 3),
+    "rms-norm": (2, 3),
 }
 
 
@@ -124,8 +129,7 @@ def make_case(name: str, variant: Variant, layer_name: str, layer: Layer, method
     where = f"{name}.{layer_name}.{variant.name}"
     rng, draw = generator(where), NUMBERS[variant.numbers]
     has_bias = variant.bias and layer.kind != "embedding"
-    if isinstance(layer, Linear) and not has_bias:
-        layer = replace(layer, bias=False)
+    layer = layer.with_bias(has_bias)
     weight = draw(rng, layer.weight_shape)
     bias = draw(rng, (layer.shape[0],)) if has_bias else None
     x = _input(rng, draw, layer, INPUTS[layer_name] if variant.rows is None else variant.rows)

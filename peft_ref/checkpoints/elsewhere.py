@@ -22,7 +22,6 @@ from peft_ref.checkpoints.inspecting import Inspection, Module, listed
 from peft_ref.checkpoints.scales import rank_of
 from peft_ref.contracts import LowRank
 from peft_ref.errors import ConfigError, PeftRefError
-from peft_ref.files.keys import PREFIX
 from peft_ref.methods.lora import LoRA
 from peft_ref.model.converting import CHANGING
 

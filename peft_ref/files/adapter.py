@@ -64,7 +64,7 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
     beside, shared = dict[str, Array](), dict[str, Array]()
     keys: Mapping[str, Mapping[str, str]] = {}
     for name, (method, layer, params) in modules.items():
-        packed = method.pack(layer, params)
+        packed, own = method.pack(layer, params), dict[str, Array]()
         keys = keys or method.shared_keys(tuple(modules))
         for spec in method.spec(layer):
             if spec.key not in packed or not spec.saved:
@@ -72,7 +72,8 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
             if spec.shared:
                 shared[f"{SHARED_PREFIX}{keys[name][spec.field]}"] = packed[spec.key]
             if spec.repeated or not spec.shared:
-                beside[f"{PREFIX}{name}.{spec.key}"] = packed[spec.key]
+                own[spec.key] = packed[spec.key]
+        beside |= {f"{PREFIX}{name}.{key}": value for key, value in method.in_file(own).items()}
     return {**beside, **shared}
 
 
@@ -139,8 +140,8 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
                 f"{PREFIX}{name}.{min(own)}: an adapter inside an adapted layer belongs to a MultiheadAttention or to"
                 " target_parameters.\n  Use peft_ref.model.blocks, or peft_ref.model.parameters, with the model."
             )
-        _checked_dtypes(own, f"{PREFIX}{name}.")
         method = config.method_for(name)
+        own = method.from_file(_checked_dtypes(own, f"{PREFIX}{name}."))
         layer = infer_layer(alone.method_for(name), own, name) if layers is None else layers[name]
         method.check_layer(layer, name)
         modules[name] = AdapterModule(method, layer, method.unpack(layer, own, where=PREFIX + name, own=True))

@@ -48,7 +48,7 @@ from peft_ref.prompts import Prompt
 from peft_ref.reading.documents import CONFIG, OWN, Limit, parsed
 
 # fields of a method that patterns decide, module by module, or the sizes of all modules together, or the frozen weight
-DERIVED = frozenset({"clusters", "diagonal", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
+DERIVED = frozenset({"budget", "clusters", "diagonal", "entries", "is_feedforward", "live_r", "ranks", "widest_in", "widest_out"})
 RANKS = ("r", "effective_rank")
 ALPHAS = ("lora_alpha", "alpha")
 LAMBDAS = ("delora_lambda",)

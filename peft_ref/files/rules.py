@@ -48,7 +48,6 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-VARIANTS = ("kasa_config", "use_bdlora", "use_qalora", "velora_config", "monteclora_config")
 PATTERNED = ("DELORA", "HIRA", "LORA", "LOHA", "LOKR")  # whose every module looks its rank and scale up, so that null cannot be
 BIASED = ("BOFT", "DEFT", "DELORA", "GLORA", "GRALORA", "HRA", "LORA", "MISS", "OFT")  # whose frozen biases may be trained
 INITS_OF_ANY_CASE = ("gaussian", "olora")
@@ -105,8 +104,6 @@ def check(data: Mapping[str, Any], where: str, built: frozenset[str | None]) -> 
         for name in ("eva_config", "corda_config", "lora_ga_config", "kasa_config", "use_bdlora", "velora_config", "arrow_config"):
             if not isinstance(data.get(name), Mapping | None):
                 refuse(f"{name}={data[name]!r:.60}", "There are null and a map.")
-        if data.get("lora_bias") and (on := next((word for word in VARIANTS if data.get(word) not in (None, False)), None)):
-            raise ConfigError(f"{where}: lora_bias with {on} is not built.\n  It would not be right without either.")
         if data.get("init_lora_weights") == "loftq" and not data.get("loftq_config"):
             refuse("init_lora_weights='loftq' without loftq_config", "Give {'loftq_bits': 4, 'loftq_iter': 1}, its defaults.")
         eva = data.get("eva_config") or {}

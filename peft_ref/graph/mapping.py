@@ -15,8 +15,9 @@ from typing import Any, final
 from peft_ref.arrays import Array
 from peft_ref.errors import TargetError
 from peft_ref.graph.names import stored_modules
-from peft_ref.graph.protocol import Graph, Module, Parameter
+from peft_ref.graph.protocol import OTHER, Graph, Module, Parameter
 from peft_ref.layers import Layer
+from peft_ref.norms import NORM
 
 _DTYPES = {
     **{f"float{n}": f"F{n}" for n in (16, 32, 64)},
@@ -62,6 +63,9 @@ class MappingGraph(Graph):
         parameters = dict(self._parameters)
         parameters |= {second: replace(parameters[first], name=second) for second, first in self.ties.items()}
         found = stored_modules(parameters, self.model_config)
+        for name in {key.rpartition(".")[0] for key in self.kept} & found.keys():
+            if found[name].kind == NORM:  # a norm that keeps a running mean is more than its weight
+                found[name] = replace(found[name], kind=OTHER, layer=None, exact=True)
         for name, layer in self.layers.items():
             if name not in found:
                 raise TargetError(f"layers names {name!r}, and no array is called {name}.weight.\n  There are {', '.join(found)}.")

@@ -2,7 +2,8 @@
 
     weight of 2 axes     embedding if its name is one, transposed linear if its architecture has HF's `Conv1D` there, else linear
     weight of 3, 4, 5    convolution of 1, 2, 3 dimensions; stride, padding, dilation and groups are not stored
-    anything else        other: norms (1 axis), containers, modules with parameters of other names
+    weight of 1 axis     norm, where a bias has its shape; what it does before its weight acts is not stored
+    anything else        other: containers, modules with tensors of other names
 
 The tables are the exceptions found by building every architecture of transformers 5 and comparing; tests/graph says on which.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 from peft_ref.graph.protocol import Module, Parameter
 from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.norms import Norm
 
 # Architectures that use transformers' Conv1D, and the names it has there.
 _GPT2 = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -75,13 +77,18 @@ def module_of(name: str, own: Mapping[str, Parameter], config: Mapping[str, Any]
     weight, bias = own.get("weight"), own.get("bias")
     named = Module(name=name, weight=weight.name if weight else None, bias=bias.name if bias else None)
     layer = None if weight is None or own.keys() - {"weight", "bias"} else layer_of(name, weight.shape, config)
-    return named if layer is None else replace(named, kind=layer.kind, layer=layer, exact=not layer.kernel_size)
+    if isinstance(layer, Norm) and bias is not None and bias.shape != layer.weight_shape:
+        return named
+    exact = layer is not None and not layer.kernel_size and not isinstance(layer, Norm)
+    return named if layer is None else replace(named, kind=layer.kind, layer=layer, exact=exact)
 
 
 def layer_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Layer | None:
     last, model_type = name.rpartition(".")[2], str(config.get("model_type", ""))
     if 0 in shape:
         return None
+    if len(shape) == 1:
+        return Norm(features=shape[0])
     if len(shape) == 2:
         if last in ROUTERS and model_type and model_type not in LINEAR_ROUTERS:
             return None

@@ -5,8 +5,9 @@
     tied        a parameter that is another one under a second name: {"lm_head.weight": "model.embed_tokens.weight"}
     alias       a module that is another one under a second name; rare, and nothing but `modules_to_save` looks at it
 
-A kind is one of the layers' ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d") or "other": containers, norms,
-attention blocks. Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
+A kind is one of the layers' ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d", "norm") or "other": containers,
+attention blocks. A norm is here whatever has one number for each channel as its weight, and perhaps a bias, and nothing else.
+Matching asks for names and kinds only, so a graph is never asked for a number before something is merged or trained.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, final
 
 from peft_ref.arrays import Array
 from peft_ref.attending import AttentionBlock
-from peft_ref.contracts import KINDS
+from peft_ref.contracts import EVERY_KIND
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.layers import Layer
 
@@ -31,8 +32,8 @@ class Module:
     """One named module of a model.
 
     `layer` is None for kind "other", and where a layer's geometry cannot be written as one of ours (a convolution that pads by reflection).
-    `exact` is False where stride, padding, dilation and groups were not given and the plain ones stand in for them, as in a checkpoint:
-    such a layer folds and merges a weight, but must not be run.
+    `exact` is False where stride, padding, dilation and groups, or what a norm does before its weight acts, were not given and plain ones
+    stand in for them, as in a checkpoint: such a layer folds and merges a weight, but must not be run.
     """
 
     name: str
@@ -45,8 +46,10 @@ class Module:
     block: AttentionBlock | None = None  # of an attention block that takes an adapter, where the model is known that well
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS | {OTHER}:
-            raise ConfigError(f"module {self.name!r}: kind {self.kind!r} is unknown.\n  There are {', '.join(sorted(KINDS))} and {OTHER}.")
+        if self.kind not in EVERY_KIND | {OTHER}:
+            raise ConfigError(
+                f"module {self.name!r}: kind {self.kind!r} is unknown.\n  There are {', '.join(sorted(EVERY_KIND))} and {OTHER}."
+            )
         if self.layer is not None and self.layer.kind != self.kind:
             raise ConfigError(f"module {self.name!r} is of kind {self.kind!r}, its layer of kind {self.layer.kind!r}.\n  Give one of them.")
 

@@ -21,6 +21,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeVar, final
 
+from peft_ref.contracts import EVERY_KIND
 from peft_ref.errors import ConfigError, TargetError, UnsupportedLayerError
 from peft_ref.graph.beside import chosen_parameters, saved_modules
 from peft_ref.graph.decide import TARGET
@@ -140,8 +141,9 @@ def unused_patterns(patterns: Collection[str], names: Collection[str]) -> tuple[
 def _check_module(module: Module, graph: Graph, peft_type: str, kinds: Collection[str] | None) -> None:
     if kinds is not None and module.kind not in kinds:
         what = module.class_name or module.kind
+        in_peft = "HF PEFT refuses it too" if kinds != EVERY_KIND else "HF PEFT copies whatever it is with all that is in it"
         raise UnsupportedLayerError(
-            f"{peft_type} at {module.name!r}: a module of kind {module.kind!r} ({what}) is not supported (HF PEFT refuses it too).\n"
+            f"{peft_type} at {module.name!r}: a module of kind {module.kind!r} ({what}) is not supported ({in_peft}).\n"
             f"  Supported: {', '.join(sorted(kinds))}. Narrow target_modules, or exclude this one."
         )
     mamba = graph.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

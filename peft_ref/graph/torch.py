@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, final
@@ -16,6 +17,11 @@ from peft_ref.arrays import Array
 from peft_ref.graph.mapping import dtype_name
 from peft_ref.graph.protocol import OTHER, Graph, Module, Parameter
 from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.norms import Norm
+
+# Norms of transformers that are known: as Llama's, and as Gemma's, whose weight is stored less one.
+RMS_NORMS = frozenset({f"{name}RMSNorm" for name in ("Llama", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen3")} | {"T5LayerNorm"})
+UNIT_OFFSET = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
 
 def _descends(module: Any, package: str, name: str) -> bool:
@@ -98,10 +104,13 @@ class TorchGraph(Graph):
 
 
 def _module(name: str, module: Any) -> Module:
-    kind, layer = _layer(module)
     own = dict(module.named_parameters(recurse=False))
+    kind, layer = _layer(module)
+    exact = True
+    if kind == OTHER and (norm := _norm(module, own)) is not None:
+        kind, layer, exact = norm.kind, norm, _acts_as(norm, module)
     weight, bias = (f"{name}.{key}" if key in own else None for key in ("weight", "bias"))
-    return Module(name=name, kind=kind, layer=layer, weight=weight, bias=bias, class_name=type(module).__name__)
+    return Module(name=name, kind=kind, layer=layer, exact=exact, weight=weight, bias=bias, class_name=type(module).__name__)
 
 
 def _layer(module: Any) -> tuple[str, Layer | None]:
@@ -117,6 +126,37 @@ def _layer(module: Any) -> tuple[str, Layer | None]:
         n_in, out = module.weight.shape
         return "transposed_linear", Linear(in_features=n_in, out_features=out, transposed=True)
     return OTHER, None
+
+
+def _norm(module: Any, own: Mapping[str, Any]) -> Norm | None:
+    """A module whose one weight has a number for each channel, which need not be a norm: as what it is known, else as a plain one."""
+    kept = {name for name, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+    if "weight" not in own or own.keys() - {"weight", "bias"} or kept or len(own["weight"].shape) != 1 or 0 in own["weight"].shape:
+        return None
+    if "bias" in own and own["bias"].shape != own["weight"].shape:
+        return None
+    (features,) = own["weight"].shape
+    plain = Norm(features=features)
+    if _descends(module, "torch.nn.", "LayerNorm"):
+        return replace(plain, eps=module.eps)
+    if _descends(module, "torch.nn.", "RMSNorm"):
+        return replace(plain, eps=_smallest(own["weight"]) if module.eps is None else module.eps, centred=False)
+    name = type(module).__name__
+    if name in RMS_NORMS:
+        return replace(plain, eps=module.variance_epsilon, centred=False)
+    return replace(plain, eps=module.eps, centred=False, unit_offset=True) if name in UNIT_OFFSET else plain
+
+
+def _acts_as(norm: Norm, module: Any) -> bool:
+    """Whether that is known: of a class that writes a forward of its own it is not."""
+    writer = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    torchs = writer.__module__.startswith("torch.nn.") and writer.__name__ in ("LayerNorm", "RMSNorm")
+    return torchs or type(module).__name__ in RMS_NORMS | UNIT_OFFSET
+
+
+def _smallest(weight: Any) -> float:
+    """torch's eps where none is given: the distance from one to the next number of the dtype."""
+    return float(2.0 ** -{"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[str(weight.dtype).rpartition(".")[2]])
 
 
 def _conv(module: Any) -> Conv | None:

@@ -103,6 +103,16 @@ class FourierFTConfig(PeftConfig):
 
 @registered
 @dataclass(kw_only=True)
+class LNTuningConfig(PeftConfig):
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    kind: ClassVar[PeftType | None] = PeftType.LN_TUNING
+
+
+@registered
+@dataclass(kw_only=True)
 class ShiraConfig(PeftConfig):
     r: int = 32
     mask_type: str = "random"

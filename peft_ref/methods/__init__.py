@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same rows once more: a type checker reads no table
     from peft_ref.methods.hra import HRA as HRA
     from peft_ref.methods.ia3 import IA3 as IA3
     from peft_ref.methods.kasa import KaSA as KaSA
+    from peft_ref.methods.ln_tuning import LNTuning as LNTuning
     from peft_ref.methods.loha import LoHa as LoHa
     from peft_ref.methods.loha_effective import LoHaEffective as LoHaEffective
     from peft_ref.methods.lokr import LoKr as LoKr
@@ -83,6 +84,7 @@ METHODS = Registry(  # an ordinary mapping to whoever reads it
         "hra": "HRA",
         "ia3": "IA3",
         "kasa": "KaSA",
+        "ln_tuning": "LNTuning",
         "loha": "LoHa",
         "loha_effective": "LoHaEffective",
         "lokr": "LoKr",

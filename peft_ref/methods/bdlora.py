@@ -26,7 +26,7 @@ from peft_ref.arrays import Array, column, device, namespace, tile, tile_vjp, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
 
 KINDS = frozenset({"linear", "transposed_linear"})
@@ -35,6 +35,7 @@ KINDS = frozenset({"linear", "transposed_linear"})
 class Params(NamedTuple):
     A: Annotated[Array, "r reads", Key("lora_A.weight", kinds=KINDS)]
     B: Annotated[Array, "out writes", Key("lora_B.weight", kinds=KINDS)]
+    c: Annotated[Array | None, "out", Key("lora_B.bias", kinds=KINDS, when="biased")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class BDLoRA(LowRank[Params]):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     use_bdlora: BdLoraConfig = field(default_factory=BdLoraConfig)
     diagonal: str = ""  # of one module, as `use_bdlora` says; no key of adapter_config.json
@@ -86,6 +88,7 @@ class BDLoRA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
+        check_bias(self)
         object.__setattr__(self, "use_bdlora", as_submap(BdLoraConfig, "use_bdlora", self.use_bdlora))
         if self.diagonal not in ("", "A", "B"):
             raise ConfigError(f"diagonal={self.diagonal!r}: 'A', 'B', or '' where neither factor is block-diagonal.")
@@ -106,7 +109,12 @@ class BDLoRA(LowRank[Params]):
         return self.use_bdlora.nblocks if factor == self.diagonal else 1
 
     def dims(self, layer: Layer) -> dict[str, int]:
-        return {"r": self.r, "reads": layer.shape[1] // self.blocks("A"), "writes": self.r // self.blocks("B")}
+        return {
+            "r": self.r,
+            "reads": layer.shape[1] // self.blocks("A"),
+            "writes": self.r // self.blocks("B"),
+            "biased": int(self.lora_bias and self.diagonal != "B"),
+        }
 
     def check_geometry(self, layer: Layer) -> None:
         check_init(self, layer)
@@ -130,13 +138,14 @@ class BDLoRA(LowRank[Params]):
             A = to(rng.uniform(-bound, bound, (self.r, n_in)), W)
         if self.diagonal == "B":
             B = zeros_like((layer.shape[0], self.r // self.blocks("B")), W)
-        return Start(Params(A, B), W)
+        p = Params(A, B)
+        return Start(p if self.diagonal == "B" else biased(self, p, layer, W, rng), W)
 
     def factors(self, p: Params) -> Factors:
-        return Factors(B=self.scale * spread_out(p.B, self.blocks("B")), A=spread_out(p.A, self.blocks("A")))
+        return Factors(self.scale * spread_out(p.B, self.blocks("B")), spread_out(p.A, self.blocks("A")), scaled(self.scale, p.c))
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
-        return Params(A=collected(d.A, self.blocks("A")), B=self.scale * collected(d.B, self.blocks("B")))
+        return Params(A=collected(d.A, self.blocks("A")), B=self.scale * collected(d.B, self.blocks("B")), c=scaled(self.scale, d.b))
 
 
 def spread_out(V: Array, n: int) -> Array:

@@ -8,7 +8,7 @@
 
 One factor after the other: with V the inputs in the order of the blocks, V' = V C^T, so dC = G^T V and dV = G C.  With A = (I + Q)^-1:
 C = 2 A - I, dQ = -2 A^T dC A^T, dR = (dQ - dQ^T) / 2.   ds_j is row j of the turned weight times row j of the gradient.
-R starts at zero and s at one, so a fresh adapter changes nothing.
+R starts at zero and s at one, so a fresh adapter changes nothing. In training boft_dropout makes some blocks of one factor the identity.
 
 Paper   Liu et al. 2023, arXiv:2311.06243
 HF      peft.BOFTConfig. Where its CUDA kernel cannot be built, which is everywhere without CUDA, it takes one factor whatever the
@@ -116,6 +116,19 @@ class BOFT(Reweight[Params]):
         if self.init_weights:
             return Start(Params(to(np.zeros(shape), W), to(np.ones(out), W)), W)
         return Start(Params(to(rng.normal(0, 0.1, shape), W), to(rng.normal(1, 0.1, out), W)), W)
+
+    def thinned(self, params: Params, keep: Array) -> Params:
+        """A block of R that is zero turns nothing."""
+        return params._replace(R=params.R * namespace(params.R).reshape(keep, (*keep.shape, 1, 1)))
+
+    def kept_blocks(self, layer: Layer, rng: np.random.Generator) -> np.ndarray[Any, Any] | None:
+        """All but int(boft_dropout n) blocks of one factor, both drawn."""
+        n, _ = self.blocks(layer)
+        if not (few := int(self.boft_dropout * n)):
+            return None
+        keep = np.ones((self.boft_n_butterfly_factor, n))
+        keep[rng.integers(self.boft_n_butterfly_factor), rng.permutation(n)[:few]] = 0
+        return keep
 
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         for i, C in enumerate(rotations(p.R)):

@@ -20,7 +20,8 @@ from peft_ref.arrays import Array, as_rows, column, eye_like, namespace
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods.lora import LoRA, Params
+from peft_ref.methods.lora import Params
+from peft_ref.methods.lora_init import Factored
 
 Mode = Literal["ipm", "kpm"]
 DAMP, WELL = 0.01, 0.05
@@ -41,7 +42,7 @@ def covariance(samples: Iterable[Array]) -> Array:
     return total / n
 
 
-def corda(method: LoRA, layer: Layer, W: Array, C: Array, corda_method: Mode = "ipm") -> Start[Params]:
+def corda(method: Factored, layer: Layer, W: Array, C: Array, corda_method: Mode = "ipm") -> Start[Params]:
     """A and B of W (out, in) for inputs of covariance C (in, in), and what W is without them."""
     if corda_method not in ("ipm", "kpm"):
         raise ConfigError(f"corda_method={corda_method!r} (HF PEFT refuses it too).\n  There are 'ipm' and 'kpm'.")

@@ -46,6 +46,12 @@ class Params(NamedTuple):
     m: Annotated[Array, "out", Key("lora_magnitude_vector"), conv_key("lora_magnitude_vector", "1 out *1")]
 
 
+def with_magnitudes(method: DoRA, start: Start[lora.Params]) -> Start[Params]:
+    """The start of a DoRA whose factors were made like LoRA's: of data, or by a quantiser."""
+    A, B = start.params.A, start.params.B
+    return Start(Params(A, B, row_norm(start.W + method.scale * (B @ A))), start.W)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Reweight[Params]):

@@ -19,14 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 
 from peft_ref.arrays import Array, as_rows, column, namespace, zeros_like
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
+from peft_ref.methods.dora import DoRA
 from peft_ref.methods.lora import LoRA, Params
+from peft_ref.methods.lora_init import Factored
 
+M = TypeVar("M", LoRA, DoRA)
 ROUNDS = 1000  # through all batches, before it is said that nothing settles
 
 
@@ -74,14 +77,14 @@ def seen(before: Components | None, x: Array, n: int) -> Components:
     return Components(Vh, S, S * S / xp.sum(squares), total, squares, count)
 
 
-def eva(method: LoRA, layer: Layer, W: Array, directions: Array) -> Start[Params]:
+def eva(method: Factored, layer: Layer, W: Array, directions: Array) -> Start[Params]:
     """A fresh adapter that reads the directions (r, in) off its inputs."""
     if tuple(directions.shape) != (method.r, layer.fan_in):
         raise ConfigError(f"directions {tuple(directions.shape)} for r={method.r} and {layer.fan_in} inputs.\n  Change the rank to theirs.")
     return Start(Params(directions, zeros_like((layer.shape[0], method.r), W)), W)
 
 
-def rescaled(method: LoRA, r: int, config: Eva) -> LoRA:
+def rescaled(method: M, r: int, config: Eva) -> M:
     """`method` with the rank that it was dealt."""
     alpha = method.lora_alpha * r / method.r if config.adjust_scaling_factors else method.lora_alpha
     return method if r == method.r else replace(method, r=r, lora_alpha=alpha)

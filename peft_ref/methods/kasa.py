@@ -28,7 +28,7 @@ from peft_ref.arrays import Array, column, namespace, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.orthogonality import distance, distance_vjp
 from peft_ref.methods.submap import as_submap
 
@@ -39,6 +39,7 @@ class Params(NamedTuple):
     A: Annotated[Array, "r in", Key("lora_A.weight", kinds=KINDS)]
     B: Annotated[Array, "out r", Key("lora_B.weight", kinds=KINDS)]
     d: Annotated[Array, "r", Key("lora_diag", kinds=KINDS)]
+    c: Annotated[Array | None, "out", Key("lora_B.bias", kinds=KINDS, when="lora_bias")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class KaSA(LowRank[Params]):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     kasa_config: KasaConfig = field(default_factory=KasaConfig)
 
@@ -73,6 +75,7 @@ class KaSA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
+        check_bias(self)
         object.__setattr__(self, "kasa_config", as_submap(KasaConfig, "kasa_config", self.kasa_config))
 
     @property
@@ -92,13 +95,13 @@ class KaSA(LowRank[Params]):
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         A, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
-        return Start(Params(A, B, to(rng.normal(size=self.r), W)), truncated(W, self.r))
+        return Start(biased(self, Params(A, B, to(rng.normal(size=self.r), W)), layer, W, rng), truncated(W, self.r))
 
     def factors(self, p: Params) -> Factors:
-        return Factors(B=self.scale * p.B, A=column(p.d) * p.A)
+        return Factors(B=self.scale * p.B, A=column(p.d) * p.A, b=scaled(self.scale, p.c))
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
-        return Params(A=column(p.d) * d.A, B=self.scale * d.B, d=namespace(d.A).sum(p.A * d.A, axis=1))
+        return Params(A=column(p.d) * d.A, B=self.scale * d.B, d=namespace(d.A).sum(p.A * d.A, axis=1), c=scaled(self.scale, d.b))
 
     def penalty(self, params: Mapping[str, Params]) -> Array:
         """What is added to the loss, over all modules of a model."""

@@ -25,7 +25,8 @@ from peft_ref.arrays import Array, column, namespace, pad, to
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods.lora import LoRA, Params
+from peft_ref.methods.lora import Params
+from peft_ref.methods.lora_init import Factored
 
 BLOCK = 64
 # fmt: off
@@ -61,7 +62,7 @@ def loftq_of(keys: Mapping[str, Any] | None) -> LoftQ:
         raise ConfigError(f"loftq_config={dict(keys or {})}: {error}.\n  It has loftq_bits and loftq_iter.") from None
 
 
-def loftq(method: LoRA, layer: Layer, W: Array, config: LoftQ) -> Start[Params]:
+def loftq(method: Factored, layer: Layer, W: Array, config: LoftQ) -> Start[Params]:
     """The corrections of W (out, in) in four bits, and W in four bits."""
     rest, Q, params = W, W, None
     for _ in range(config.loftq_iter):
@@ -73,7 +74,7 @@ def loftq(method: LoRA, layer: Layer, W: Array, config: LoftQ) -> Start[Params]:
     return Start(params, Q)
 
 
-def correct(method: LoRA, layer: Layer, W: Array, Q: Array) -> Params:
+def correct(method: Factored, layer: Layer, W: Array, Q: Array) -> Params:
     """A and B of the best rank-r part of W - Q, both (out, in)."""
     if not isinstance(layer, Linear):
         raise UnsupportedLayerError(f"init_lora_weights='loftq' on a {layer.kind} layer: HF PEFT breaks there.\n  Use a linear layer.")

@@ -20,9 +20,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.contracts import Factors, Key, LowRank, Start, conv_key
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
-from peft_ref.methods.lora_init import check_init, check_rank, initial_bias, initial_factors, scaling
+from peft_ref.methods.lora_init import check_bias, check_init, check_rank, initial_bias, initial_factors, scaling
 
 LINEAR = frozenset({"linear", "transposed_linear"})
 TABLE = frozenset({"embedding"})
@@ -74,11 +74,7 @@ class LoRA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"lora_bias=True with init_lora_weights={self.init_lora_weights!r}: HF PEFT refuses the pair.\n"
-                "  Use init_lora_weights=True or False, or lora_bias=False."
-            )
+        check_bias(self)
 
     @property
     def scale(self) -> float:

@@ -24,7 +24,8 @@ from peft_ref.arrays import Array, namespace
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods.lora import LoRA, Params
+from peft_ref.methods.lora import Params
+from peft_ref.methods.lora_init import Factored
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -62,7 +63,7 @@ def spectrum(G: Array) -> Spectrum:
 
 
 def lora_ga(
-    method: LoRA, layer: Layer, W: Array, gradient: Spectrum, config: LoraGA, rng: np.random.Generator | None = None
+    method: Factored, layer: Layer, W: Array, gradient: Spectrum, config: LoraGA, rng: np.random.Generator | None = None
 ) -> Start[Params]:
     """A and B along the gradient, and W (out, in) without them. `rng` is for the direction "random" alone."""
     if not isinstance(layer, Linear):

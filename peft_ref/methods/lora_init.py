@@ -16,7 +16,7 @@ For orthogonal, pissa and olora HF falls back to the default on an embedding and
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,6 +38,15 @@ class _HasRank(Protocol):
     def init_lora_weights(self) -> bool | str: ...
 
 
+class Factored(Protocol):
+    """What a start from data asks of a method: LoRA, or DoRA, whose magnitudes come after (`dora.with_magnitudes`)."""
+
+    @property
+    def r(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+
+
 def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
@@ -52,6 +61,29 @@ def check_rank(method: _HasRank) -> None:
         raise ConfigError(f"init_lora_weights={init!r} is not built here.\n  There are True, False, {', '.join(map(repr, NAMES))}.")
     if init == "orthogonal" and method.r % 2:
         raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, got r={method.r}.")
+
+
+class _HasBias(_HasRank, Protocol):
+    @property
+    def lora_bias(self) -> bool: ...
+
+
+def check_bias(method: _HasBias) -> None:
+    if method.lora_bias and not isinstance(method.init_lora_weights, bool):
+        raise ConfigError(
+            f"lora_bias=True with init_lora_weights={method.init_lora_weights!r}: HF PEFT refuses the pair.\n"
+            "  Use init_lora_weights=True or False, or lora_bias=False."
+        )
+
+
+def biased(method: _HasBias, params: Any, layer: Layer, W: Array, rng: np.random.Generator) -> Any:
+    """Fresh parameters with lora_bias's c, where it is on."""
+    return params._replace(c=initial_bias(layer, W, method.r, method.init_lora_weights, rng)) if method.lora_bias else params
+
+
+def scaled(scale: float, c: Array | None) -> Array | None:
+    """What c adds to the bias, and its own transpose."""
+    return None if c is None else scale * c
 
 
 def check_init(method: _HasRank, layer: Layer) -> None:

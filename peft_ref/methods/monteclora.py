@@ -29,7 +29,7 @@ from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
 
 LEAST_VARIANCE, LEAST = 1e-3, 1e-6
@@ -43,6 +43,7 @@ class Params(NamedTuple):
     p: Annotated[Array, "samples", Key(SAMPLER + "expert_weights_prior", kinds=lora.LINEAR)]
     variances: Annotated[Array, "r r", Key(SAMPLER + "gaussian_var_prior", kinds=lora.LINEAR, trained=False)]
     w: Annotated[Array, "samples", Key(SAMPLER + "expert_weights", kinds=lora.LINEAR, trained=False)]
+    c: Annotated[Array | None, "out", Key("lora_B.bias", kinds=lora.LINEAR, when="lora_bias")] = None
 
 
 class Noise(NamedTuple):
@@ -74,6 +75,7 @@ class MonteCLoRA(LowRank[Params]):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     monteclora_config: MontecloraConfig = field(default_factory=MontecloraConfig)
 
@@ -87,6 +89,7 @@ class MonteCLoRA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
+        check_bias(self)
         object.__setattr__(self, "monteclora_config", as_submap(MontecloraConfig, "monteclora_config", self.monteclora_config))
 
     @property
@@ -103,13 +106,13 @@ class MonteCLoRA(LowRank[Params]):
         A, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
         n = self.monteclora_config.num_samples
         sigma, p = to(rng.uniform(size=self.r), W), to(rng.uniform(size=n), W)
-        return Start(Params(A, B, sigma, p, eye_like(self.r, W), zeros_like((n,), W) + 1 / n), W)
+        return Start(biased(self, Params(A, B, sigma, p, eye_like(self.r, W), zeros_like((n,), W) + 1 / n), layer, W, rng), W)
 
     def factors(self, p: Params) -> Factors:
-        return Factors(B=self.scale * p.B, A=p.A)
+        return Factors(B=self.scale * p.B, A=p.A, b=scaled(self.scale, p.c))
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
-        return self.to_params(A=d.A, B=self.scale * d.B, sigma=0 * p.sigma, p=0 * p.p)
+        return self.to_params(A=d.A, B=self.scale * d.B, sigma=0 * p.sigma, p=0 * p.p, c=scaled(self.scale, d.b))
 
     def noisy(self, p: Params, noise: Noise) -> Params:
         """What acts in training: A~ in the place of A, and the variances and weights that PEFT keeps of this draw."""

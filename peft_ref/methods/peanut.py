@@ -11,8 +11,8 @@ dX = U M, and each Z_i also receives what its skip connection brings.  B starts 
 All is computed from the frozen W: several adapters add up.
 
 Paper   Zhong et al. 2024, arXiv:2410.01870
-HF      peft.PeanutConfig, on linear layers, with any act_fn of transformers.activations.ACT2FN; here those of peft_ref/activations.py, and
-        a depth of at most 8. Unmerging puts a copy of the frozen weight back, where here what was added is subtracted.
+HF      peft.PeanutConfig, on linear layers, with any act_fn of transformers.activations.ACT2FN, and any depth; here at most 8. Unmerging
+        puts a copy of the frozen weight back, where here what was added is subtracted.
 """
 
 from __future__ import annotations

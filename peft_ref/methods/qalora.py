@@ -26,7 +26,7 @@ from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaling
 
 KINDS = frozenset({"linear"})
 
@@ -34,6 +34,7 @@ KINDS = frozenset({"linear"})
 class Params(NamedTuple):
     A: Annotated[Array, "r reads", Key("lora_A.weight", kinds=KINDS)]
     B: Annotated[Array, "out r", Key("lora_B.weight", kinds=KINDS)]
+    c: Annotated[Array | None, "out", Key("lora_B.bias", kinds=KINDS, when="lora_bias")] = None
 
 
 @final
@@ -43,6 +44,7 @@ class QALoRA(LowRank[Params]):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     qalora_group_size: int = 16
 
@@ -55,6 +57,7 @@ class QALoRA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
+        check_bias(self)
         if self.qalora_group_size < 1:
             raise ConfigError(f"qalora_group_size={self.qalora_group_size}: a group has at least one input.")
 
@@ -81,7 +84,7 @@ class QALoRA(LowRank[Params]):
         n_in = layer.shape[1] // self.qalora_group_size
         _, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
         bound = 1 / math.sqrt(n_in)  # whatever init_lora_weights made of A: it is drawn anew in its smaller shape
-        return Start(Params(to(rng.uniform(-bound, bound, (self.r, n_in)), W), B), W)
+        return Start(biased(self, Params(to(rng.uniform(-bound, bound, (self.r, n_in)), W), B), layer, W, rng), W)
 
     def factors(self, p: Params) -> Factors:
         xp, g = namespace(p.A), self.qalora_group_size
@@ -90,7 +93,11 @@ class QALoRA(LowRank[Params]):
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
         grouped = namespace(d.A).reshape(d.A, (*p.A.shape, self.qalora_group_size))
-        return Params(A=self._weight(p.A) * namespace(d.A).sum(grouped, axis=2), B=self.scale * d.B)
+        return Params(A=self._weight(p.A) * namespace(d.A).sum(grouped, axis=2), B=self.scale * d.B, c=self._unused(p))
+
+    def _unused(self, p: Params) -> Array | None:
+        """The gradient of c: PEFT's forward multiplies with B's weight, and never reads its bias."""
+        return None if p.c is None else 0 * p.c
 
     def _weight(self, A: Array) -> float:
         """How much one input counts: the mean of g, times the number of groups."""

@@ -9,7 +9,7 @@ with select_top=False, in order of size; they are saved and not trained. Fresh v
 
 Paper   Super-Tuning: arXiv:2607.09287
 HF      peft.SupertuningConfig, on linear layers. A lora_alpha that is missing is 2 r, where LoRA's is 8. Dropout reaches the low-rank part
-        alone, which is no map of the weight: refused here.
+        alone.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class SuperTuning(Additive[Params]):
     tuner_prefix: ClassVar[str] = "supertuning_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -59,8 +60,8 @@ class SuperTuning(Additive[Params]):
             raise ConfigError(f"r={self.r}: the rank must be a positive integer, or null for none.")
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError(f"lora_alpha={self.lora_alpha} without r: there is no low-rank part to scale (HF PEFT refuses it too).")
-        if self.lora_dropout != 0:
-            raise ConfigError(f"lora_dropout={self.lora_dropout}: dropout of the low-rank part alone is not built.\n  Set it to 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability below 1 is needed (HF PEFT refuses it too).")
 
     @property
     def low_rank_scale(self) -> float:
@@ -105,6 +106,13 @@ class SuperTuning(Additive[Params]):
         size = xp.reshape(abs(W), (-1,))
         order = xp.argsort(-size if self.select_top else size, stable=True)
         return xp.astype(order[: self.dims(layer)["n"]], xp.int32)
+
+    def apart(self, params: Params) -> tuple[Params, Params]:
+        """The sparse part, which has no dropout, and the low-rank one."""
+        return params._replace(A=None, B=None), params._replace(v=0 * params.v)
+
+    def together(self, kept: Params, dropped: Params) -> Params:
+        return dropped._replace(v=kept.v)
 
     def delta(self, layer: Layer, p: Params) -> Delta:
         xp = namespace(p.v)

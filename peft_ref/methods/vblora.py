@@ -11,8 +11,9 @@ For a gradient G of W':  dA = B^T G,  dB = G A^T, cut into pieces; of a piece wi
 Neither factor starts at zero, so a fresh adapter is near the identity and not it.
 
 Paper   VB-LoRA: Li et al. 2024, arXiv:2405.15179
-HF      peft.VBLoRAConfig, on linear layers and Conv1D whose sizes L divides. No scale. save_only_topk_weights saves in another form, with
-        which nothing can be trained on: not built.
+HF      peft.VBLoRAConfig, on linear layers and Conv1D whose sizes L divides. No scale. save_only_topk_weights saves of each piece the
+        places of its k vectors, from the largest weight on, and all weights but the last. Read again the other logits are minus
+        infinity, so that nothing else can be trained: HF refuses to, here those k are trained.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 
 KINDS = frozenset({"linear", "transposed_linear"})
+PLACES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
 class Params(NamedTuple):
@@ -56,8 +58,6 @@ class VBLoRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.save_only_topk_weights:
-            raise ConfigError("save_only_topk_weights=True: that form of a file is not built here.\n  Save with it off.")
         for name in ("r", "num_vectors", "vector_length", "topk"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: a positive integer is needed.")
@@ -100,6 +100,49 @@ class VBLoRA(Additive[Params]):
         logits = {name: to(rng.normal(0, self.init_logits_std, shapes[name]), W) for name in ("logits_A", "logits_B")}
         return Start(common._replace(**logits), W)
 
+    @property
+    def saves_another_form(self) -> bool:
+        return self.save_only_topk_weights
+
+    def in_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        if not self.save_only_topk_weights:
+            return tensors
+        found: dict[str, Array] = {}
+        for key, tensor in tensors.items():
+            logits = np.asarray(tensor)
+            places = np.argsort(-logits, axis=-1, kind="stable")[..., : self.topk]
+            top = np.take_along_axis(logits, places, axis=-1)
+            powers = np.exp(top - top[..., :1])
+            found[key + PLACES] = places.astype(self._place_dtype)
+            found[key + WEIGHTS] = (powers / np.sum(powers, axis=-1, keepdims=True))[..., :-1]
+        return found
+
+    def from_file(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        if not self.save_only_topk_weights:
+            return tensors
+        found: dict[str, Array] = {}
+        for key in sorted({key.removesuffix(PLACES).removesuffix(WEIGHTS) for key in tensors}):
+            if key + PLACES not in tensors or key + WEIGHTS not in tensors:
+                raise KeyMismatchError(f"{key} with save_only_topk_weights: expected {key + PLACES} and {key + WEIGHTS}.")
+            places, weights = np.asarray(tensors[key + PLACES]), np.asarray(tensors[key + WEIGHTS])
+            if places.ndim != 3 or places.shape[-1] != self.topk or weights.shape != (*places.shape[:-1], self.topk - 1):
+                raise ShapeError(
+                    f"{key + PLACES} is {places.shape} and {key + WEIGHTS} {weights.shape}: expected topk={self.topk} and one less."
+                )
+            if places.dtype.kind not in "iu" or np.any(places < 0) or np.any(places >= self.num_vectors):
+                raise ShapeError(f"{key + PLACES}: places from 0 to num_vectors={self.num_vectors} were expected.")
+            last = 1 - np.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
+            logits = np.full((*places.shape[:-1], self.num_vectors), -np.inf, dtype=weights.dtype)
+            with np.errstate(divide="ignore"):
+                np.put_along_axis(logits, places.astype(np.int64), np.log(np.concatenate([weights, last], axis=-1)), axis=-1)
+            found[key] = logits
+        return found
+
+    @property
+    def _place_dtype(self) -> str:
+        """The smallest of those that PEFT chooses from."""
+        return next(name for name, n in (("uint8", 2**8), ("int16", 2**15), ("int32", 2**31), ("int64", 2**63)) if self.num_vectors < n)
+
     def delta(self, layer: Layer, p: Params) -> Delta:
         B, A = self._factors(layer, p)
         return Delta(B @ A)
@@ -126,7 +169,7 @@ class VBLoRA(Additive[Params]):
         xp, n = namespace(logits), logits.shape[-1]
         flat = xp.reshape(logits, (-1, n))
         top = largest(flat, self.topk)
-        powers = xp.where(top, xp.exp(flat - xp.max(flat, axis=1, keepdims=True)), 0 * flat)
+        powers = xp.where(top, xp.exp(flat - xp.max(flat, axis=1, keepdims=True)), xp.zeros_like(flat))
         return powers / xp.sum(powers, axis=1, keepdims=True)
 
     def _mixed_vjp(self, logits: Array, bank: Array, d: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ from peft_ref.contracts import Factors, Key, LowRank, Start, WeightMap
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
-from peft_ref.methods.lora_init import check_init, check_rank, initial_factors, scaling
+from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
 
 INIT_TYPES = ("batch_average", "batch_average_once", "random")
@@ -40,6 +40,7 @@ class Params(NamedTuple):
     A: Annotated[Array, "r in", Key("lora_A.weight", kinds=lora.LINEAR)]
     B: Annotated[Array, "out r", Key("lora_B.weight", kinds=lora.LINEAR)]
     v: Annotated[Array, "width", Key("lora_velora_embed", kinds=lora.LINEAR, trained=False)]
+    c: Annotated[Array | None, "out", Key("lora_B.bias", kinds=lora.LINEAR, when="lora_bias")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class VeLoRA(LowRank[Params]):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    lora_bias: bool = False
     init_lora_weights: bool | str = True
     velora_config: VeloraConfig = field(default_factory=VeloraConfig)
 
@@ -76,6 +78,7 @@ class VeLoRA(LowRank[Params]):
 
     def __post_init__(self) -> None:
         check_rank(self)
+        check_bias(self)
         object.__setattr__(self, "velora_config", as_submap(VeloraConfig, "velora_config", self.velora_config))
 
     @property
@@ -92,9 +95,9 @@ class VeLoRA(LowRank[Params]):
         A, B, W = initial_factors(layer, W, self.r, self.scale, self.init_lora_weights, rng)
         width = self.dims(layer)["width"]
         if self.velora_config.init_type != "random":
-            return Start(Params(A, B, zeros_like((width,), W)), W)
+            return Start(biased(self, Params(A, B, zeros_like((width,), W)), layer, W, rng), W)
         v = rng.normal(size=width)
-        return Start(Params(A, B, to(v / np.linalg.norm(v), W)), W)
+        return Start(biased(self, Params(A, B, to(v / np.linalg.norm(v), W)), layer, W, rng), W)
 
     def projection(self, x: Array) -> Array:
         """v for the input x (..., in), dropout done: the mean piece, of length 1; where it is zero, all entries alike."""
@@ -105,14 +108,14 @@ class VeLoRA(LowRank[Params]):
         return mean / xp.sqrt(xp.sum(mean * mean))
 
     def factors(self, p: Params) -> Factors:
-        return Factors(B=self.scale * p.B, A=p.A)
+        return Factors(B=self.scale * p.B, A=p.A, b=scaled(self.scale, p.c))
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
-        return self.to_params(A=self._kept(p.v, d.A), B=self.scale * d.B)
+        return self.to_params(A=self._kept(p.v, d.A), B=self.scale * d.B, c=scaled(self.scale, d.b))
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:
         """A moves only along what is kept: R is symmetric, so its own transpose."""
-        return lambda q, W, b: (W + self.scale * (q.B @ (p.A + self._kept(p.v, q.A - p.A))), b)
+        return lambda q, W, b: self.weight(layer, q._replace(A=p.A + self._kept(p.v, q.A - p.A)), W, b, W0)
 
     def _pieces(self, rows: Array) -> Array:
         """(rows, num_groups, width)"""

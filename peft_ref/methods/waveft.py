@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, final
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias, final
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class WaveFT(Additive[Params]):
     random_loc_seed: int = 777
     init_weights: bool = True
     proportional_parameters: bool = False
+    budget: int = 0  # of all layers together, and how many entries their weights have: no keys of adapter_config.json
+    entries: int = 0
 
     peft_type: ClassVar[str] = "WAVEFT"
     tuner_prefix: ClassVar[str] = "waveft_"
@@ -70,25 +72,38 @@ class WaveFT(Additive[Params]):
                 f"wavelet_family={self.wavelet_family!r}: no filter is known for it (HF PEFT makes the adapter and crashes in forward).\n"
                 f"  There are {', '.join(LOW_PASS)}."
             )
-        if self.proportional_parameters:
-            raise ConfigError("proportional_parameters is not built.\n  Give n_frequency_pattern what it would share out.")
+
+    def spanning(self, layers: Mapping[str, Layer]) -> Self:
+        if not self.proportional_parameters:
+            return self
+        return replace(self, budget=self.n_frequency * len(layers), entries=sum(math.prod(layer.shape) for layer in layers.values()))
+
+    def count(self, layer: Layer) -> int:
+        """n of a layer; of one by itself n_frequency, whether it is shared out or not."""
+        if not (self.proportional_parameters and self.entries):
+            return self.n_frequency
+        return max(1, round(math.prod(layer.shape) / self.entries * self.budget))
 
     def dims(self, layer: Layer) -> dict[str, int]:
-        return {"n": self.n_frequency}
+        return {"n": self.count(layer)}
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """Any layer has any number of coefficients, up to its entries: the smallest that has so many."""
+        if self.proportional_parameters and not self.entries:
+            raise ConfigError(
+                "proportional_parameters: how many coefficients a layer has, all layers say together.\n  Pass `layers`, the model's."
+            )
         return Linear(in_features=self.n_frequency, out_features=1) if "waveft_spectrum" in shapes else None
 
     def check_geometry(self, layer: Layer) -> None:
-        if self.n_frequency > math.prod(layer.shape):
+        if self.count(layer) > math.prod(layer.shape):
             raise UnsupportedLayerError(
-                f"WaveFT: n_frequency={self.n_frequency} is more than the {math.prod(layer.shape)} entries of a weight of"
+                f"WaveFT: n_frequency={self.count(layer)} is more than the {math.prod(layer.shape)} entries of a weight of"
                 f" {layer.shape[0]} x {layer.shape[1]} (HF PEFT refuses it too).\n  Use less, or n_frequency_pattern for this layer."
             )
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
-        n = self.n_frequency
+        n = self.count(layer)
         return Start(Params(zeros_like((n,), W) if self.init_weights else to(rng.normal(0, 0.01, n), W)), W)
 
     def delta(self, layer: Layer, p: Params) -> Delta:
@@ -102,7 +117,7 @@ class WaveFT(Additive[Params]):
     def places(self, layer: Layer) -> tuple[Host, Host]:
         """The row and the column of every coefficient, before the spectrum is widened."""
         out, n_in = layer.shape
-        i, j = np.divmod(randperm(out * n_in, self.random_loc_seed, self.n_frequency), n_in)
+        i, j = np.divmod(randperm(out * n_in, self.random_loc_seed, self.count(layer)), n_in)
         return i, j
 
     def tables(self, layer: Layer, places: tuple[Host, Host]) -> tuple[Host, Host]:

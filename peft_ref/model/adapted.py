@@ -31,7 +31,7 @@ from peft_ref.errors import ConfigError, NotMergeableError, TargetError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.graph.protocol import Graph, Module, Parameter
-from peft_ref.layers import Layer, Linear
+from peft_ref.layers import Layer
 from peft_ref.model.ties import Ties
 from peft_ref.stack import Adapter
 
@@ -107,7 +107,8 @@ class Adapted(Graph):
         return self.base.modules()
 
     def buffers(self) -> Mapping[str, Array]:
-        return self.base.buffers()
+        """What the model keeps beside its parameters, as an adapter that was unloaded left it."""
+        return {name: self.changed.get(name, kept) for name, kept in self.base.buffers().items()}
 
     def aliases(self) -> Mapping[str, str]:
         return self.base.aliases()
@@ -178,7 +179,7 @@ class Adapted(Graph):
         if found is None or found.layer is None:
             what = "there is no such module" if found is None else f"a module of kind {found.kind!r} is none of the layers here"
             raise TargetError(f"{module!r}: {what}.\n  `modules()` lists them with their kinds.")
-        return replace(found.layer, bias=found.bias is not None) if isinstance(found.layer, Linear) else found.layer
+        return found.layer.with_bias(found.bias is not None)
 
     def attached(self, name: str) -> Attached:
         """The adapter called `name`."""

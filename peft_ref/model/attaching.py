@@ -20,13 +20,15 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionAdapter, AttentionMethod
-from peft_ref.contracts import Start
+from peft_ref.contracts import Start, declared
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import check_adapter_name
 from peft_ref.graph.protocol import Graph
 from peft_ref.layers import Layer
+from peft_ref.methods import lora
+from peft_ref.methods.dora import DoRA, with_magnitudes
 from peft_ref.methods.loftq_init import loftq, loftq_of
 from peft_ref.methods.lora import LoRA, transposed
 from peft_ref.model.adapted import NOTHING, Adapted, Attached, Merged
@@ -84,6 +86,8 @@ def started(
     key = weight_name(model, module)
     frozen = model.frozen(key)
     W, method = wide(layer.fold(frozen)), config.method_for(module)
+    if given is not None and isinstance(method, DoRA) and isinstance(given.params, lora.Params):
+        given = with_magnitudes(method, given)
     if given is not None:
         method.unpack(layer, method.pack(layer, given.params), where=module)  # in the method's own shapes, or an error
         start = given
@@ -92,13 +96,18 @@ def started(
     if start.W is not W:
         kept, apart = changed_name(model.base, key, ties, f"{type(config.method).__name__}'s init at {module!r}")
         model = overlaid(model, {kept: as_stored(layer.unfold(start.W), frozen)}, apart)
+    if method.swaps:
+        bias = model.modules()[module].bias
+        params = method.with_frozen_bias(start.params, None if bias is None else model.frozen(bias))
+        return model, type(params)(*(None if v is None else as_stored(v, frozen) for v in params))
     return model, start.params
 
 
 def start_of(config: AdapterConfig, method: Any, layer: Layer, W: Array, rng: np.random.Generator, made: Any = None) -> Start[Any]:
     """Fresh parameters of `method` on the frozen matrix W, and what is left of it."""
-    if isinstance(method, LoRA) and method.init_lora_weights == "loftq":
-        return loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+    if isinstance(method, LoRA | DoRA) and method.init_lora_weights == "loftq":
+        corrected = loftq(method, layer, W, loftq_of(config.housekeeping.get("loftq_config")))
+        return with_magnitudes(method, corrected) if isinstance(method, DoRA) else corrected
     start: Start[Any] = method.start(layer, W, rng, made)
     return start
 
@@ -120,7 +129,7 @@ def joined(
     check_mirrored(modules, placed.mirrored)
     check_apart(model, name, placed)
     keys = [key for module in placed.saved for key in parameters_below(model.base, module) if key not in placed.tied]
-    kept = {key: b for key, b in model.base.buffers().items() if any(key.startswith(f"{module}.") for module in placed.saved)}
+    kept = {key: b for key, b in model.buffers().items() if any(key.startswith(f"{module}.") for module in placed.saved)}
     copies = {**{key: model.frozen(key) for key in keys}, **kept, **one_copy(saved or {}, placed.tied)}
     first = not model.adapters
     adapter = Attached(
@@ -166,7 +175,10 @@ def update(
             blocks[module] = in_block(model, module, attention_method(adapter.config), values)
             continue
         old = modules[module]
-        for spec in old.method.spec(old.layer):
+        specs = old.method.spec(old.layer)
+        if extra := [f for f in declared(type(values)) if getattr(values, f) is not None and f not in {s.field for s in specs}]:
+            raise KeyMismatchError(f"{name!r} at {module!r}: {extra[0]} came, and {old.method} has none on {old.layer}.")
+        for spec in specs:
             value = getattr(values, spec.field)
             came = None if value is None else tuple(value.shape)
             if came != spec.shape:

@@ -13,7 +13,7 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX
 from peft_ref.files.safetensors import SafetensorsFile
 from peft_ref.layers import Layer
-from peft_ref.model.numbers import brought
+from peft_ref.model.numbers import as_stored, brought
 
 
 def read_later(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
@@ -40,6 +40,8 @@ class LazyModules(Mapping[str, AdapterModule]):
         layer = self._layers[name]
         method = self._config.method_for(name)
         tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in read_later(method.spec(layer))}
+        if method.swaps:
+            tensors = {key: as_stored(tensor, self.like) for key, tensor in tensors.items()}
         params = method.unpack(layer, tensors, where=PREFIX + name, own=True)
         return AdapterModule(method, layer, params._replace(**self._beside.get(name, {})))
 

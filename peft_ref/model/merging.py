@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from peft_ref.arrays import Array
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.model.adapted import Adapted, Merged
 from peft_ref.model.attaching import overlaid, weight_name
 from peft_ref.model.numbers import as_stored, is_finite, wide
+from peft_ref.model.switching import refuse_together
 from peft_ref.model.ties import Ties, changed_name, check_ties
 from peft_ref.stack import Adapter, step
 
@@ -39,8 +41,9 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
         model.attached(name)
     if len(set(wanted)) < len(wanted):
         raise ConfigError(f"adapters {', '.join(wanted)}: one is there twice, and would be merged twice.\n  Name each once.")
-    fresh = tuple(name for name in wanted if name not in model.merged.names)
-    every = (*model.merged.names, *fresh)
+    refuse_together(model, wanted, "merged")
+    before = () if any(_replaces_all(model, name) for name in wanted) else model.merged.names
+    every = (*before, *(name for name in wanted if name not in before))
     ties = model.merged.ties if ties == "refuse" else ties
     weights: dict[str, Array] = {}
     untied = frozenset[str]()
@@ -73,6 +76,12 @@ def merge_and_unload(model: Adapted, names: Sequence[str] | None = None, *, safe
     return unload(merge(model, names, safe=safe, ties=ties))
 
 
+def _replaces_all(model: Adapted, name: str) -> bool:
+    """Whether an adapter is merged in the place of what is merged already, which PEFT unmerges."""
+    method = model.adapters[name].config.method
+    return isinstance(method, WeightMethod) and method.swaps
+
+
 def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array], safe: bool, ties: Ties) -> frozenset[str]:
     """Merges one adapter at one module into `weights`; returns the second names that this parts."""
     layer, key, bias = model.layer(module), weight_name(model, module), model.modules()[module].bias
@@ -96,4 +105,4 @@ def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array],
 
 
 def _known(model: Adapted, name: str) -> bool:
-    return name in model.base.parameters() or name in model.base.tied()
+    return name in model.base.parameters() or name in model.base.tied() or name in model.base.buffers()

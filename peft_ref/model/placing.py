@@ -67,11 +67,12 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
         )
     mirrored = {} if table is None else dict.fromkeys(table.others, table.table)
     layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *mirrored))}
+    config = spanned(config, layers, {})
     for name, layer in layers.items():
         config.method_for(name).check_layer(layer, name)
     saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
     check_mirrors(config, layers, mirrored)
-    return Placed(spanned(config, layers, {}), layers, saved, tied, mirrored)
+    return Placed(config, layers, saved, tied, mirrored)
 
 
 def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:

@@ -19,7 +19,7 @@ from peft_ref.errors import ConfigError
 from peft_ref.files.adapter import AdapterModule, link
 from peft_ref.layers import Layer
 from peft_ref.model.adapted import Adapted
-from peft_ref.model.numbers import brought, wide
+from peft_ref.model.numbers import as_stored, brought, wide
 from peft_ref.model.placing import Placed
 
 
@@ -120,5 +120,6 @@ def brought_modules(modules: Mapping[str, AdapterModule], likes: Mapping[str, Ar
                 values[field] = once[id(value)] if id(value) in once else once.setdefault(id(value), brought(value, likes[name]))
             else:
                 values[field] = brought(value, likes[name])
+                values[field] = as_stored(values[field], likes[name]) if m.method.swaps else values[field]
         out[name] = m._replace(params=type(m.params)(**values))
     return out

@@ -23,6 +23,7 @@ from peft_ref.model.lazy import LazyModules
 
 # HF's names, where they are not the type's own: of the model class, and of a layer class by the kind of layer.
 MODEL_CLASSES = {"LORA": "LoraModel", "ADALORA": "AdaLoraModel", "IA3": "IA3Model", "LOHA": "LoHaModel", "LOKR": "LoKrModel"}
+MODEL_CLASSES |= {"LN_TUNING": "LNTuningModel"}
 LAYER_CLASSES = {"linear": "Linear", "transposed_linear": "Linear", "embedding": "Embedding"}
 PREFIX = "model."  # of module names under HF's tuner
 COPIES = "ModulesToSaveWrapper"
@@ -183,6 +184,8 @@ def _width(model: Adapted, name: str) -> int:
 
 
 def _layer_class(peft_type: str, kind: str) -> str:
+    if peft_type == "LN_TUNING":  # whatever the layer
+        return "ln_tuning.LNTuningLayer"
     name = LAYER_CLASSES.get(kind) or f"C{kind[1:]}"
     if peft_type == "ADALORA":
         return f"adalora.SVD{name}"

@@ -72,7 +72,8 @@ def _loaded(model: Adapted, folder: str | os.PathLike[str], name: str, subfolder
     check_new(model, name, config)
     placed = place(model, config)
     file = open_adapter(folder, subfolder)
-    if not lazy or placed.blocks:  # what is on attention blocks is small and read at once
+    another = isinstance(config.method, WeightMethod) and config.method.saves_another_form
+    if not lazy or placed.blocks or another:  # what is on attention blocks is small and read at once
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
     specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}
     keys = {f"{PREFIX}{m}.{s.key}" for m, own in specs.items() for s in read_later(own)}
@@ -105,12 +106,17 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     copies = {**adapter.saved, **{second: adapter.saved[first] for second, first in adapter.tied.items()}}
     return AdapterFile(
         config=config,
-        modules=adapter.modules,
+        modules=_as_numpys(adapter.modules) if isinstance(config.method, WeightMethod) and config.method.swaps else adapter.modules,
         attention=adapter.blocks,
         modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in copies.items()},
         biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, copies)},
         embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
     )
+
+
+def _as_numpys(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Numbers of 16 bits, which a library has and NumPy has not."""
+    return {name: m._replace(params=type(m.params)(*(None if v is None else to_file(v) for v in m.params))) for name, m in modules.items()}
 
 
 def state_dict(model: Adapted, name: str) -> dict[str, Tensor]:

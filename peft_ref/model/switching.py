@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.model.adapted import Adapted, Merged
 
@@ -27,6 +28,7 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
     if any(model.adapters[name].blocks for name in names) and (len(names) > 1 or inference):
         what = "inference=True" if inference else f"{len(names)} adapters at once"
         raise ConfigError(f"{what} of adapters on attention blocks, of which one acts (HF PEFT refuses it too).\n  Name one.")
+    refuse_together(model, names, "active")
     owners: dict[str, str] = {}
     for name in names:
         for key in model.adapters[name].saved:
@@ -35,6 +37,16 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
                     f"adapters {other!r} and {name!r} both have a copy of {key} (HF PEFT refuses it too).\n  Activate one of them."
                 )
     return trained(replace(model, active_names=names, merged=Merged()), () if inference else names)
+
+
+def refuse_together(model: Adapted, names: Sequence[str], what: str) -> None:
+    """Raise `ConfigError` for several adapters of a method of which one acts at a time."""
+    alone = [name for name in names if isinstance(method := model.attached(name).config.method, WeightMethod) and method.swaps]
+    if len(alone) > 1:
+        raise ConfigError(
+            f"adapters {', '.join(alone)} {what} together: of {model.adapters[alone[0]].config.method.peft_type} one acts at a time"
+            " (HF PEFT refuses it too).\n  Name one."
+        )
 
 
 def enable(model: Adapted) -> Adapted:

@@ -26,8 +26,9 @@ from peft_ref.nn.attention import KeyValue, append, append_vjp, attention, atten
 from peft_ref.nn.blocks import Blocks, Context
 from peft_ref.nn.functions import activation, sum_to, tanh, tanh_vjp
 from peft_ref.nn.model import Output, OutputGradient, Part, known
-from peft_ref.nn.modules import feed_forward, feed_forward_vjp, norm, norm_vjp
+from peft_ref.nn.modules import feed_forward, feed_forward_vjp
 from peft_ref.nn.net import Gradients, Net
+from peft_ref.norms import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class Bert(Blocks):
     @final
     @property
     def norm_part(self) -> Part:
-        return Part("LayerNorm", own={"weight": (self.hidden_size,), "bias": (self.hidden_size,)})
+        return Part("LayerNorm", Norm(features=self.hidden_size, eps=self.layer_norm_eps), bias=True)
 
     @final
     @property
@@ -147,12 +148,12 @@ class Bert(Blocks):
 
     @final
     def enter(self, net: Net, x: Array, context: Context) -> Array:
-        return norm(net, f"{self.root}embeddings.LayerNorm", self._embedded(net, x, context), self.layer_norm_eps)
+        return net.apply(f"{self.root}embeddings.LayerNorm", self._embedded(net, x, context))
 
     @final
     def enter_vjp(self, net: Net, x: Array, context: Context, dy: Array) -> tuple[Array, Gradients]:
         at = f"{self.root}embeddings"
-        dx, found = norm_vjp(net, f"{at}.LayerNorm", self._embedded(net, x, context), self.layer_norm_eps, dy)
+        dx, found = net.vjp(f"{at}.LayerNorm", self._embedded(net, x, context), dy)
         for name, places in (("token_type", self._types(context)), ("position", context.positions)):
             found = found + net.vjp(f"{at}.{name}_embeddings", places, sum_to(dx, (*places.shape, self.hidden_size)))[1]
         return dx, found
@@ -170,19 +171,19 @@ class Bert(Blocks):
     @final
     def block(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         y, kept = self._attend(net, f"{name}.attention", x, context, past)
-        h = norm(net, f"{name}.attention.output.LayerNorm", x + y, self.layer_norm_eps)
-        return norm(net, f"{name}.output.LayerNorm", h + self._mlp(net, name, h), self.layer_norm_eps), kept
+        h = net.apply(f"{name}.attention.output.LayerNorm", x + y)
+        return net.apply(f"{name}.output.LayerNorm", h + self._mlp(net, name, h)), kept
 
     @final
     def block_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
     ) -> tuple[Array, KeyValue | None, Gradients]:
-        eps, f = self.layer_norm_eps, activation(self.hidden_act)
+        f = activation(self.hidden_act)
         m = x + self._attend(net, f"{name}.attention", x, context, past)[0]
-        h = norm(net, f"{name}.attention.output.LayerNorm", m, eps)
-        dn, of_last = norm_vjp(net, f"{name}.output.LayerNorm", h + self._mlp(net, name, h), eps, dy)
+        h = net.apply(f"{name}.attention.output.LayerNorm", m)
+        dn, of_last = net.vjp(f"{name}.output.LayerNorm", h + self._mlp(net, name, h), dy)
         dh, of_mlp = feed_forward_vjp(net, f"{name}.intermediate.dense", f"{name}.output.dense", f, h, dn)
-        dm, of_first = norm_vjp(net, f"{name}.attention.output.LayerNorm", m, eps, dn + dh)
+        dm, of_first = net.vjp(f"{name}.attention.output.LayerNorm", m, dn + dh)
         dx, dpast, of_attention = self._attend_vjp(net, f"{name}.attention", x, context, past, dm)
         return dm + dx, dpast, of_last + of_mlp + of_first + of_attention
 

@@ -35,7 +35,6 @@ from peft_ref.nn.loss import (
     span_loss_vjp,
 )
 from peft_ref.nn.model import Inputs, Part
-from peft_ref.nn.modules import norm, norm_vjp
 from peft_ref.nn.net import Gradients, Net
 
 
@@ -188,13 +187,13 @@ class BertForMaskedLM(Bert):
 
     def head(self, net: Net, x: Array) -> Array:
         h = activation(self.hidden_act).f(net.apply("cls.predictions.transform.dense", x))
-        return net.apply("cls.predictions.decoder", norm(net, "cls.predictions.transform.LayerNorm", h, self.layer_norm_eps))
+        return net.apply("cls.predictions.decoder", net.apply("cls.predictions.transform.LayerNorm", h))
 
     def head_vjp(self, net: Net, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        at, act, eps = "cls.predictions.transform", activation(self.hidden_act), self.layer_norm_eps
+        at, act = "cls.predictions.transform", activation(self.hidden_act)
         z = net.apply(f"{at}.dense", x)
-        dn, of_decoder = net.vjp("cls.predictions.decoder", norm(net, f"{at}.LayerNorm", act.f(z), eps), dy)
-        dh, of_norm = norm_vjp(net, f"{at}.LayerNorm", act.f(z), eps, dn)
+        dn, of_decoder = net.vjp("cls.predictions.decoder", net.apply(f"{at}.LayerNorm", act.f(z)), dy)
+        dh, of_norm = net.vjp(f"{at}.LayerNorm", act.f(z), dn)
         dx, of_dense = net.vjp(f"{at}.dense", x, act.vjp(z, dh))
         return dx, of_decoder + of_norm + of_dense
 

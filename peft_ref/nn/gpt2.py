@@ -26,9 +26,10 @@ from peft_ref.nn.attention import KeyValue, append, append_vjp, attention, atten
 from peft_ref.nn.blocks import Context
 from peft_ref.nn.functions import activation, sum_to
 from peft_ref.nn.model import Part, known
-from peft_ref.nn.modules import feed_forward, feed_forward_vjp, norm, norm_vjp
+from peft_ref.nn.modules import feed_forward, feed_forward_vjp
 from peft_ref.nn.net import Gradients, Net
 from peft_ref.nn.pre_norm import PreNormDecoder
+from peft_ref.norms import Norm
 
 
 @final
@@ -110,7 +111,7 @@ class GPT2(PreNormDecoder):
 
     @property
     def _norm(self) -> Part:
-        return Part("LayerNorm", own={"weight": (self.n_embd,), "bias": (self.n_embd,)})
+        return Part("LayerNorm", Norm(features=self.n_embd, eps=self.layer_norm_epsilon), bias=True)
 
     def ties(self) -> Mapping[str, str]:
         return {"lm_head.weight": f"{self.embedding}.weight"} if self.tie_word_embeddings else {}
@@ -131,12 +132,6 @@ class GPT2(PreNormDecoder):
         if context.token_types is not None:
             found = found + net.vjp(self.embedding, context.token_types, dy)[1]
         return dy, found
-
-    def normed(self, net: Net, name: str, x: Array) -> Array:
-        return norm(net, name, x, self.layer_norm_epsilon)
-
-    def normed_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        return norm_vjp(net, name, x, self.layer_norm_epsilon, dy)
 
     def mlp(self, net: Net, name: str, x: Array) -> Array:
         return feed_forward(net, f"{name}.c_fc", f"{name}.c_proj", activation(self.activation_function), x)

@@ -34,11 +34,12 @@ from peft_ref.nn.attention import (
     split_heads,
 )
 from peft_ref.nn.blocks import Context
-from peft_ref.nn.functions import activation, rms_norm, rms_norm_vjp
+from peft_ref.nn.functions import activation
 from peft_ref.nn.model import Part, known
 from peft_ref.nn.net import Gradients, Net
 from peft_ref.nn.pre_norm import PreNormDecoder
 from peft_ref.nn.rope import Rope
+from peft_ref.norms import Norm
 
 
 @final
@@ -125,7 +126,7 @@ class Llama(PreNormDecoder):
 
     @property
     def _norm(self) -> Part:
-        return Part("LlamaRMSNorm", own={"weight": (self.hidden_size,)})
+        return Part("LlamaRMSNorm", Norm(features=self.hidden_size, eps=self.rms_norm_eps, centred=False))
 
     def ties(self) -> Mapping[str, str]:
         return {"lm_head.weight": f"{self.embedding}.weight"} if self.tie_word_embeddings else {}
@@ -146,13 +147,6 @@ class Llama(PreNormDecoder):
 
     def enter_vjp(self, net: Net, x: Array, context: Context, dy: Array) -> tuple[Array, Gradients]:
         return dy, Gradients()
-
-    def normed(self, net: Net, name: str, x: Array) -> Array:
-        return rms_norm(x, net.parameter(f"{name}.weight"), self.rms_norm_eps)
-
-    def normed_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        d = rms_norm_vjp(x, net.parameter(f"{name}.weight"), self.rms_norm_eps, dy)
-        return d.x, net.gradient(f"{name}.weight", d.w)
 
     def mlp(self, net: Net, name: str, x: Array) -> Array:
         gate, up = net.apply(f"{name}.gate_proj", x), net.apply(f"{name}.up_proj", x)

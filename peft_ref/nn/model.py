@@ -20,7 +20,7 @@ from peft_ref.arrays import Array, namespace
 from peft_ref.attending import AttentionBlock
 from peft_ref.errors import ConfigError
 from peft_ref.graph.protocol import OTHER, Module
-from peft_ref.layers import Layer, Linear
+from peft_ref.layers import Layer
 from peft_ref.nn.attention import KeyValue
 from peft_ref.nn.net import Gradients, Net
 
@@ -130,7 +130,7 @@ class Model(ABC):
     @final
     def layers(self) -> dict[str, Layer]:
         found = ((name, part.layer, part.bias) for name, part in self.parts().items() if part.layer is not None)
-        return {name: replace(layer, bias=bias) if isinstance(layer, Linear) else layer for name, layer, bias in found}
+        return {name: layer.with_bias(bias) for name, layer, bias in found}
 
     @final
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,12 +21,6 @@ class PreNormDecoder(Decoder):
     last_norm: ClassVar[str]
 
     @abstractmethod
-    def normed(self, net: Net, name: str, x: Array) -> Array: ...
-
-    @abstractmethod
-    def normed_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]: ...
-
-    @abstractmethod
     def attend(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         """The attention's output, and its keys and values with the past's in front."""
 
@@ -49,30 +43,30 @@ class PreNormDecoder(Decoder):
     @final
     def block(self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None) -> tuple[Array, KeyValue]:
         first, second = (f"{name}.{norm}" for norm in self.norms)
-        y, kept = self.attend(net, f"{name}.{self.attention}", self.normed(net, first, x), context, past)
+        y, kept = self.attend(net, f"{name}.{self.attention}", net.apply(first, x), context, past)
         h = x + y
-        return h + self.mlp(net, f"{name}.mlp", self.normed(net, second, h)), kept
+        return h + self.mlp(net, f"{name}.mlp", net.apply(second, h)), kept
 
     @final
     def block_vjp(
         self, net: Net, name: str, x: Array, context: Context, past: KeyValue | None, dy: Array
     ) -> tuple[Array, KeyValue | None, Gradients]:
         at, first, second = (f"{name}.{part}" for part in (self.attention, *self.norms))
-        n = self.normed(net, first, x)
+        n = net.apply(first, x)
         h = x + self.attend(net, at, n, context, past)[0]
-        dm, of_mlp = self.mlp_vjp(net, f"{name}.mlp", self.normed(net, second, h), dy)
-        dh, of_m = self.normed_vjp(net, second, h, dm)
+        dm, of_mlp = self.mlp_vjp(net, f"{name}.mlp", net.apply(second, h), dy)
+        dh, of_m = net.vjp(second, h, dm)
         dh = dy + dh
         dn, dpast, of_attention = self.attend_vjp(net, at, n, context, past, dh)
-        dx, of_n = self.normed_vjp(net, first, x, dn)
+        dx, of_n = net.vjp(first, x, dn)
         return dh + dx, dpast, of_mlp + of_m + of_attention + of_n
 
     @final
     def leave(self, net: Net, x: Array) -> Output:
-        return Output(logits=net.apply("lm_head", self.normed(net, self.last_norm, x)))
+        return Output(logits=net.apply("lm_head", net.apply(self.last_norm, x)))
 
     @final
     def leave_vjp(self, net: Net, x: Array, d: OutputGradient) -> tuple[Array, Gradients]:
-        dn, of_head = net.vjp("lm_head", self.normed(net, self.last_norm, x), d.logits)
-        dx, of_norm = self.normed_vjp(net, self.last_norm, x, dn)
+        dn, of_head = net.vjp("lm_head", net.apply(self.last_norm, x), d.logits)
+        dx, of_norm = net.vjp(self.last_norm, x, dn)
         return dx, of_head + of_norm

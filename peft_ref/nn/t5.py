@@ -35,11 +35,12 @@ from peft_ref.nn.attention import (
     split_heads,
 )
 from peft_ref.nn.encoder_decoder import DECODER, ENCODER, BlockGradients, EncoderDecoder, Source
-from peft_ref.nn.functions import activation, rms_norm, rms_norm_vjp
+from peft_ref.nn.functions import activation
 from peft_ref.nn.loss import IGNORED
 from peft_ref.nn.model import Part, known
 from peft_ref.nn.net import Gradients, Net
 from peft_ref.nn.relative import buckets, edges
+from peft_ref.norms import Norm
 
 SCALE = 1.0
 
@@ -134,7 +135,7 @@ class T5(EncoderDecoder):
 
     @property
     def _norm_part(self) -> Part:
-        return Part("T5LayerNorm", own={"weight": (self.d_model,)})
+        return Part("T5LayerNorm", Norm(features=self.d_model, eps=self.layer_norm_epsilon, centred=False))
 
     def ties(self) -> Mapping[str, str]:
         seconds = [self.encoder_embedding, self.decoder_embedding, *(["lm_head"] if self.tie_word_embeddings else [])]
@@ -202,52 +203,45 @@ class T5(EncoderDecoder):
         return self._keys_values_vjp(net, f"{name}.layer.1.EncDecAttention", encoded, d)
 
     def leave(self, net: Net, stack: str, x: Array) -> Array:
-        n = self._norm(net, f"{stack}.final_layer_norm", x)
+        n = net.apply(f"{stack}.final_layer_norm", x)
         return n if stack == ENCODER else net.apply("lm_head", self._head_scale * n)
 
     def leave_vjp(self, net: Net, stack: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
         name = f"{stack}.final_layer_norm"
         if stack == ENCODER:
-            return self._norm_vjp(net, name, x, dy)
-        dn, of_head = net.vjp("lm_head", self._head_scale * self._norm(net, name, x), dy)
-        dx, of_norm = self._norm_vjp(net, name, x, self._head_scale * dn)
+            return net.vjp(name, x, dy)
+        dn, of_head = net.vjp("lm_head", self._head_scale * net.apply(name, x), dy)
+        dx, of_norm = net.vjp(name, x, self._head_scale * dn)
         return dx, of_head + of_norm
 
     @property
     def _head_scale(self) -> float:
         return self.d_model**-0.5 if self.scale_decoder_outputs else 1.0
 
-    def _norm(self, net: Net, name: str, x: Array) -> Array:
-        return rms_norm(x, net.parameter(f"{name}.weight"), self.layer_norm_epsilon)
-
-    def _norm_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        d = rms_norm_vjp(x, net.parameter(f"{name}.weight"), self.layer_norm_epsilon, dy)
-        return d.x, net.gradient(f"{name}.weight", d.w)
-
     def _self_attention(self, net: Net, name: str, x: Array, bias: Array, past: KeyValue | None) -> tuple[Array, KeyValue]:
-        n = self._norm(net, f"{name}.layer_norm", x)
+        n = net.apply(f"{name}.layer_norm", x)
         kv = append(past, self._keys_values(net, f"{name}.SelfAttention", n))
         return x + self._attend(net, f"{name}.SelfAttention", n, kv, bias), kv
 
     def _self_attention_vjp(
         self, net: Net, name: str, x: Array, bias: Array, past: KeyValue | None, dy: Array
     ) -> tuple[Array, Array, KeyValue | None, Gradients]:
-        n = self._norm(net, f"{name}.layer_norm", x)
+        n = net.apply(f"{name}.layer_norm", x)
         new = self._keys_values(net, f"{name}.SelfAttention", n)
         d = self._attend_vjp(net, f"{name}.SelfAttention", n, append(past, new), bias, dy)
         dpast, dnew = append_vjp(past, new, d.kv)
         dn, of_kv = self._keys_values_vjp(net, f"{name}.SelfAttention", n, dnew)
-        dx, of_norm = self._norm_vjp(net, f"{name}.layer_norm", x, d.x + dn)
+        dx, of_norm = net.vjp(f"{name}.layer_norm", x, d.x + dn)
         return dy + dx, d.bias, dpast, d.net + of_kv + of_norm
 
     def _cross_attention(self, net: Net, name: str, x: Array, source: Source) -> Array:
-        n = self._norm(net, f"{name}.layer_norm", x)
+        n = net.apply(f"{name}.layer_norm", x)
         return x + self._attend(net, f"{name}.EncDecAttention", n, source.kv, source.bias)
 
     def _cross_attention_vjp(self, net: Net, name: str, x: Array, source: Source, dy: Array) -> tuple[Array, KeyValue, Gradients]:
-        n = self._norm(net, f"{name}.layer_norm", x)
+        n = net.apply(f"{name}.layer_norm", x)
         d = self._attend_vjp(net, f"{name}.EncDecAttention", n, source.kv, source.bias, dy)
-        dx, of_norm = self._norm_vjp(net, f"{name}.layer_norm", x, d.x)
+        dx, of_norm = net.vjp(f"{name}.layer_norm", x, d.x)
         return dy + dx, d.kv, d.net + of_norm
 
     def _keys_values(self, net: Net, name: str, x: Array) -> KeyValue:
@@ -270,13 +264,13 @@ class T5(EncoderDecoder):
         return _Attended(dx, KeyValue(d.k, d.v), d.bias, of_o + of_q)
 
     def _feed_forward(self, net: Net, name: str, x: Array) -> Array:
-        n, inner, act = self._norm(net, f"{name}.layer_norm", x), f"{name}.DenseReluDense", activation(self.dense_act_fn)
+        n, inner, act = net.apply(f"{name}.layer_norm", x), f"{name}.DenseReluDense", activation(self.dense_act_fn)
         if self.is_gated_act:
             return x + net.apply(f"{inner}.wo", act.f(net.apply(f"{inner}.wi_0", n)) * net.apply(f"{inner}.wi_1", n))
         return x + net.apply(f"{inner}.wo", act.f(net.apply(f"{inner}.wi", n)))
 
     def _feed_forward_vjp(self, net: Net, name: str, x: Array, dy: Array) -> tuple[Array, Gradients]:
-        n, inner, act = self._norm(net, f"{name}.layer_norm", x), f"{name}.DenseReluDense", activation(self.dense_act_fn)
+        n, inner, act = net.apply(f"{name}.layer_norm", x), f"{name}.DenseReluDense", activation(self.dense_act_fn)
         if self.is_gated_act:
             gate, up = net.apply(f"{inner}.wi_0", n), net.apply(f"{inner}.wi_1", n)
             dh, of_wo = net.vjp(f"{inner}.wo", act.f(gate) * up, dy)
@@ -288,7 +282,7 @@ class T5(EncoderDecoder):
             dh, of_wo = net.vjp(f"{inner}.wo", act.f(h), dy)
             dn, of_wi = net.vjp(f"{inner}.wi", n, act.vjp(h, dh))
             gradients = of_wo + of_wi
-        dx, of_norm = self._norm_vjp(net, f"{name}.layer_norm", x, dn)
+        dx, of_norm = net.vjp(f"{name}.layer_norm", x, dn)
         return dy + dx, gradients + of_norm
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from peft_ref.attending import AttentionMethod
 from peft_ref.conditioned import Conditioned
-from peft_ref.contracts import KINDS, Additive, Key, LowRank, Method, Reweight, WeightMethod
+from peft_ref.contracts import EVERY_KIND, Additive, Key, LowRank, Method, Reweight, WeightMethod
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
+from peft_ref.norms import NORM, Norm
 from peft_ref.parameters import declared
 from peft_ref.prompts import EMBEDDING, PLACES, Prompt, TablePrompt
 
@@ -27,6 +28,7 @@ _LAYERS: dict[str, Layer] = {
     "linear": Linear(in_features=24, out_features=48),
     "transposed_linear": Linear(in_features=24, out_features=48, transposed=True),
     "embedding": Embedding(num_embeddings=24, embedding_dim=48),
+    NORM: Norm(features=48),
     **{kind: Conv(in_channels=24, out_channels=48, kernel_size=(1,) * n) for n, kind in enumerate(sorted(CONV_KINDS), 1)},
 }
 
@@ -116,8 +118,8 @@ def _class_variables(cls: type[Any]) -> list[str]:
         return found if cls.place in PLACES else [*found, f"place={cls.place!r}: one of {', '.join(PLACES)}"]
     if issubclass(cls, AttentionMethod):
         return found if "params_type" in absent else found + _params(cls)
-    if not cls.kinds or not cls.kinds <= KINDS:
-        found.append(f"kinds={sorted(cls.kinds)}: some of {', '.join(sorted(KINDS))}")
+    if not cls.kinds or not cls.kinds <= EVERY_KIND:
+        found.append(f"kinds={sorted(cls.kinds)}: some of {', '.join(sorted(EVERY_KIND))}")
     if "params_type" not in absent:
         found += _params(cls)
     return found

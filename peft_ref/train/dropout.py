@@ -1,7 +1,8 @@
 """Dropout masks drawn by a NumPy generator, for a batch of a model whose modules all see (batch, T, in).
 
 HF      draws anew at every forward: lora_dropout, or what a method calls it, on what enters an adapter; encoder_dropout between the
-        layers of P-tuning's LSTM; rank_dropout on the rows of LoHa's and LoKr's delta, and module_dropout on all of it
+        layers of P-tuning's LSTM; boft_dropout on the blocks of one of BOFT's factors; rank_dropout on the rows of LoHa's and LoKr's
+        delta, and module_dropout on all of it
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from peft_ref.errors import ConfigError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.methods.p_tuning import PTuning
 from peft_ref.prompts import Context
-from peft_ref.stack import Dropout, RowDropout
+from peft_ref.stack import BlockDropout, Dropout, Drops, RowDropout
 from peft_ref.train.learner import Batch, Learner, RowDrops, context_of
 
 
 def with_dropout(learner: Learner, batch: Batch, rng: np.random.Generator, like: Array) -> Batch:
     """`batch` with fresh masks in `like`'s library, where the methods ask for dropout."""
     ids = batch.inputs.input_ids
-    masks: dict[str, Dropout | RowDropout] = {}
+    masks: dict[str, Drops] = {}
     for name, method in learner.methods.items():
         p, layer = 0.0 if method.dropout is None else float(getattr(method, method.dropout)), learner.net.layers[name]
         if p > 0 and layer.kind != "embedding" and ids is not None:
             masks[name] = Dropout(_drawn(rng, (*ids.shape, layer.fan_in), p, like), p)
+        elif (keep := method.kept_blocks(layer, rng)) is not None:
+            masks[name] = BlockDropout(to(keep, like))
         elif learner.row_drops is not None and (rows := _of_rows(learner.row_drops, layer.shape[0], rng, like)) is not None:
             masks[name] = rows
     return replace(batch, dropout=masks, context=_of_encoder(learner, batch, rng, like))

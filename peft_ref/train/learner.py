@@ -29,7 +29,7 @@ from peft_ref.nn import Decoder, Gradients, Inputs, Model, Net, OutputGradient
 from peft_ref.nn.loss import IGNORED
 from peft_ref.nn.prompted import with_prompt, with_prompt_vjp
 from peft_ref.prompts import Context, Prompt, Tensors
-from peft_ref.stack import Adapter, Dropout, RowDropout
+from peft_ref.stack import Adapter, Drops
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -47,7 +47,7 @@ class Trainable(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     inputs: Inputs
-    dropout: Mapping[str, Dropout | RowDropout] = field(default_factory=dict)  # module name -> the mask of its adapter
+    dropout: Mapping[str, Drops] = field(default_factory=dict)  # module name -> the mask of its adapter
     context: Context | None = None  # of a prompt: the examples' tasks, an encoder's masks
 
 
@@ -80,7 +80,7 @@ class Learner:
     penalty: AdaLoRA | None = None  # the method that adds one
     row_drops: RowDrops | None = None
 
-    def net_at(self, p: Trainable, dropout: Mapping[str, Dropout | RowDropout] = NOTHING) -> Net:
+    def net_at(self, p: Trainable, dropout: Mapping[str, Drops] = NOTHING) -> Net:
         """The network with these numbers."""
         if unknown := sorted(dropout.keys() - self.methods.keys()):
             raise KeyMismatchError(f"a dropout mask for {unknown[0]!r}, where there is no adapter.\n  There are {', '.join(self.methods)}.")

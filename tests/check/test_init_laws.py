@@ -51,7 +51,8 @@ def fresh(case: Case, dtype: str, seed: int) -> Draws:
     out = []
     for i in range(case.question["draws"]):
         start = method.init(case.layer, W, np.random.default_rng([seed, i]))
-        tensors = {**method.pack(case.layer, start.params), "weight": case.layer.unfold(start.W)}
+        params = method.with_frozen_bias(start.params, None if case.bias is None else case.bias.astype(wide))
+        tensors = {**method.pack(case.layer, params), "weight": case.layer.unfold(start.W)}
         out.append({k: sent(v, dtype) for k, v in tensors.items()})
     return out
 

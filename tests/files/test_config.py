@@ -132,7 +132,7 @@ ADALORA = {"peft_type": "ADALORA", "init_r": 4, "total_step": 10}
 REFUSED = {
     "no object": ([1], "no peft_type"),
     "no peft_type": ({"r": 4}, "no peft_type.*\n.*Built: ADALORA, .*LORA, .*LORA with use_dora"),
-    "an unknown peft_type": ({"peft_type": "FOO"}, "'FOO' is not built here.\n.*Built: ADALORA, .*IA3, LOHA"),
+    "an unknown peft_type": ({"peft_type": "FOO"}, "'FOO' is not built here.\n.*Built: ADALORA, .*IA3, .*LOHA"),
     "r = 0": ({**LORA, "r": 0}, "r=0"),
     "r as text": ({**LORA, "r": "8"}, "r='8' is of type str, expected int"),
     "r as a truth value": ({**LORA, "r": True}, "r=True is of type bool"),

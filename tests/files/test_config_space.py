@@ -20,6 +20,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft_ref.errors import PeftRefError  # noqa: E402
+from peft_ref.files.adapter import spanned  # noqa: E402
 from peft_ref.files.config import flatten, from_dict, parse, render  # noqa: E402
 from peft_ref.graph import TorchGraph, match  # noqa: E402
 from tests.files.config_space import MADE, OWN, STARTS, every_single_change, explained, looked_at_by_none, random_config  # noqa: E402
@@ -86,6 +87,7 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
         config = from_dict(data)
         graph, kinds = TorchGraph(base), type(config.method).kinds
         found = match(config.targets, graph, peft_type=data["peft_type"], task_type=data.get("task_type"), kinds=kinds)
+        config = spanned(config, {name: layer_of(base.get_submodule(name)) for name in found.modules}, {})
         methods = {name: config.method_for(name) for name in found.modules}
         for name, method in methods.items():
             method.check_layer(layer_of(base.get_submodule(name)), name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
+from peft_ref.norms import Norm
 from peft_ref.stack import Adapter
 from tests.methods import facts
 from tests.methods.facts import Facts
@@ -37,6 +37,8 @@ LAYERS: dict[str, Layer] = {
     "conv1d-both": Conv(in_channels=6, out_channels=10, kernel_size=(3,), padding=(1,)),
     "conv2d-both": Conv(in_channels=6, out_channels=10, kernel_size=(2, 3), stride=(2, 1)),
     "conv3d": Conv(in_channels=2, out_channels=3, kernel_size=(2, 3, 1), padding=(1, 1, 1)),
+    "layer-norm": Norm(features=5, eps=1e-3),
+    "rms-norm": Norm(features=5, eps=1e-3, centred=False, bias=False),
 }
 INPUTS = {
     "linear": (2, 3, 5),
@@ -56,6 +58,8 @@ INPUTS = {
     "conv1d-both": (2, 6, 5),
     "conv2d-both": (2, 6, 4, 5),
     "conv3d": (2, 2, 4, 3, 5),
+    "layer-norm": (2, 3, 5),
+    "rms-norm": (2, 3, 5),
 }
 
 
@@ -83,6 +87,8 @@ def torch_layer(layer: Layer, bias: bool) -> torch.nn.Module:
         return torch.nn.Embedding(layer.num_embeddings, layer.embedding_dim)
     if isinstance(layer, Linear):
         return Conv1D(layer.out_features, layer.in_features) if layer.transposed else torch.nn.Linear(*layer.shape[::-1], bias=bias)
+    if isinstance(layer, Norm):
+        return torch.nn.LayerNorm(layer.features, layer.eps, bias=bias) if layer.centred else torch.nn.RMSNorm(layer.features, layer.eps)
     assert isinstance(layer, Conv)
     conv = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[len(layer.kernel_size) - 1]
     geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
@@ -126,8 +132,7 @@ def pair(
             torch.set_default_dtype(before)
             torch.Tensor.float = widened  # type: ignore[method-assign]
     model.double()
-    if isinstance(layer, Linear) and not layer.transposed:
-        layer = replace(layer, bias=bias)
+    layer = layer.with_bias(getattr(model.base_model.model.target.base_layer, "bias", None) is not None)
     names = [f"a{n}" for n in range(len(configs))]
     model.base_model.set_adapter(names)
     tuner = model.base_model.model.target

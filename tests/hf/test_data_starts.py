@@ -19,8 +19,9 @@ from peft_ref.errors import ConfigError, KeyMismatchError, UnsupportedLayerError
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.graph import TorchGraph  # noqa: E402
 from peft_ref.layers import Embedding, Linear  # noqa: E402
-from peft_ref.methods import LoRA  # noqa: E402
+from peft_ref.methods import DoRA, LoRA  # noqa: E402
 from peft_ref.methods.corda_init import corda, covariance  # noqa: E402
+from peft_ref.methods.dora import with_magnitudes  # noqa: E402
 from peft_ref.methods.eva_init import Components, Eva, deal, directions, eva, rescaled, seen  # noqa: E402
 from peft_ref.methods.lora_ga_init import DIRECTIONS, SCALES, LoraGA, Spectrum, lora_ga, spectrum  # noqa: E402
 from peft_ref.model import adapt, adapter_file, add  # noqa: E402
@@ -88,11 +89,16 @@ def factors(model: Any, name: str) -> tuple[Any, Any]:
     return tuple(getattr(tuner, f"lora_{f}")["default"].weight.detach().double().numpy() for f in "AB")  # type: ignore[return-value]
 
 
+def magnitudes(model: Any, name: str) -> Any:
+    return model.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight.detach().double().numpy()
+
+
 # ---- CorDA
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
-def test_corda_takes_the_part_that_peft_takes(mode: Any) -> None:
+def test_corda_takes_the_part_that_peft_takes(mode: Any, dora: bool) -> None:
     model, data = net(), batches(1, rows=40, n=4)
     before = {name: matrix(model, name) for name in SIZES}
     config = peft.LoraConfig(
@@ -102,6 +108,7 @@ def test_corda_takes_the_part_that_peft_takes(mode: Any) -> None:
         target_modules=list(SIZES),
         init_lora_weights="corda",
         corda_config=peft.tuners.lora.config.CordaConfig(corda_method=mode),
+        use_dora=dora,
     )
     calls = inputs_of(model, data)
     peft_corda.preprocess_corda(model, config, lambda: [model(**batch) for batch in data])
@@ -114,6 +121,9 @@ def test_corda_takes_the_part_that_peft_takes(mode: Any) -> None:
         np.testing.assert_allclose(start.W, matrix(theirs, name), rtol=1e-4, atol=5e-5)
         np.testing.assert_allclose(start.W + method.scale * start.params.B @ start.params.A, W, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.linalg.norm(start.params.A, axis=1), np.linalg.norm(A, axis=1), rtol=1e-3)
+        if dora:
+            m = with_magnitudes(DoRA(r=method.r, lora_alpha=5), start).params.m
+            np.testing.assert_allclose(m, magnitudes(theirs, name), rtol=1e-4)
 
 
 def test_cordas_part_in_float64_is_that_of_pefts_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +172,23 @@ def test_what_corda_cannot_start_from_is_refused() -> None:
 # ---- LoRA-GA
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_lora_ga_starts_where_peft_starts_given_its_singular_vectors(direction: Any, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_ga_starts_where_peft_starts_given_its_singular_vectors(
+    direction: Any, scale: Any, dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = net(), batches(2)
     before = {name: matrix(model, name) for name in SIZES}
     options = peft.LoraGAConfig(direction=direction, scale=scale, stable_gamma=9)
     config = peft.LoraConfig(
-        r=2, lora_alpha=5, target_modules=list(SIZES), init_lora_weights="lora_ga", lora_ga_config=options, fan_in_fan_out=False
+        r=2,
+        lora_alpha=5,
+        target_modules=list(SIZES),
+        init_lora_weights="lora_ga",
+        lora_ga_config=options,
+        fan_in_fan_out=False,
+        use_dora=dora,
     )
     seen_by_peft: list[Any] = []
     real, permuted = torch.svd_lowrank, torch.randperm
@@ -207,6 +226,9 @@ def test_lora_ga_starts_where_peft_starts_given_its_singular_vectors(direction: 
         np.testing.assert_allclose(start.params.B, B, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(start.W, matrix(theirs, name), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(start.W + 2.5 * start.params.B @ start.params.A, before[name], atol=1e-12)
+        if dora:
+            m = with_magnitudes(DoRA(r=2, lora_alpha=5), start).params.m
+            np.testing.assert_allclose(m, magnitudes(theirs, name), rtol=1e-5)
 
 
 def test_lora_ga_refuses_what_it_has_no_directions_for() -> None:
@@ -299,11 +321,41 @@ def test_an_eva_start_reads_its_directions_and_changes_nothing() -> None:
         directions([{"q": np.ones((1, 3))}], {"q": 1}, Eva())
 
 
+def test_an_eva_start_of_a_dora_has_the_lengths_of_the_frozen_rows() -> None:
+    model, data = net().double(), [{"x": b["x"].double()} for b in batches(1)]
+    W = {name: matrix(model, name) for name in SIZES}
+    config = peft.LoraConfig(r=2, target_modules=list(SIZES), init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0), use_dora=True)
+    theirs = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    ask = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    peft.initialize_lora_eva_weights(theirs, data, **ask)
+    compared = 0
+    for name, layer in LAYERS.items():
+        tuner = theirs.base_model.model.get_submodule(name)
+        if not hasattr(tuner, "lora_A"):
+            continue  # it was dealt no rank
+        A, compared = factors(theirs, name)[0], compared + 1
+        start = with_magnitudes(DoRA(r=A.shape[0], lora_alpha=5), eva(DoRA(r=A.shape[0]), layer, W[name], A))
+        np.testing.assert_allclose(start.params.m, magnitudes(theirs, name), rtol=1e-6)
+        np.testing.assert_allclose(start.params.m, np.linalg.norm(W[name], axis=1), rtol=1e-12)
+    assert compared >= 2
+
+
 # ---- on a model
 
 
 def on_torch(start: Any) -> Any:
     return type(start)(type(start.params)(*(p if p is None else torch.from_numpy(p) for p in start.params)), torch.from_numpy(start.W))
+
+
+def test_a_start_from_data_of_a_dora_goes_onto_a_model() -> None:
+    graph = TorchGraph(net().double())
+    said = {"peft_type": "LORA", "use_dora": True, "r": 2, "lora_alpha": 5, "init_lora_weights": "corda", "target_modules": ["q"]}
+    W = graph.weight("q.weight").numpy()
+    start = corda(DoRA(r=2, lora_alpha=5), LAYERS["q"], W, covariance([c["x"].double().numpy() for c in batches(1)]))
+    model = add(adapt(graph), "a", from_dict(said), np.random.default_rng(0), starts={"q": on_torch(start)})
+    x = torch.randn(3, 8, dtype=torch.float64)
+    np.testing.assert_allclose(forward(model, "q", x), forward(adapt(graph), "q", x), atol=1e-10)
+    np.testing.assert_allclose(model.adapters["a"].modules["q"].params.m, np.linalg.norm(W, axis=1), rtol=1e-12)
 
 
 def test_a_start_from_data_goes_onto_a_model_and_comes_off_as_a_plain_lora() -> None:

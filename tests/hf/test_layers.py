@@ -69,7 +69,9 @@ def close(got: Any, want: Any) -> None:
 
 
 def make(name: str, layer_name: str, adapters: int = 1, bias: bool = True, dropout: float = 0.0) -> tuple[Pair, Any, Any]:
-    rng = np.random.default_rng(zlib.crc32(f"{name}{layer_name}{adapters}".encode()))
+    seed = zlib.crc32(f"{name}{layer_name}{adapters}".encode())
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)  # the frozen weight is torch's
     layer, method = LAYERS[layer_name], SETTINGS[name]
     if adapters > 1 and own_facts(method).alone:
         pytest.skip(f"PEFT takes one {name} on a layer")
@@ -150,7 +152,7 @@ def test_merge_equals_pefts_and_unmerge_takes_it_back(name: str, layer_name: str
     if b is not None:
         close(b, p.tuner.base_layer.bias.detach().numpy())
     back, b_back = stack.unmerge(p.layer, W, b, p.adapters, p.W, p.b)
-    close(back, p.W)
+    assert np.max(np.abs(back - p.W)) <= TOLERANCE * max(np.max(np.abs(W)), 1.0)  # the merged weight is what was rounded
     if b_back is not None:
         close(b_back, p.b)
 

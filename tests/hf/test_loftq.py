@@ -103,6 +103,23 @@ def test_loftq_alternates_as_peft_does(iterations: int) -> None:
 
 
 @pytest.mark.usefixtures("bitsandbytes")
+def test_loftq_of_a_dora_has_the_lengths_of_the_corrected_rows() -> None:
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"q": nn.Linear(24, 17)})
+    W = plain["q"].weight.detach().double()
+    said = {"r": 3, "lora_alpha": 6, "target_modules": ["q"], "init_lora_weights": "loftq", "use_dora": True}
+    ours = from_dict({"peft_type": "LORA", **said, "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}})
+    torch.manual_seed(0)
+    model = add(adapt(TorchGraph(nn.ModuleDict({"q": nn.Linear(24, 17)}).double())), "a", ours, np.random.default_rng(0))
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(**said, loftq_config=peft.LoftQConfig(loftq_iter=1)))
+    p = model.adapters["a"].modules["q"].params
+    m = theirs.base_model.model.q.lora_magnitude_vector["default"].weight.detach().double()
+    np.testing.assert_allclose(p.m, m, rtol=1e-5)
+    np.testing.assert_allclose(p.m, torch.linalg.vector_norm(model.weight("q.weight") + 2 * p.B @ p.A, dim=1), rtol=1e-12)
+    assert torch.linalg.vector_norm(W - model.weight("q.weight")) > 0
+
+
+@pytest.mark.usefixtures("bitsandbytes")
 def test_pefts_factors_of_a_conv1d_do_not_fit_it() -> None:
     conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
     config = peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights="loftq", loftq_config=peft.LoftQConfig())

@@ -15,17 +15,18 @@ import numpy as np
 from hypothesis import HealthCheck, reject, settings
 from hypothesis import strategies as st
 
-from peft_ref.contracts import KINDS, WeightMethod
+from peft_ref.contracts import EVERY_KIND, WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
+from peft_ref.norms import NORM, Norm
 from peft_ref.stack import Adapter
 from tests.methods import facts
 
 Host = np.ndarray[Any, Any]
 
 PAIRS = [(name, kind) for name, cls in METHODS.weights.items() for kind in sorted(cls.kinds)]
-STRANGERS = [(name, kind) for name, cls in METHODS.weights.items() for kind in sorted(KINDS - cls.kinds)]
+STRANGERS = [(name, kind) for name, cls in METHODS.weights.items() for kind in sorted(EVERY_KIND - cls.kinds)]
 
 BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "r": st.sampled_from((2, 1, 3, 4)),
@@ -71,9 +72,14 @@ class Case:
         y = self.layer.apply(self.x, self.W, None)
         return self.numbers(4, y.shape)
 
+    def start(self, stream: int = 30) -> Any:
+        """A fresh adapter on the frozen weight and bias."""
+        start = self.method.init(self.layer, self.W, np.random.default_rng([self.seed, stream]))
+        return start._replace(params=self.method.with_frozen_bias(start.params, self.b))
+
     def params(self, stream: int = 5) -> Any:
         """A trained adapter: a fresh one, every number moved. Near its start, where every method is well conditioned."""
-        start = self.method.init(self.layer, self.W, np.random.default_rng([self.seed, stream])).params
+        start = self.start(stream).params
         moved = iter(range(1000 * stream, 2000 * stream))
 
         def move(value: Host) -> Host:
@@ -107,7 +113,7 @@ def map_params(f: Callable[..., Any], params: Any, *more: Any) -> Any:
 def cases(draw: st.DrawFn, name: str, kind: str, fresh: bool = False, few: bool = False, dyadic: bool = False) -> Case:
     layer = draw(_few_layers(name, kind) if few else facts(name).layers.get(kind, layers(kind)))
     bias = kind != "embedding" and draw(st.booleans())
-    layer = replace(layer, bias=bias) if isinstance(layer, Linear) else layer
+    layer = layer.with_bias(bias)
     try:
         method = draw(methods(name, fresh, few))
         method.check_layer(layer)
@@ -154,6 +160,8 @@ def layers(draw: st.DrawFn, kind: str) -> Layer:
         return Linear(in_features=draw(size), out_features=draw(size), transposed=kind != "linear")
     if kind == "embedding":
         return Embedding(num_embeddings=draw(size), embedding_dim=draw(size))
+    if kind == NORM:
+        return Norm(features=draw(st.integers(2, 6)), eps=draw(st.sampled_from((0.25, 1.0))), centred=draw(st.booleans()))
     dims = int(kind[4])
     groups = draw(st.integers(1, 3))
 
@@ -178,7 +186,7 @@ def inputs(draw: st.DrawFn, layer: Layer) -> tuple[int, ...]:
         need = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(layer.kernel_size, layer.padding, layer.dilation, strict=True)]
         return draw(st.integers(1, 3)), layer.in_channels, *(n + draw(st.integers(0, 3)) for n in need)
     leading = draw(st.sampled_from(((3,), (), (2, 2), (1,))))
-    return leading if isinstance(layer, Embedding) else (*leading, layer.shape[1])
+    return leading if isinstance(layer, Embedding) else (*leading, layer.channels)
 
 
 # One awkward layer of each kind and one shape of input: a backend that compiles for every shape it meets has seen these before.
@@ -187,6 +195,7 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
     "linear": st.just(Linear(in_features=5, out_features=4)),
     "transposed_linear": st.just(Linear(in_features=5, out_features=4, transposed=True)),
     "embedding": st.just(Embedding(num_embeddings=5, embedding_dim=4)),
+    NORM: st.sampled_from((True, False)).map(lambda centred: Norm(features=4, eps=0.25, centred=centred)),
     **{
         f"conv{d}d": st.sampled_from((2, 1)).map(
             lambda groups, d=d: Conv(
@@ -202,7 +211,7 @@ _FEW: dict[str, st.SearchStrategy[Layer]] = {
         for d in (1, 2, 3)
     },
 }
-_FEW_LEADING: dict[str, tuple[int, ...]] = {"linear": (2, 3), "transposed_linear": (2, 3), "embedding": (2, 3)}
+_FEW_LEADING: dict[str, tuple[int, ...]] = {"linear": (2, 3), "transposed_linear": (2, 3), "embedding": (2, 3), NORM: (2, 3)}
 
 
 def _few_layers(name: str, kind: str) -> st.SearchStrategy[Layer]:
@@ -214,4 +223,4 @@ def _few_inputs(layer: Layer) -> tuple[int, ...]:
     if isinstance(layer, Conv):
         return (2, layer.in_channels, *(3, 3, 1)[: len(layer.kernel_size)])
     leading = _FEW_LEADING[layer.kind]
-    return leading if isinstance(layer, Embedding) else (*leading, layer.shape[1])
+    return leading if isinstance(layer, Embedding) else (*leading, layer.channels)

@@ -43,11 +43,13 @@ def function(case: Case, p: Any) -> Callable[[Any, Host], Host]:
     """(q, x) -> y, the layer with the adapter: through the weight or, where the weight cannot hold the adapter, beside it."""
     layer, W, b = case.layer, case.W, case.b
     weight = case.method.differentiated(layer, p, W)
-    try:
-        weight(p, W, b)
-    except NotMergeableError:
-        return lambda q, x: stack.forward(layer, W, b, [Adapter(case.method, q)], x)
-    return lambda q, x: layer.apply(x, *weight(q, W, b))
+    for bias in (b, np.zeros(layer.shape[0])):  # what adds to a bias that is not there acts as on one of zeros
+        try:
+            weight(p, W, bias)
+        except NotMergeableError:
+            continue
+        return lambda q, x: layer.apply(x, *weight(q, W, bias))
+    return lambda q, x: stack.forward(layer, W, b, [Adapter(case.method, q)], x)
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
@@ -181,8 +183,10 @@ def test_with_dropout_the_gradient_is_still_the_adjoint(name: str, kind: str, da
         return
 
     def y(q: Any, x: Host) -> Host:
-        W1, b1 = weight(q, W, b)
-        return layer.apply(x, W, b1) + layer.apply(x * mask / (1 - p_drop), W1 - W, None)
+        kept, dropped = case.method.apart(q) or (None, q)
+        W1, b1 = weight(dropped, W, b)
+        under = W if kept is None else weight(kept, W, b)[0]  # where dropout does not reach all
+        return layer.apply(x, under, b1) + layer.apply(x * mask / (1 - p_drop), W1 - W, None)
 
     got = stack.vjp(layer, W, b, [Adapter(case.method, p, Dropout(mask, p_drop))], x, dy)
     v, vx = case.direction(p, 16), case.numbers(17, x.shape)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ref import stack
-from peft_ref.contracts import KINDS
+from peft_ref.contracts import EVERY_KIND
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Linear
 from peft_ref.methods import METHODS, LoRA
@@ -27,7 +27,7 @@ NOT_THE_IDENTITY: frozenset[str] = frozenset({"kasa", "unilora", "vblora"})  # t
 def test_a_fresh_adapter_changes_nothing(name: str, kind: str, data: st.DataObject) -> None:
     """Where the start changes the frozen weight (pissa, olora), the weight it returns takes the old one's place."""
     case = data.draw(cases(name, kind, fresh=True))
-    start = case.method.init(case.layer, case.W, np.random.default_rng([case.seed, 30]))
+    start = case.start()
     got = stack.forward(case.layer, start.W, case.b, [Adapter(case.method, start.params)], case.x)
     assert_close(got, case.layer.apply(case.x, case.W, case.b), "the output", rounding=1e-11)
 
@@ -70,7 +70,7 @@ def test_a_kind_of_layer_that_is_not_supported_is_refused_by_name(name: str, kin
 def test_every_method_supports_a_kind_of_layer_and_no_unknown_one() -> None:
     for name, cls in METHODS.weights.items():
         assert cls.kinds, name
-        assert cls.kinds <= KINDS, name
+        assert cls.kinds <= EVERY_KIND, name
 
 
 # What the starts of LoRA promise beyond changing nothing

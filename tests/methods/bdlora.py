@@ -33,6 +33,7 @@ def layer(transposed: bool) -> st.SearchStrategy[Linear]:
 
 FACTS = Facts(
     settings={
+        "bdlora-bias": BDLoRA(r=4, lora_alpha=6, lora_bias=True, use_bdlora=BLOCKS, diagonal="A"),
         "bdlora-A": BDLoRA(r=4, lora_alpha=6, use_bdlora=BLOCKS, diagonal="A"),
         "bdlora-B": BDLoRA(r=4, lora_alpha=6, use_bdlora=BLOCKS, diagonal="B"),
         "bdlora-neither": BDLoRA(r=4, lora_alpha=6, use_bdlora=BLOCKS),

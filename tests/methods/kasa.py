@@ -14,7 +14,11 @@ SMALL = st.builds(Linear, in_features=st.integers(3, 6), out_features=st.integer
 
 FACTS = Facts(
     files_elsewhere="tests/hf_api/test_quick_tour.py: PEFT cuts the weight it is read for, in float32",
-    settings={"kasa": KaSA(r=4, lora_alpha=6), "kasa-rslora": KaSA(r=2, lora_alpha=6, use_rslora=True)},
+    settings={
+        "kasa-bias": KaSA(r=4, lora_alpha=6, lora_bias=True),
+        "kasa": KaSA(r=4, lora_alpha=6),
+        "kasa-rslora": KaSA(r=2, lora_alpha=6, use_rslora=True),
+    },
     fields={"r": st.sampled_from((2, 1))},  # fewer than a layer has singular values
     few={"r": st.just(1)},
     layers={"linear": SMALL},

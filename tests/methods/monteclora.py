@@ -26,7 +26,10 @@ def without_noise(tuner: Any) -> None:
 FACTS = Facts(
     unable=lambda case, dtype: ".dropout." in case,  # in training mode PEFT also draws samples
     settle=without_noise,
-    settings={"monteclora": MonteCLoRA(r=4, lora_alpha=6, monteclora_config=THREE)},
+    settings={
+        "monteclora-bias": MonteCLoRA(r=4, lora_alpha=6, lora_bias=True, monteclora_config=THREE),
+        "monteclora": MonteCLoRA(r=4, lora_alpha=6, monteclora_config=THREE),
+    },
     fields={"monteclora_config": st.just(THREE)},
     models={"monteclora": (None, lora(monteclora_config={"num_samples": 3, "buffer_size": 2}, target_modules=["q", "up"]))},
     wrong_starts={

@@ -54,7 +54,6 @@ FACTS = Facts(
         Difference("we", r"depth=9", "PEFT takes any depth"),
         Difference("we", r"depth=True is of type bool", "a truth value as a number: PEFT counts one layer"),
         Difference("we", r"scaling=.* expected int or float", "PEFT multiplies with it in forward, and crashes there"),
-        Difference("we", r"act_fn='mish' is not known", "PEFT takes every function of transformers"),
     ),
     bits="float64",
     models={

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peft_ref.methods.supertuning import SuperTuning
 from tests.methods.config_words import NUMBERS, OWN_TARGETS, SWITCH
-from tests.methods.facts import Difference, Facts, Tour
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 
@@ -25,11 +25,11 @@ FACTS = Facts(
         "supra-bottom": SuperTuning(sparsity=0.5, select_top=False, r=2),
     },
     small={"sparsity": 0.5},
+    peft_dropout="supertuning_lora_dropout",
     fields={
         "sparsity": st.sampled_from((0.0, 0.5)),
         "r": st.sampled_from((None, 2)),
         "lora_alpha": st.just(None),
-        "lora_dropout": st.just(0.0),
         "save_precomputed_indices": st.just(True),
     },
     few={"sparsity": st.just(0.5), "r": st.just(2), "lora_alpha": st.just(None), "save_precomputed_indices": st.just(True)},
@@ -45,7 +45,6 @@ FACTS = Facts(
         "save_precomputed_indices": [True, False],
     },
     made=lambda module, method: (module.supertuning_rank["default"] or None) == method.r,
-    differences=(Difference("we", r"lora_dropout=0.5: dropout of the low-rank part", "it is no map of the weight"),),
     models={
         "supertuning": (None, lambda: supertuning(modules_to_save=["head"])),
         "supra": (None, lambda: supertuning(r=3)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft_ref.layers import Linear
 from peft_ref.methods.vblora import VBLoRA
 from tests.methods.config_words import LAYERS, TARGETS
-from tests.methods.facts import Difference, Facts, Tour
+from tests.methods.facts import Facts, Tour
 from tests.methods.wrong import replaced
 
 
@@ -44,9 +44,8 @@ FACTS = Facts(
         "num_vectors": st.just(3),
         "topk": st.just(3),
         "vector_length": st.just(2),
-        "save_only_topk_weights": st.just(False),
     },
-    few={"num_vectors": st.just(3), "topk": st.just(3), "vector_length": st.just(2), "save_only_topk_weights": st.just(False)},
+    few={"num_vectors": st.just(3), "topk": st.just(3), "vector_length": st.just(2)},
     layers={kind: of(kind) for kind in KINDS},
     few_layers={kind: Linear(in_features=4, out_features=6, transposed=kind != "linear") for kind in KINDS},
     config={"peft_type": "VBLORA", "r": 4, "num_vectors": 9, "vector_length": 2, "topk": 2, "target_modules": ["q"]},
@@ -63,7 +62,6 @@ FACTS = Facts(
         "save_only_topk_weights": [True, False],
     },
     made=lambda module, method: (module.r["default"], module.topk["default"]) == (method.r, method.topk),
-    differences=(Difference("we", "save_only_topk_weights=True", "the form of the file is not built here"),),
     models={
         "vblora": (None, lambda: vblora(r=4, modules_to_save=["head"])),
         "vblora gpt2 Conv1D": (gpt2, lambda: vblora(r=3, vector_length=4, target_modules=["c_attn", "c_fc"], bias="all")),

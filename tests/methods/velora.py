@@ -13,6 +13,7 @@ HALVES = VeloraConfig(num_groups=2, scale=1.5, init_type="random")
 
 FACTS = Facts(
     settings={
+        "velora-bias": VeLoRA(r=4, lora_alpha=6, lora_bias=True, velora_config=HALVES),
         "velora": VeLoRA(r=4, lora_alpha=6, velora_config=HALVES),
         "velora-many": VeLoRA(r=4, lora_alpha=6, velora_config=VeloraConfig(num_groups=64, init_type="random")),
     },

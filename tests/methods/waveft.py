@@ -46,10 +46,11 @@ FACTS = Facts(
         "n_frequency": st.sampled_from((1, 2, 3)),
         "scaling": st.sampled_from((2, 3.5)),
         "wavelet_family": st.sampled_from(("db1", "db2", "coif1")),
-        "proportional_parameters": st.just(False),
+        "budget": st.sampled_from((0, 4)),
+        "entries": st.sampled_from((0, 40)),
     },
     fresh={"init_weights": st.just(True)},
-    few={"n_frequency": st.just(3), "wavelet_family": st.just("db2"), "proportional_parameters": st.just(False)},
+    few={"n_frequency": st.just(3), "wavelet_family": st.just("db2")},
     config={"peft_type": "WAVEFT", "n_frequency": 6, "target_modules": ["q", "up"]},
     space=TARGETS
     | LAYERS
@@ -58,6 +59,7 @@ FACTS = Facts(
         "n_frequency_pattern": SIZES,
         "wavelet_family": ["db1", "sym3", "coif4", "haar", "db11", "coif5", "db39"],
         "use_idwt": [True, False],
+        "proportional_parameters": [True, False, None],
         "scaling": [150, 1.5, 0, -2],
         "random_loc_seed": [777, 0, -1, 2**40, "7", 1.5, None],
         "init_weights": SWITCH,

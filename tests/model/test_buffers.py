@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from peft_ref.files.safetensors import open_file
-from peft_ref.model import adapt, add, count, load, merge_and_unload, save
+from peft_ref.model import adapt, add, count, load, merge_and_unload, save, unload
 from tests.model.live import config_of, frozen_graph, peft, torch
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
@@ -58,3 +58,20 @@ def test_files_either_way(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(made(), tmp_path / "ours")
     assert float(again.base_model.model.norm.running_mean[0]) == 0.25
     np.testing.assert_array_equal(merge_and_unload(ours).weight("norm.weight"), ours.weight("norm.weight"))
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_what_is_unloaded_keeps_the_buffers_that_were_trained(how: str, tmp_path: Path) -> None:
+    graph, theirs = frozen_graph(made()), peft.get_peft_model(made(), lora())
+    copy = theirs.base_model.model.norm.modules_to_save["default"]
+    copy.running_mean.fill_(0.25)
+    copy.num_batches_tracked.fill_(11)
+    theirs.save_pretrained(tmp_path)
+    ours = load(adapt(graph), tmp_path)
+    bare, left = {"unload": unload, "merge_and_unload": merge_and_unload}[how](ours), getattr(theirs, how)()
+    assert bare.buffers().keys() == graph.buffers().keys()
+    for name, buffer in bare.buffers().items():
+        np.testing.assert_array_equal(buffer, left.get_buffer(name).numpy(), err_msg=name)
+    assert graph.buffers()["norm.num_batches_tracked"] == 7
+    again = add(bare, "next", config_of(peft.get_peft_model(left, lora()).peft_config["default"]), np.random.default_rng(0))
+    np.testing.assert_array_equal(again.attached("next").saved["norm.running_mean"], np.full(5, 0.25, np.float32))

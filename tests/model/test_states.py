@@ -38,7 +38,7 @@ from tests.methods import facts, free, made, takes
 LAYERS: dict[str, Layer] = {
     "layers.0.q": Linear(in_features=4, out_features=3),
     "layers.0.t": Linear(in_features=4, out_features=6, transposed=True),
-    "layers.1.u": Linear(in_features=4, out_features=4),
+    "layers.1.u": Linear(in_features=4, out_features=4, bias=False),
     "c": Conv(in_channels=2, out_channels=4, kernel_size=(2, 2), padding=(1, 0)),
     "e": Embedding(num_embeddings=5, embedding_dim=3),
     "whole": Linear(in_features=3, out_features=2),
@@ -137,7 +137,7 @@ class Model(RuleBasedStateMachine):
     @rule(chosen=st.lists(names, max_size=3))
     def activate(self, chosen: list[str]) -> None:
         owners = [name for name in chosen if self.copies.get(name)]
-        if not set(chosen) <= self.raw.keys() or len(set(chosen)) < len(chosen) or len(owners) > 1:
+        if not set(chosen) <= self.raw.keys() or len(set(chosen)) < len(chosen) or len(owners) > 1 or (self.alone and len(chosen) > 1):
             with pytest.raises(PeftRefError):
                 activate(self.model, chosen)
             return
@@ -154,12 +154,12 @@ class Model(RuleBasedStateMachine):
     @rule(chosen=st.none() | st.lists(names, max_size=2, unique=True), safe=st.booleans())
     def merge(self, chosen: list[str] | None, safe: bool) -> None:
         wanted = self.active if chosen is None else chosen
-        if not self.enabled or not set(wanted) <= self.raw.keys():
+        if not self.enabled or not set(wanted) <= self.raw.keys() or (self.alone and len(wanted) > 1):
             with pytest.raises(PeftRefError):
                 merge(self.model, chosen, safe=safe)
             return
         self.model = merge(self.model, chosen, safe=safe)
-        self.merged += [name for name in wanted if name not in self.merged]
+        self.merged = self._merged_with(wanted)
 
     @rule()
     def unmerge(self) -> None:
@@ -203,8 +203,7 @@ class Model(RuleBasedStateMachine):
         if not self.enabled:
             return
         left = merge_and_unload(self.model)
-        merged = [*self.merged, *(name for name in self.active if name not in self.merged)]
-        self._check(left, merged)
+        self._check(left, self._merged_with(self.active))
         assert not left.adapters
 
     @invariant()
@@ -236,6 +235,15 @@ class Model(RuleBasedStateMachine):
             assert [a.method for a in adapters] == [a.method for a in beside if self.enabled]
             for a, b in zip(adapters, beside, strict=False):
                 assert all(p is q or np.array_equal(p, q) for p, q in zip(a.params, b.params, strict=True))
+
+    @property
+    def alone(self) -> bool:
+        """Whether one adapter acts at a time."""
+        return any(FREE[kind].swaps for kind in self.kinds)
+
+    def _merged_with(self, wanted: list[str]) -> list[str]:
+        before = [] if self.alone and wanted else self.merged
+        return [*before, *(name for name in wanted if name not in before)]
 
     def _is_adalora(self, name: str) -> bool:
         return next(iter(self.raw[name].values())).method.peft_type == "ADALORA"

@@ -67,8 +67,9 @@ def agree(ours: Adapted, plain: Adapted) -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS.weights if name not in NOT_FREE])
 def test_adapters_act_merge_and_are_stored_on_strict_arrays(name: str, tmp_path: Path) -> None:
     plain, ours = twice(name)
-    agree(activate(ours, ["b", "a"]), activate(plain, ["b", "a"]))
-    agree(merge(activate(ours, ["b", "a"]), safe=True), merge(activate(plain, ["b", "a"])))
+    chosen = ["b"] if METHODS.weights[name].swaps else ["b", "a"]
+    agree(activate(ours, chosen), activate(plain, chosen))
+    agree(merge(activate(ours, chosen), safe=True), merge(activate(plain, chosen)))
     agree(merge_and_unload(ours, ["b"]), merge_and_unload(plain, ["b"]))
     save(ours, tmp_path, "a")
     loaded = load(adapt(ours.base), tmp_path, "a", subfolder="a", lazy=True)

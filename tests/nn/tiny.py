@@ -23,6 +23,7 @@ from peft_ref.nn import (
     Model,
     Net,
 )
+from peft_ref.norms import NORM
 from peft_ref.stack import Adapter
 from tests.methods import free, small, takes
 
@@ -111,10 +112,13 @@ def random_net(model: Model, seed: int = 1) -> Net:
 
 
 def with_every_method(net: Net, seed: int = 2) -> Net:
-    """An adapter at every layer, the methods in turn, its numbers random: no fresh adapter that does nothing."""
+    """An adapter at every layer but the last norm, the methods in turn, its numbers random: no fresh adapter that does nothing."""
     rng = np.random.default_rng(seed)
     adapters = {}
+    last_norm = [name for name, layer in net.layers.items() if layer.kind == NORM][-1]
     for n, (name, layer) in enumerate(net.layers.items()):
+        if name == last_norm:
+            continue
         able = [m for m in (small(m) for m in METHODS.weights if free(m) and m not in NOT_THE_DERIVATIVE) if takes(m, layer)]
         method = able[n % len(able)]
         tensors = {spec.key: 1 + 0.3 * rng.normal(size=spec.stored_shape) for spec in method.spec(layer)}

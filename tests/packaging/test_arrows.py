@@ -20,6 +20,7 @@ FLOORS = (
     {"errors"},
     {"arrays", "sizes", "reading"},  # reading: files that are not believed; it knows no array
     {"layers", "attention", "activations"},
+    {"norms"},
     {"parameters"},
     {"contracts"},
     {"prompts", "attending", "conditioned"},
@@ -41,6 +42,7 @@ MATHEMATICS = {
     "arrays",
     "sizes",
     "layers",
+    "norms",
     "attention",
     "activations",
     "contracts",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from peft_ref.check.case import config_of
-from peft_ref.contracts import KINDS, declared
+from peft_ref.contracts import EVERY_KIND, KINDS, declared
 from peft_ref.layers import CONV_KINDS
 from peft_ref.methods import METHODS
+from peft_ref.norms import NORM
 from peft_ref.report.spec import formula
 from tests.methods import made
 from tests.ports.page import PAGE
 
-ORDER = ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d")
+ORDER = ("linear", "transposed_linear", "embedding", "conv1d", "conv2d", "conv3d", NORM)
 
 
 def written(name: str) -> tuple[str, str]:
@@ -56,8 +57,10 @@ def tensors() -> str:
 
 
 def _kinds(kinds: frozenset[str]) -> str:
-    if kinds == KINDS:
+    if kinds == EVERY_KIND:
         return "every layer"
+    if kinds == KINDS:
+        return "every layer but norms"
     short = [k for k in ORDER if k in kinds]
     return ", ".join(short) if not kinds >= CONV_KINDS else ", ".join([*(k for k in short if k not in CONV_KINDS), "convolutions"])
 

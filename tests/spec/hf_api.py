@@ -30,7 +30,6 @@ AUTO = Different("the model is loaded from the folder that base_model_name_or_pa
 
 # By the name of the method as PEFT spells it in ...Config and ...Model
 NOT_BUILT_METHODS = (
-    "LNTuning",
     "Lily",
     "Poly",
     "Shadow",
@@ -47,6 +46,7 @@ BUILT_METHODS = (
     "Frod",
     "Glora",
     "HRA",
+    "LNTuning",
     "OFT",
     "OSF",
     "Peanut",

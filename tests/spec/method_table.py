@@ -16,7 +16,7 @@ import numpy as np
 
 from peft_ref import stack
 from peft_ref.attending import AttentionMethod
-from peft_ref.contracts import KINDS, WeightMethod, declared
+from peft_ref.contracts import EVERY_KIND, KINDS, WeightMethod, declared
 from peft_ref.errors import PeftRefError
 from peft_ref.layers import CONV_KINDS, Conv, Embedding, Layer, Linear
 from peft_ref.methods import METHODS
@@ -101,8 +101,8 @@ def needs(name: str) -> str:
 
 
 def kinds(cls: type[WeightMethod[Any]]) -> str:
-    if cls.kinds == KINDS:
-        return "all"
+    if cls.kinds in (KINDS, EVERY_KIND):
+        return "all" if cls.kinds == EVERY_KIND else "all but norms"
     plain = [k.replace("transposed_linear", "Conv1D") for k in ("linear", "transposed_linear", "embedding") if k in cls.kinds]
     spatial = [k[4] for k in sorted(cls.kinds & CONV_KINDS)]
     return ", ".join([*plain, *([f"convolution {'/'.join(spatial)}d"] if spatial else [])])

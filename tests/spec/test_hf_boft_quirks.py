@@ -17,7 +17,9 @@ from peft_ref import Adapter, forward, merge, unmerge, vjp  # noqa: E402
 from peft_ref.errors import ConfigError, UnsupportedLayerError  # noqa: E402
 from peft_ref.files.infer import infer_layer  # noqa: E402
 from peft_ref.layers import Conv, Layer, Linear  # noqa: E402
+from peft_ref.methods import LoRA  # noqa: E402
 from peft_ref.methods.boft import BOFT  # noqa: E402
+from peft_ref.stack import BlockDropout  # noqa: E402
 from tests.spec.hf_made import disagreement, keys, model, wrapped  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
@@ -175,6 +177,53 @@ def test_boft_q6_few_blocks_are_never_dropped(share: float, kept: bool) -> None:
     x = torch.randn(2, 8)
     y = made(x)
     assert bool(torch.allclose(made.train()(x), y)) == kept
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("options", "layer"), SEVERAL[:3])
+def test_with_given_blocks_dropped_output_and_gradients_are_pefts(options: dict[str, int], layer: Layer, seed: int) -> None:
+    share = 0.6
+    made = model(nn.Linear(layer.shape[1], layer.shape[0]), boft(**options, boft_dropout=share)).train()
+    theirs, method = wrapped(made), BOFT(**options, boft_dropout=share)
+    for parameter in (theirs.boft_R["a0"], theirs.boft_s["a0"]):
+        parameter.data = torch.randn_like(parameter) / 2 + 0.5
+        parameter.requires_grad_(True)
+    W, b = layer.fold(theirs.base_layer.weight.detach().numpy().copy()), theirs.base_layer.bias.detach().numpy().copy()
+    p = method.unpack(layer, {"boft_R": theirs.boft_R["a0"].detach().numpy(), "boft_s": theirs.boft_s["a0"].detach().numpy()})
+    x = torch.randn(2, 3, layer.shape[1], requires_grad=True)
+    torch.manual_seed(seed)
+    y = made(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+
+    factors, n = p.R.shape[:2]
+    torch.manual_seed(seed)  # PEFT's two draws again: the factor, and the order of ones and zeros
+    factor, order = int(torch.randint(0, factors, (1,))), torch.randperm(n).numpy()
+    keep = np.ones((factors, n))
+    keep[factor, order < int(share * n)] = 0
+    assert keep.sum() == factors * n - int(share * n) < keep.size
+    ours = [Adapter(method, p, BlockDropout(keep))]
+    close(forward(layer, W, b, ours, x.detach().numpy()), y)
+    grads = vjp(layer, W, b, ours, x.detach().numpy(), dy.numpy())
+    close(grads.x, x.grad)
+    close(grads.params[0].R, theirs.boft_R["a0"].grad)
+    close(grads.params[0].s.reshape(-1, 1), theirs.boft_s["a0"].grad)
+    assert not grads.params[0].R[keep == 0].any()
+
+
+def test_blocks_that_are_kept_are_drawn_as_peft_draws_them() -> None:
+    """All but int(p n) of one factor; over many draws each block of each factor alike."""
+    method, layer = BOFT(boft_block_size=2, boft_n_butterfly_factor=3, boft_dropout=0.45), Linear(in_features=16, out_features=3)
+    rng, draws = np.random.default_rng(3), 3000
+    found = [method.kept_blocks(layer, rng) for _ in range(draws)]
+    gone = np.sum([1 - keep for keep in found if keep is not None], axis=0)
+    assert all(keep is not None and sorted(np.sum(1 - keep, axis=1)) == [0, 0, 3] for keep in found)
+    share = 3 / 8 / 3
+    assert np.max(np.abs(gone - share * draws)) < 6 * np.sqrt(draws * share)  # six deviations
+    assert BOFT(boft_block_size=2, boft_dropout=0.1).kept_blocks(layer, rng) is None  # BOFT-Q6
+    with pytest.raises(ConfigError, match="no blocks that could drop out"):
+        forward(layer, np.ones(layer.shape), None, [Adapter(LoRA(r=1), None, BlockDropout(np.ones((1, 1))))], np.ones((2, 16)))
 
 
 def test_the_merged_layer_is_the_forward_pass() -> None:

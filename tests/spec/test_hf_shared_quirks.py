@@ -11,11 +11,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from peft_ref.errors import KeyMismatchError  # noqa: E402
+from peft_ref.contracts import Delta  # noqa: E402
+from peft_ref.errors import KeyMismatchError, ShapeError  # noqa: E402
 from peft_ref.files.adapter import load_adapter  # noqa: E402
+from peft_ref.files.safetensors import open_file  # noqa: E402
 from peft_ref.layers import Linear  # noqa: E402
 from peft_ref.methods.pvera import Params, PVeRA  # noqa: E402
-from peft_ref.model import adapt, add, load, state_dict  # noqa: E402
+from peft_ref.methods.vblora import VBLoRA  # noqa: E402
+from peft_ref.model import adapt, add, load, save, state_dict  # noqa: E402
 from tests.model.live import config_of, frozen_graph  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
@@ -148,3 +151,59 @@ def test_unilora_q1_places_are_drawn_from_torchs_generator_and_thrown_away() -> 
         after.append((of(model, "default", "unilora_theta_d"), torch.rand(1)))
     assert torch.equal(after[0][0], after[1][0])
     assert not torch.equal(after[0][1], after[1][1])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_vblora_q2_what_is_saved_of_the_largest_alone_is_read_on_both_sides_and_not_trained_by_peft(k: int, tmp_path: Path) -> None:
+    torch.manual_seed(k)
+    base = Two()
+    said = {"r": 2, "num_vectors": 7, "vector_length": 1, "topk": k, "save_only_topk_weights": True, "target_modules": WIDE}
+    model = peft.get_peft_model(base, peft.VBLoRAConfig(**said, init_logits_std=1.0))
+    model.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(3, 6)
+
+    graph = frozen_graph(Two())
+    ours = load(adapt(graph), tmp_path / "theirs", trainable=True, lazy=k == 1)
+    assert np.isneginf(ours.adapters["default"].modules["wide"].params.logits_A).sum(axis=-1).min() == 7 - k
+    made = stack_delta(ours, "wide")
+    tuner = model.base_model.model.wide
+    np.testing.assert_allclose(made, tuner.get_delta_weight("default").detach().numpy(), rtol=0, atol=1e-7)
+
+    save(ours, tmp_path / "ours")
+    theirs, mine = (open_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
+    assert theirs.entries.keys() == mine.entries.keys()
+    for key, entry in theirs.entries.items():
+        assert (mine.entries[key].dtype, mine.entries[key].shape) == (entry.dtype, entry.shape)
+        one, other = theirs.tensor(key), mine.tensor(key)
+        if k == 1 or not key.endswith("weights"):
+            np.testing.assert_array_equal(one, other)
+        else:
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)  # an exponential of float32 and its logarithm
+
+    read = peft.PeftModel.from_pretrained(Two(), str(tmp_path / "ours"), is_trainable=True).eval()
+    np.testing.assert_allclose(read.base_model.model.wide.get_delta_weight("default").detach().numpy(), made, rtol=0, atol=1e-7)
+    with pytest.raises(RuntimeError, match="infinity values in VB-LoRA logits"):
+        read.train()(x)
+    method, layer, p = ours.adapters["default"].modules["wide"]
+    gradient = method.delta_vjp(layer, p, Delta(np.ones(layer.shape, dtype=np.float32)))  # type: ignore[attr-defined]
+    assert all(np.isfinite(g).all() for g in gradient)
+    assert not gradient.logits_A[np.isneginf(p.logits_A)].any()
+
+
+def stack_delta(model: Any, module: str) -> Any:
+    method, layer, p = model.adapters["default"].modules[module]
+    return method.delta(layer, p).W
+
+
+def test_vblora_refuses_a_file_of_the_largest_that_does_not_fit() -> None:
+    method = VBLoRA(r=2, num_vectors=5, vector_length=1, topk=2, save_only_topk_weights=True)
+    places, weights = np.zeros((2, 3, 2), dtype=np.uint8), np.full((2, 3, 1), 0.75)
+    assert method.from_file({"a_topk_indices": places + np.arange(2), "a_topk_weights": weights}).keys() == {"a"}
+    for wrong in (
+        {"a_topk_indices": places},
+        {"a_topk_indices": places + 5, "a_topk_weights": weights},
+        {"a_topk_indices": places[..., :1], "a_topk_weights": weights},
+        {"a_topk_indices": places.astype(float), "a_topk_weights": weights},
+    ):
+        with pytest.raises((KeyMismatchError, ShapeError)):
+            method.from_file(wrong)

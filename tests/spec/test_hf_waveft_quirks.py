@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from peft_ref.errors import ConfigError  # noqa: E402
+from peft_ref.errors import ConfigError, UnsupportedLayerError  # noqa: E402
+from peft_ref.files.adapter import load_adapter  # noqa: E402
+from peft_ref.files.config import from_dict  # noqa: E402
+from peft_ref.graph import TorchGraph  # noqa: E402
 from peft_ref.layers import Linear  # noqa: E402
 from peft_ref.methods.waveft import WaveFT  # noqa: E402
 from peft_ref.methods.wavelets import LOW_PASS  # noqa: E402
+from peft_ref.model import adapt, add, load  # noqa: E402
 
 pytestmark = pytest.mark.hf
+RNG = np.random.default_rng(0)
 
 
 def layer_with(seed: int = 777, family: str = "db1") -> Any:
@@ -57,3 +64,40 @@ def test_waveft_q3_the_seed_is_the_only_trace_of_the_places() -> None:
         layer.waveft_spectrum["default"].data = torch.ones(9)
     assert one.state_dict().keys() == other.state_dict().keys()
     assert not torch.equal(one.get_delta_weight("default"), other.get_delta_weight("default"))
+
+
+class Three(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Linear(8, 6), torch.nn.Linear(6, 3), torch.nn.Linear(3, 1)
+
+    def forward(self, x: Any) -> Any:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 23])
+@pytest.mark.parametrize("targets", [["a", "b", "c"], ["b", "a"], ["c"]])
+def test_waveft_shares_coefficients_out_as_peft_does_and_reads_its_file(n: int, targets: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(n)
+    base = Three()
+    said: dict[str, Any] = {"n_frequency": n, "proportional_parameters": True, "n_frequency_pattern": {"a": 2}, "init_weights": False}
+    if n > 3 and targets == ["c"]:
+        with pytest.raises(ValueError, match="less than or equal"):
+            peft.get_peft_model(base, peft.WaveFTConfig(target_modules=targets, **said))
+        with pytest.raises(UnsupportedLayerError, match=f"n_frequency={n} is more than the 3 entries"):
+            add(adapt(TorchGraph(Three())), "default", from_dict({"peft_type": "WAVEFT", "target_modules": targets, **said}), RNG)
+        return
+    frozen = copy.deepcopy(base)
+    model = peft.get_peft_model(base, peft.WaveFTConfig(target_modules=targets, **said))
+    model.save_pretrained(tmp_path)
+    ours = load(adapt(TorchGraph(frozen)), tmp_path)
+    fresh = add(adapt(TorchGraph(frozen)), "default", from_dict({"peft_type": "WAVEFT", "target_modules": targets, **said}), RNG)
+    for name in targets:
+        tuner = model.base_model.model.get_submodule(name)
+        method, layer, p = ours.adapters["default"].modules[name]
+        assert isinstance(method, WaveFT)
+        assert tuner.waveft_spectrum["default"].shape == p.c.shape == fresh.adapters["default"].modules[name].params.c.shape
+        assert np.array_equal(tuner.waveft_indices["default"].numpy(), np.stack(method.places(layer)))
+        torch.testing.assert_close(method.delta(layer, p).W, tuner.get_delta_weight("default").detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"Pass `layers`"):
+        load_adapter(tmp_path)

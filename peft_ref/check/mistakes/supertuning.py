@@ -27,7 +27,7 @@ from peft_ref.check.mistake import (
     unmerge_the_frozen,
 )
 from peft_ref.check.oracle import Problem, null_answer, pose
-from peft_ref.check.shared_mistakes import only_first_adapter
+from peft_ref.check.shared_mistakes import dropout, only_first_adapter
 from peft_ref.check.variants import RUN, Variant
 from peft_ref.layers import Layer
 from peft_ref.methods.supertuning import SuperTuning
@@ -44,6 +44,7 @@ VARIANTS = (
     Variant(name="rounded", clause="SUPERTUNING-C3", configs=(LARGE,), layers=("linear-large",), numbers="rounded"),
     Variant(name="vector", clause="SUPERTUNING-C1", configs=(SUPRA,), operations=RUN, rows=()),
     Variant(name="no-bias", clause="SUPERTUNING-C1", configs=(SUPRA,), bias=False),
+    Variant(name="dropout", clause="SUPERTUNING-C8", configs=({**SUPRA, "lora_dropout": 0.75},), operations=RUN, dropout=0.75),
     Variant(name="two-adapters", clause="SUPERTUNING-C7", configs=(SUPRA, {"sparsity": 0.5, "select_top": False})),
 )
 
@@ -113,6 +114,11 @@ def replaced(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array) -> 
     there = np.zeros(math.prod(layer.shape), dtype=bool)
     there[a.params.indices] = True
     return np.where(there.reshape(layer.shape), 0 * W, W) + sparse(layer, a) + scale(a) * low_rank(layer, a), b
+
+
+def dropped_everywhere(case: Case) -> Answer | None:
+    right = one_by_one(lambda layer, a, W, b, W0: a.method.weight(layer, a.params, W, b, W0))
+    return Formula(weight=right)(case) if any(a.dropout for a in case.adapters) else None
 
 
 def laws(config: Config, layer: Layer) -> dict[str, Law]:
@@ -207,6 +213,13 @@ SUITE = Suite(
             replay=AsIf(found_again),
         ),
         only_first_adapter("SUPERTUNING-C7"),
+        *dropout("SUPERTUNING-C8"),
+        Mistake(
+            name="supertuning-sparse-dropped",
+            clause="SUPERTUNING-C8",
+            sentence="dropout reaches the input of the sparse part too",
+            replay=dropped_everywhere,
+        ),
         Mistake(
             name="double-merge",
             clause="SUPERTUNING-C9",

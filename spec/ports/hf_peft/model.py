@@ -217,7 +217,7 @@ def config_of(config: Json, layer: Json, later: bool = False) -> PeftConfig:
     own = {
         k: v
         for k, v in config.items()
-        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks")
+        if k not in ("peft_type", "is_feedforward", "live_r", "widest_in", "widest_out", "clusters", "ranks", "budget", "entries")
     }
     if config["peft_type"] == "FROD":
         own["progressbar"] = False
@@ -244,6 +244,8 @@ def build(layer: Json, dtype: torch.dtype) -> nn.Module:
         module = Conv1D(layer["out_features"], layer["in_features"])
     elif kind == "embedding":
         module = nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
+    elif kind == "norm":
+        module = norm(layer, bias is not None)
     else:
         geometry = {key: tuple(layer[key]) for key in ("kernel_size", "stride", "padding", "dilation")}
         channels = layer["in_channels"], layer["out_channels"]
@@ -252,6 +254,15 @@ def build(layer: Json, dtype: torch.dtype) -> nn.Module:
     if bias is not None:
         module.bias = nn.Parameter(array(bias, dtype))
     return module.to(dtype)
+
+
+def norm(layer: Json, bias: bool) -> nn.Module:
+    """torch's RMS norm has no bias."""
+    if layer["centred"]:
+        return nn.LayerNorm(layer["features"], eps=layer["eps"], bias=bias)
+    if bias:
+        raise NotInPeft("torch has no RMS norm with a bias")
+    return nn.RMSNorm(layer["features"], eps=layer["eps"])
 
 
 def names(case: Json) -> list[str]:

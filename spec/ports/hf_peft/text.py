@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from model import CONVOLUTIONS, NotInPeft, array, nested
+from model import CONVOLUTIONS, NotInPeft, array, nested, norm
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from told import TOLD, rank_and_scale
 from torch import nn
@@ -130,4 +130,6 @@ def sized(layer: Json) -> nn.Module:
         return CONVOLUTIONS[layer["kind"]](layer["in_channels"], layer["out_channels"], tuple(layer["kernel_size"]), groups=layer["groups"])
     if layer["kind"] == "embedding":
         return nn.Embedding(layer["num_embeddings"], layer["embedding_dim"])
+    if layer["kind"] == "norm":
+        return norm(layer, bias=layer["centred"])
     raise ValueError(f"state_dict on a {layer['kind']} layer is not asked yet")

@@ -50,7 +50,7 @@ def _psoft(layer: Any, config: Any) -> Told:
 
 # What PEFT's layers call their dropout of the input.
 NAMED = ("DELORA", "FROD", "GRALORA", "HIRA", "MISS", "PSOFT", "PVERA", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
-DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED}
+DROPOUTS: Mapping[str, str] = {name: f"{name.lower()}_dropout" for name in NAMED} | {"SUPERTUNING": "supertuning_lora_dropout"}
 
 TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "ADALORA": _adalora,
@@ -70,6 +70,7 @@ TOLD: Mapping[str, Callable[[Any, Any], Told]] = {
     "HIRA": words("r"),
     "HRA": words("r", "apply_GS", prefix="hra_"),
     "IA3": lambda layer, config: {"is_feedforward": layer.is_feedforward},
+    "LN_TUNING": lambda layer, config: {},
     "MISS": words("r", prefix="miss_"),
     "OFT": _oft,
     "OSF": words("effective_rank"),
