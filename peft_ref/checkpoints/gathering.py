@@ -3,12 +3,13 @@
 The order of what happens to one tensor is PEFT's, which loads all adapters before it merges them:
 
     load     what takes the place of a frozen weight (saved embeddings, trained biases), what an init takes off it; adapter by adapter
-    merge    what the adapters add to it, adapter by adapter, rounded to the stored dtype after each
+    merge    what the adapters add to it, module by module and there adapter by adapter, rounded to the stored dtype after each
     copies   what takes the place of the result: modules_to_save
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, final
 
 from peft_ref.checkpoints.base import Base
@@ -19,7 +20,7 @@ from peft_ref.checkpoints.plan import Change, Rounding
 from peft_ref.checkpoints.remade import Home
 from peft_ref.checkpoints.sources import Adapter, OnModule, OnParameter
 from peft_ref.checkpoints.steps import Fresh, Frozen, Step
-from peft_ref.checkpoints.ways import cuts, needs_bias, rounded_first, touches
+from peft_ref.checkpoints.ways import cuts, init_of, needs_bias, rounded_first, touches
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
@@ -53,6 +54,7 @@ class Gathered:
     def load(self, adapter: Adapter) -> None:
         """What happens to the frozen weights."""
         for module, found in adapter.modules.items():
+            self._check(adapter, found, f"{adapter.source.folder} at {module!r}")
             if cuts(found.method):
                 what = f"{adapter.source.folder}: the init at {module!r}"
                 key = self._kept(self._weight_of(module, what), what)
@@ -67,12 +69,18 @@ class Gathered:
                     )
             self._frozen.setdefault(key, []).append(self._replaced(adapter, key, tensor))
 
-    def merge(self, adapter: Adapter) -> None:
-        """What the adapter adds, and the copies that it brings."""
-        for module, found in adapter.modules.items():
-            self._module(adapter, module, found)
-        for name, on in adapter.parameters.items():
-            self._parameter(adapter, name, on)
+    def merge(self, adapters: Sequence[Adapter]) -> None:
+        """What the adapters add, module by module as in PEFT: it shows where two modules have one weight."""
+        for module in self._model.modules():
+            for adapter in adapters:
+                if module in adapter.modules:
+                    self._module(adapter, module, adapter.modules[module])
+        for adapter in adapters:
+            for name, on in adapter.parameters.items():
+                self._parameter(adapter, name, on)
+
+    def copies(self, adapter: Adapter) -> None:
+        """The copies that it brings."""
         for name, tensor in adapter.copies.items():
             key = self._parted(name, adapter, tensor)
             if key in self._copies:
@@ -95,7 +103,6 @@ class Gathered:
     def _module(self, adapter: Adapter, module: str, found: OnModule) -> None:
         what = f"{adapter.source.folder} at {module!r}"
         method = found.method
-        self._check(adapter, found, what)
         weight = self._weight_of(module, what)
         bias = self._model.modules()[module].bias
         if touches(method, "weight"):
@@ -166,6 +173,11 @@ class Gathered:
             raise NotMergeableError(
                 f"{what}: {name}'s file leaves out {', '.join(found.absent)}, whose signs whoever worked them out has chosen.\n"
                 "  Merge it with HF PEFT on the machine that trained it."
+            )
+        if init_of(method).startswith("corda"):
+            raise NotMergeableError(
+                f"{what}: init_lora_weights={init_of(method)!r} took a part off the frozen weight that only its data tell.\n"
+                "  HF PEFT refuses it too. Make a plain LoRA of it first: peft-ref convert --initial."
             )
         if adapter.source.weight != 1 and not isinstance(method, LowRank | Additive):
             raise ConfigError(

@@ -115,15 +115,20 @@ def exact_delta(method: WeightMethod[Any], layer: Layer, p: Any) -> Delta:
     return delta
 
 
-# Inits that take a part off the frozen weight, by how their names begin. The first two need nothing but the weight; PEFT runs them again
-# on load. Of the others the adapter brings its part in other ways.
-CUTTING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Inits that take a part off the frozen weight, and need nothing but the weight: PEFT runs them again when it loads an adapter. lora_ga it
+# does not: its adapters belong to a base that was saved after the init.
+CUTTING = ("pissa", "olora", "loftq")
 
 
 def cuts(method: WeightMethod[Any]) -> bool:
     """Whether loading the adapter changes the frozen weight."""
-    init = getattr(method, "init_lora_weights", True)
-    return method.cuts_weight or (isinstance(init, str) and init.lower().startswith(CUTTING))
+    return method.cuts_weight or init_of(method).startswith(CUTTING)
+
+
+def init_of(method: WeightMethod[Any]) -> str:
+    """Its name, where it has one."""
+    init = getattr(method, "init_lora_weights", None)
+    return init.lower() if isinstance(init, str) else ""
 
 
 def needs_bias(method: WeightMethod[Any]) -> bool:

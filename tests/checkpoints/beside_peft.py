@@ -99,7 +99,7 @@ def merged_by_peft(model: Any, adapters: Sequence[Path], rounding: str = "defaul
         tuned.load_adapter(folder, adapter_name=f"a{n}", autocast_adapter_dtype=cast)
     names = [f"a{n}" for n in range(len(adapters))]
     for name, weight in zip(names, weights, strict=False):
-        for module in tuned.modules():
+        for module in tuned.modules() if weight != 1 else ():
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     merged = tuned.merge_and_unload(safe_merge=rounding == "safe", adapter_names=names)
