@@ -3,12 +3,13 @@
 The order of what happens to one tensor is PEFT's, which loads all adapters before it merges them:
 
     load     what takes the place of a frozen weight (saved embeddings, trained biases), what an init takes off it; adapter by adapter
-    merge    what the adapters add to it, adapter by adapter, rounded to the stored dtype after each
+    merge    what the adapters add to it, module by module and there adapter by adapter, rounded to the stored dtype after each
     copies   what takes the place of the result: modules_to_save
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, final
 
 from peft_ref.checkpoints.base import Base
@@ -68,12 +69,18 @@ class Gathered:
                     )
             self._frozen.setdefault(key, []).append(self._replaced(adapter, key, tensor))
 
-    def merge(self, adapter: Adapter) -> None:
-        """What the adapter adds, and the copies that it brings."""
-        for module, found in adapter.modules.items():
-            self._module(adapter, module, found)
-        for name, on in adapter.parameters.items():
-            self._parameter(adapter, name, on)
+    def merge(self, adapters: Sequence[Adapter]) -> None:
+        """What the adapters add, module by module as in PEFT: it shows where two modules have one weight."""
+        for module in self._model.modules():
+            for adapter in adapters:
+                if module in adapter.modules:
+                    self._module(adapter, module, adapter.modules[module])
+        for adapter in adapters:
+            for name, on in adapter.parameters.items():
+                self._parameter(adapter, name, on)
+
+    def copies(self, adapter: Adapter) -> None:
+        """The copies that it brings."""
         for name, tensor in adapter.copies.items():
             key = self._parted(name, adapter, tensor)
             if key in self._copies:

@@ -50,8 +50,9 @@ def plan(
     gathered = Gathered(model, checkpoint, graph.prefix, asked)
     for adapter in read_in:
         gathered.load(adapter)
+    gathered.merge(read_in)
     for adapter in read_in:
-        gathered.merge(adapter)
+        gathered.copies(adapter)
     return laid_out(checkpoint, sources, gathered.wanted(max_shard_size))
 
 

@@ -19,7 +19,7 @@ from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.files.adapter import AdapterFile, from_state_dict, load_config, open_adapter
 from peft_ref.files.config import AdapterConfig
-from peft_ref.files.keys import PREFIX, SHARED_PREFIX
+from peft_ref.files.keys import PREFIX, SHARED_PREFIX, parameter_name
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
@@ -107,7 +107,7 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
         shared = {s.field: f"{SHARED_PREFIX}{names[name][s.field]}" for s in specs if s.saved and s.shared}
         absent = tuple(s.field for s in specs if getattr(params, s.field) is None)
         modules[name] = OnModule(method, layer, {k: there[f] for k, f in keys.items()}, {k: there[f] for k, f in shared.items()}, absent)
-    if source.weight != 1 and (other := [*saved, *frozen]):
+    if source.weight != 1 and (other := [*saved, *(parameter_name(key) for key in found.biases)]):
         raise ConfigError(
             f"{source.folder}: weight {source.weight} and a whole {other[0]}, which takes the place of the base's and has no scale.\n"
             "  Use weight 1."

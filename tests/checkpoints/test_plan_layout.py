@@ -183,9 +183,10 @@ class TestTiedWeights:
 
     def test_shared_both_change_as_in_pefts_memory(self, tied: Any, tmp_path: Path) -> None:
         model, base = tied
-        adapter = saved_adapter(model, lora(target_modules=["embed_tokens", "lm_head"]), tmp_path / "adapter")
-        theirs = merged_by_peft(model, [adapter])
-        made_plan = plan(base, [Source(adapter)], ties="share", exact=True)
+        config = lora(target_modules=["embed_tokens", "lm_head"])
+        adapters = [saved_adapter(model, config, tmp_path / f"a{n}", seed=n) for n in range(2)]
+        theirs = merged_by_peft(model, adapters)
+        made_plan = plan(base, [Source(folder) for folder in adapters], ties="share", exact=True)
         ours = carried_out(made_plan)
         assert "lm_head.weight" not in ours
         assert not differing({name: theirs[name] for name in ours}, ours)

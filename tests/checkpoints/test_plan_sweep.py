@@ -74,8 +74,6 @@ def test_a_random_merge_has_the_bits_of_pefts(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 3), "adapters") if kind == "lora" else 1
     chosen = [data.draw(configs(name, kind, count == 1)) for _ in range(count)]
     weights = [data.draw(st.sampled_from([1.0, 1.0, 0.5, -0.3])) if c.bias == "none" else 1.0 for c in chosen] if kind == "lora" else [1.0]
-    if any("embed_tokens" in c.target_modules or "lm_head" in c.target_modules for c in chosen):
-        weights = [1.0] * count  # its file brings the whole table
     rounding: Any = data.draw(st.sampled_from(["default", "safe", "kept"] if kind == "lora" else ["default", "safe"]), "rounding")
     with TemporaryDirectory() as folder:
         model = made(MODELS[name][0], dtype)
@@ -84,4 +82,5 @@ def test_a_random_merge_has_the_bits_of_pefts(data: st.DataObject) -> None:
         theirs = merged_by_peft(model, adapters, rounding, weights)
         sources = [Source(*pair) for pair in zip(adapters, weights, strict=True)]
         ours = carried_out(plan(base, sources, rounding=rounding, exact=True, ties="share"), data.draw(st.integers(1, 100)))
-        assert not differing({key: theirs[key] for key in ours}, ours)
+        found = differing({key: theirs[key] for key in ours}, ours)
+        assert not found, (found, {key: ours[key].shape for key in found})
