@@ -27,7 +27,7 @@ class Limit(NamedTuple):
 
 
 CONFIG = Limit(16 * 2**20, 300_000)  # with a name for each of 21,841 classes one has 2 MB
-INDEX = Limit(64 * 2**20, 2_500_000)  # of a checkpoint: 91,000 tensors of 671 billion parameters take 10 MB
+INDEX = Limit(32 * 2**20, 500_000)  # of a checkpoint: 91,000 tensors of 671 billion parameters take 10 MB
 OWN = Limit(2**31, 10_000_000)  # of what was made here
 DEEPEST = 64
 LONGEST_NUMBER = 400  # digits; Python itself refuses 4,300, and nothing that is meant has more than 20

@@ -22,7 +22,7 @@ from peft_ref.reading.documents import Limit, Pairs, decoded, once
 from peft_ref.reading.opening import Stamp, opened, stamp
 
 MAX_HEADER = 32 * 2**20
-MAX_VALUES = 2_500_000  # ten for a tensor
+MAX_VALUES = 1_200_000  # eight for a tensor
 AXES = 64  # NumPy's most; the product of a million sizes would take for ever
 LONGEST_NAME = 1000  # letters; the longest known has about 150
 # How many bits one element takes. A dtype that is not here is newer than this table; its size is not checked.

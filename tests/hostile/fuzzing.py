@@ -99,7 +99,8 @@ def check_config(data: bytes) -> bool:
     where = "some/adapter_config.json"
     try:
         config = parse(data, where)
-        assert render(config).encode() == data
+        if config.text is not None:  # a method that PEFT has renamed is written under its new name
+            assert render(config).encode() == data
         values = [getattr(config.method, name) for name in field_names(type(config.method)) if name not in DERIVED]
         assert all(math.isfinite(n) and abs(n) < 2**63 for n in _numbers(values))
     except PeftRefError as error:
