@@ -40,7 +40,16 @@ def dialects() -> list[Dialect]:
 
 
 def table() -> str:
-    head = ["method", "dialect", "breaks", "what is right", "PEFT's numbers are what you get when", "asked", "on", *(f"in {d}" for d in DTYPES)]
+    head = [
+        "method",
+        "dialect",
+        "breaks",
+        "what is right",
+        "PEFT's numbers are what you get when",
+        "asked",
+        "on",
+        *(f"in {d}" for d in DTYPES),
+    ]
     rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for dialect in dialects():
         method, mistake, cases = dialect
