@@ -103,6 +103,7 @@ class Facts:
     wrong_starts: Mapping[str, tuple[str, Any, str]] = field(default_factory=dict)
     bits: str | None = "float32"
     irrational: bool = False
+    no_derivative: Callable[[str, bool], bool] = lambda gradient, several: False  # gradients that are none on purpose, several adapters?
 
     tour: Tour | None = None  # tests/hf_api/test_quick_tour.py
     tour_impossible: str = ""  # why PEFT cannot do it

@@ -51,9 +51,7 @@ FACTS = Facts(
         "bias": ["none", "all", "frod_only"],
         "fan_in_fan_out": [True, False],
     },
-    differences=(
-        Difference("PEFT", "No layer types compatible with FRoD", "a model none of whose modules is meant: here it stays as it is"),
-    ),
+    differences=(Difference("PEFT", "No layer types compatible with FRoD", "it makes a basis of no weight; here nothing is adapted"),),
     made=lambda module, method: module.frod_lambda_s_values["default"].numel() == method.count(module.in_features),
     wrong_starts={
         "FRoD's s drawn": (

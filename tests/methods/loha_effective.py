@@ -23,6 +23,7 @@ def random_config(rng: Any, common: dict[str, Any]) -> Any:
 
 
 FACTS = Facts(
+    no_derivative=lambda gradient, several: gradient.endswith("_a"),  # HF's own
     random=random_config,
     small={"r": 2},
     settings={"loha-effective": LoHaEffective(r=4, alpha=6), "loha-effective-one": LoHaEffective(r=1, alpha=2, init_weights=False)},

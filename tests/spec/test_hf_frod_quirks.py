@@ -13,7 +13,9 @@ peft = pytest.importorskip("peft")
 from peft.tuners.frod.model import _category_from_key, _layer_index_from_key, _projection_from_weights  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from peft_ref import hf  # noqa: E402
 from peft_ref.files.adapter import WEIGHTS  # noqa: E402
+from peft_ref.hf.mapping import adapted_of  # noqa: E402
 from peft_ref.methods.frod_basis import basis, block_of, categories, category_of, places  # noqa: E402
 from peft_ref.model import adapt, add, forward, load, state_dict  # noqa: E402
 from tests.files.peft_models import Net  # noqa: E402
@@ -102,6 +104,9 @@ def test_frod_q1_u_stays_that_of_pefts_own_v(tmp_path: Path) -> None:
     assert not torch.allclose(output(peft.PeftModel.from_pretrained(base(), str(tmp_path)), x), right, atol=0.1)
     ours = load(adapt(frozen_graph(base())), tmp_path)
     np.testing.assert_allclose(forward(ours, Q0, x.numpy()), right.numpy(), atol=1e-4)
+    renumbered = hf.get_peft_model(frozen_graph(base()), hf.FrodConfig(sparse_rate=0.0, target_modules=["q"]))
+    hf.set_peft_model_state_dict(renumbered, {key: value.numpy() for key, value in tensors.items()})
+    np.testing.assert_allclose(forward(adapted_of(renumbered), Q0, x.numpy()), right.numpy(), atol=1e-4)
 
 
 def test_frod_q2_a_later_adapter_is_given_the_first_ones_basis_and_places() -> None:

@@ -94,11 +94,12 @@ def test_output_and_gradients_are_those_of_hf(w: Worked) -> None:
     y.backward(torch.tensor(w.dy))
     alike(y, forward(w.layer, w.W, w.b, w.adapters, w.x), w)
     alike(x.grad, w.grads.x, w)
-    ours = w.adapters[0].method.pack(w.layer, w.grads.params[0])
+    ours, shared = w.adapters[0].method.pack(w.layer, w.grads.params[0]), w.adapters[0].method.shared_keys(("linear",)).get("linear", {})
     # HF names a trained parameter "<key>.default", or "<key without .weight>.default.weight".
     grads = {n.split("linear.")[1].replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
     theirs = {n: g for n, g in grads.items() if n != "ranknum"}  # ADALORA-Q6
-    theirs = {n if n in ours else n.removesuffix(".weight"): g for n, g in theirs.items()}
+    places = {place: s.key for s in w.adapters[0].method.spec(w.layer) if s.shared for place in [shared[s.field]]}
+    theirs = {places.get(n, n if n in ours else n.removesuffix(".weight")): g for n, g in theirs.items()}
     ours = {key: gradient for key, gradient in ours.items() if key in theirs or np.any(gradient)}  # what is not read has none there
     assert theirs.keys() == ours.keys()
     for key, gradient in theirs.items():

@@ -23,6 +23,7 @@ import transformers  # noqa: E402
 from peft_ref.errors import ConfigError  # noqa: E402
 from peft_ref.files.adapter import all_tensors, load_config  # noqa: E402
 from peft_ref.files.config import from_dict  # noqa: E402
+from peft_ref.methods import METHODS  # noqa: E402
 from peft_ref.model import adapt, load  # noqa: E402
 from peft_ref.nn import Inputs  # noqa: E402
 from peft_ref.nn.optim import AdamW  # noqa: E402
@@ -32,6 +33,7 @@ from peft_ref.prompts import Context, Prompt  # noqa: E402
 from peft_ref.train import Batch, Recipe, State, Training, begin, file_of, learner_of, start, step  # noqa: E402
 from peft_ref.train.dropout import row_drops, with_dropout  # noqa: E402
 from tests.nn.beside_hf import all_close, close, float64, pair, scatter, share_again, to_torch  # noqa: E402
+from tests.train.beside_methods import APART, BESIDE  # noqa: E402
 
 STEPS, CLOSE = 20, 1e-8
 LLAMA = {
@@ -140,6 +142,7 @@ CASES: Mapping[str, Case] = {
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),
     "lora on t5": Case(peft.LoraConfig, {**R, "target_modules": ["q", "v", "wo"]}, "t5", 5, 2, "SEQ_2_SEQ_LM"),
     "prefix on t5": Case(peft.PrefixTuningConfig, N, "t5", 5, 1, "SEQ_2_SEQ_LM"),
+    **{name: Case(getattr(peft, asked.config), asked.words, asked.model) for name, asked in BESIDE.items()},
 }
 
 
@@ -201,6 +204,12 @@ def live_loss(live: Any, case: Case, given: list[dict[str, Any]]) -> Any:
         return live(**to_torch(joined(given))).loss
     n = sum(int(np.sum(g["labels"][:, 1:] != -100)) for g in given)
     return sum(live(**to_torch(g), num_items_in_batch=torch.tensor(n)).loss for g in given)
+
+
+def test_every_method_on_weights_is_trained_beside_peft_or_says_why_not() -> None:
+    trained = {name.replace(" ", "_") for name in CASES}
+    assert APART.keys() | (trained & METHODS.weights.keys()) == METHODS.weights.keys()
+    assert not APART.keys() & trained
 
 
 @pytest.mark.parametrize("name", CASES)
