@@ -168,6 +168,16 @@ def test_bdlora_q4_pissa_takes_out_what_the_block_does_not_put_back() -> None:
     assert not torch.allclose(model(x), before, atol=1e-3)
 
 
+def test_a_block_diagonal_b_has_no_bias_and_pefts_merge_looks_for_it() -> None:
+    words = {"target_modules_bd_b": ["l"], "nblocks": 2}
+    model = made(lora_bias=True, use_bdlora=words)
+    assert not any(key.endswith("lora_B.bias") for key in peft.get_peft_model_state_dict(model))
+    with pytest.raises(AttributeError, match="bias"):
+        tuner(model).merge()
+    method = BDLoRA(r=4, lora_bias=True, use_bdlora=words, diagonal="B")  # type: ignore[arg-type]
+    assert {s.field for s in method.spec(Linear(in_features=8, out_features=6))} == {"A", "B"}
+
+
 # ---- QA-LoRA
 
 
@@ -187,6 +197,22 @@ def test_qalora_is_what_peft_does_on_a_gptq_layer(size: int, rslora: bool) -> No
     model = on_gptq(made(**words), config(**words)).double()
     method = QALoRA(r=4, lora_alpha=6, use_rslora=rslora, qalora_group_size=size)
     beside(model, method, *drawn(model, method))
+
+
+def test_the_bias_of_qaloras_b_is_saved_and_read_by_nothing() -> None:
+    words = {"use_qalora": True, "qalora_group_size": 2, "lora_bias": True}
+    model = on_gptq(made(**words), config(**words)).double()
+    method = QALoRA(r=4, lora_alpha=6, qalora_group_size=2, lora_bias=True)
+    keys = {s.key for s in method.spec(Linear(in_features=8, out_features=6))}
+    assert {key.removeprefix("base_model.model.l.") for key in peft.get_peft_model_state_dict(model)} == keys
+    x = torch.randn(3, 8, dtype=torch.float64)
+    before = model(x)
+    tuner(model).lora_B["default"].bias.data += 1
+    assert torch.equal(model(x), before)
+    p = method.init(Linear(in_features=8, out_features=6), np.zeros((6, 8)), np.random.default_rng(0)).params
+    assert method.factors(p).b is None
+    d = stack.vjp(Linear(in_features=8, out_features=6), np.zeros((6, 8)), None, [Adapter(method, p)], np.ones((1, 8)), np.ones((1, 6)))
+    assert not d.params[0].c.any()
 
 
 def test_qalora_q1_elsewhere_it_is_not_read() -> None:

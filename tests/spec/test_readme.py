@@ -42,6 +42,7 @@ def table() -> str:
         spatial = [k[4] for k in sorted(cls.kinds) if k.startswith("conv")]
         layers = [SHORT[k] for k in ("linear", "transposed_linear", "embedding") if k in cls.kinds]
         layers += [f"convolution {', '.join(spatial)}d"] if spatial else []
+        layers += ["norm"] if "norm" in cls.kinds else []
         rows.append(
             f"| [{cls.__name__}](spec/methods/{name}.md) | {cls.__base__.__name__} | {', '.join(layers)}"  # type: ignore[union-attr]
             f" | {len(corpus(name))} | {len(SUITES[name].mistakes)} |"
