@@ -73,7 +73,7 @@ def right(a: Adapter) -> tuple[Array, Array]:
 
 
 def paired(a: Adapter, v: Array) -> Array:
-    return a.method._paired(v)  # type: ignore[attr-defined]
+    return a.method.paired(v)  # type: ignore[attr-defined]
 
 
 def swapped(a: Adapter, v: Array) -> Array:
