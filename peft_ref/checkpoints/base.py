@@ -6,7 +6,6 @@ formats (a pickle would be the old weights under the new name), adapters, hidden
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,8 @@ from typing import Any
 from peft_ref.checkpoints.pieces import Piece, pieces
 from peft_ref.errors import FileFormatError, NotMergeableError
 from peft_ref.files.safetensors import SafetensorsFile, open_file
-from peft_ref.graph.checkpoint import INDEX, SINGLE
+from peft_ref.graph.checkpoint import INDEX, SINGLE, checked_index
+from peft_ref.reading.documents import read_object
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".npz", ".npy")
 LARGE = 64 << 20  # a tokenizer of 250 thousand words takes half of it
@@ -54,14 +54,7 @@ class Base:
         path = self.folder / INDEX
         if (self.folder / SINGLE).is_file() or not path.is_file():
             return {}
-        try:
-            index = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
-        shards = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
-            raise FileFormatError(f"{path}: weight_map is not a map from tensor names to files beside it.")
-        return dict(index)
+        return checked_index(path)
 
     @cached_property
     def shards(self) -> Mapping[str, Mapping[str, Piece]]:
@@ -115,8 +108,4 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
-    return config if isinstance(config, dict) else {}
+    return read_object(path)

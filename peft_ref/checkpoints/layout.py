@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from peft_ref.checkpoints.base import Base
 from peft_ref.checkpoints.pieces import FLOATS, Piece
 from peft_ref.checkpoints.plan import Change, Plan, Planned, Shard, Source
-from peft_ref.errors import ConfigError, FileFormatError
+from peft_ref.errors import ConfigError
 from peft_ref.files.safetensors import BITS, in_order
 from peft_ref.graph.checkpoint import INDEX, SINGLE
+from peft_ref.reading.documents import read_object
 
 CONFIG = "config.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # and as config.json spells them
@@ -146,12 +147,7 @@ def _index(base: Base, shards: Sequence[Shard]) -> bytes:
 
 
 def _config(path: Path, wanted: Wanted) -> bytes:
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON ({error!s:.80}).") from error
-    if not isinstance(config, dict):
-        raise FileFormatError(f"{path} is a JSON {type(config).__name__}, expected an object.")
+    config = read_object(path)
     if wanted.apart:
         config["tie_word_embeddings"] = False
     if wanted.dtype is not None:

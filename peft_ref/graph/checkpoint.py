@@ -146,9 +146,7 @@ def _dtype(place: Place, name: str) -> np.dtype[Any]:
 
 def _sharded(folder: Path) -> dict[str, Place]:
     index = folder / INDEX
-    shards = read_object(index, documents.INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(f, str) and _is_beside(f) for f in shards.values()):
-        raise FileFormatError(f"{index}: weight_map is not a map from tensor names to files beside it.")
+    shards = checked_index(index)["weight_map"]
     headers: dict[str, dict[str, Place]] = {}
     for file in sorted(set(shards.values())):
         try:
@@ -158,6 +156,15 @@ def _sharded(folder: Path) -> dict[str, Place]:
     if missing := [name for name, file in shards.items() if name not in headers[file]]:
         raise FileFormatError(f"{folder}: {missing[0]!r} is not in {shards[missing[0]]}, where the index says it is.\n  Get both again.")
     return {name: headers[file][name] for name, file in shards.items()}
+
+
+def checked_index(path: Path) -> dict[str, Any]:
+    """What the index of a sharded checkpoint says: its weight_map names files beside it."""
+    index = read_object(path, documents.INDEX)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and _is_beside(f) for f in shards.values()):
+        raise FileFormatError(f"{path}: weight_map is not a map from tensor names to files beside it.")
+    return index
 
 
 def _is_beside(name: str) -> bool:
