@@ -22,7 +22,6 @@ from peft_ref.checkpoints.inspecting import Inspection, Module, listed
 from peft_ref.checkpoints.scales import rank_of
 from peft_ref.contracts import LowRank
 from peft_ref.errors import ConfigError, PeftRefError
-from peft_ref.files.keys import PREFIX
 from peft_ref.methods.lora import LoRA
 from peft_ref.model.converting import CHANGING
 
@@ -81,7 +80,11 @@ def _on(*words: str) -> Callable[[Inspection], Sequence[str]]:
 
 
 def _missing(*words: str) -> Callable[[Inspection], Sequence[str]]:
-    return lambda inspection: [f"{word} is not in adapter_config.json" for word in words if inspection.flat.get(word) is None]
+    return lambda inspection: [f"{word} is not in adapter_config.json" for word in words if word not in inspection.flat]
+
+
+def _nameless(inspection: Inspection) -> Sequence[str]:
+    return [] if inspection.flat.get("base_model_name_or_path") else ["base_model_name_or_path names none"]
 
 
 def _bias(inspection: Inspection) -> Sequence[str]:
@@ -114,7 +117,7 @@ def _other_scale(theirs: Callable[[Mapping[str, Any], Module], float]) -> Callab
     def other(inspection: Inspection) -> Sequence[str]:
         kinds: dict[str, list[str]] = {}
         for name, module in inspection.modules.items():
-            if module.scale is None or not _plain(module):
+            if module.scale is None or not _plain(module) or not {"r", "lora_alpha"} <= inspection.flat.keys():
                 continue
             scale = theirs(inspection.flat, module)
             if not math.isclose(scale, module.scale.value, rel_tol=1e-6):
@@ -286,7 +289,7 @@ RULES: tuple[Rule, ...] = (
         "needs",
         "The base's configuration is needed: --base, where adapter_config.json does not name the base.",
         _CONVERTER,
-        _missing("base_model_name_or_path"),
+        _nameless,
     ),
     Rule(
         LLAMA_CPP,

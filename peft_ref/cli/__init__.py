@@ -12,7 +12,7 @@ from peft_ref.errors import PeftRefError
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     from peft_ref import __version__
-    from peft_ref.cli import cases, check, convert, ranks, train
+    from peft_ref.cli import cases, check, convert, inspect, ranks, train
     from peft_ref.methods import METHODS
 
     for problem in METHODS.discover():
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"peft-ref {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (check, cases, ranks, train, convert):
+    for module in (check, cases, ranks, train, convert, inspect):
         module.add_parser(verbs)
     options = parser.parse_args(given)
     if given != arguments and not program:
