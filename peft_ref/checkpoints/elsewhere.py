@@ -80,7 +80,11 @@ def _on(*words: str) -> Callable[[Inspection], Sequence[str]]:
 
 
 def _missing(*words: str) -> Callable[[Inspection], Sequence[str]]:
-    return lambda inspection: [f"{word} is not in adapter_config.json" for word in words if inspection.flat.get(word) is None]
+    return lambda inspection: [f"{word} is not in adapter_config.json" for word in words if word not in inspection.flat]
+
+
+def _nameless(inspection: Inspection) -> Sequence[str]:
+    return [] if inspection.flat.get("base_model_name_or_path") else ["base_model_name_or_path names none"]
 
 
 def _bias(inspection: Inspection) -> Sequence[str]:
@@ -113,7 +117,7 @@ def _other_scale(theirs: Callable[[Mapping[str, Any], Module], float]) -> Callab
     def other(inspection: Inspection) -> Sequence[str]:
         kinds: dict[str, list[str]] = {}
         for name, module in inspection.modules.items():
-            if module.scale is None or not _plain(module):
+            if module.scale is None or not _plain(module) or not {"r", "lora_alpha"} <= inspection.flat.keys():
                 continue
             scale = theirs(inspection.flat, module)
             if not math.isclose(scale, module.scale.value, rel_tol=1e-6):
@@ -285,7 +289,7 @@ RULES: tuple[Rule, ...] = (
         "needs",
         "The base's configuration is needed: --base, where adapter_config.json does not name the base.",
         _CONVERTER,
-        _missing("base_model_name_or_path"),
+        _nameless,
     ),
     Rule(
         LLAMA_CPP,

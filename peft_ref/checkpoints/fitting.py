@@ -22,7 +22,7 @@ from peft_ref.graph import CheckpointGraph, Graph
 from peft_ref.graph.blocks import attention_blocks
 from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.targets import match
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.sizes import WIDTHS
 
@@ -117,8 +117,9 @@ def _layers(inspection: Inspection, graph: Graph, renamed: Renaming) -> tuple[di
         if there.layer is None:
             problems[name] = f"{name}: the base's is no layer that an adapter of {inspection.method} could be on."
             continue
+        layer = replace(there.layer, bias=there.bias is not None) if isinstance(there.layer, Linear) else there.layer
         try:
-            layers[name] = _fitting(module, there.layer, name)
+            layers[name] = _fitting(module, layer, name)
         except PeftRefError as error:
             problems[name] = str(error)
     findings = gathered(WRONG, problems)

@@ -7,6 +7,7 @@ numbers, then where they are words. What a folded name spells out is exactly the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import TypeAlias
 
 _Folded: TypeAlias = tuple[tuple[str, ...], ...]  # the parts between the dots, of each the words that stand there
@@ -14,7 +15,13 @@ _Folded: TypeAlias = tuple[tuple[str, ...], ...]  # the parts between the dots, 
 
 def folded(names: Iterable[str]) -> list[str]:
     """The names, folded, in the order in which their first ones come."""
-    return [_text(parts) for parts in _folded([tuple((part,) for part in name.split(".")) for name in dict.fromkeys(names)])]
+    return list(families(names))
+
+
+def families(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The folded names, each with the names that it stands for."""
+    found = _folded([tuple((part,) for part in name.split(".")) for name in dict.fromkeys(names)])
+    return {_text(parts): tuple(".".join(words) for words in product(*parts)) for parts in found}
 
 
 def _folded(names: list[_Folded]) -> list[_Folded]:

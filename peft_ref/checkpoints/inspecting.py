@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -32,7 +32,7 @@ from peft_ref.files.safetensors import Entry, NDArray, SafetensorsFile, Tensor, 
 from peft_ref.graph.patterns import Matcher
 from peft_ref.graph.rules import SAVED_BY_TASK
 from peft_ref.graph.targets import unused_patterns
-from peft_ref.layers import Layer
+from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.model.converting import CHANGING
 from peft_ref.prompts import SAVED, Prompt
 
@@ -53,6 +53,13 @@ class Module(NamedTuple):
     tensors: Mapping[str, Entry]  # by the parameter's key
     scale: Scale | None
     rank: int | None
+    told: tuple[bool, bool] = (False, False)  # whether the tensors tell what the layer gives out, and what it takes in
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """(out, in) of the weight matrix, as far as it is told."""
+        out, n_in = (None, None) if self.layer is None else self.layer.shape
+        return out if self.told[0] else None, n_in if self.told[1] else None
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -168,7 +175,7 @@ def _check_prompt(method: Prompt, own: Mapping[str, Entry]) -> None:
 def _modules(config: AdapterConfig, found: Sorted, findings: list[Finding]) -> dict[str, Module]:
     alone = spanned(config, None, {key: tuple(entry.shape) for key, entry in found.shared.items()})
     made, problems = dict[str, Module](), dict[str, str]()
-    layers: dict[Any, Layer] = {}  # most modules are alike
+    layers, told = dict[Any, Layer](), dict[Any, tuple[bool, bool]]()  # most modules are alike
     if config.targets.target_parameters:
         findings.append(Finding(ODD, "target_parameters: which tensor belongs to which parameter, the model alone can tell."))
     for name, tensors in found.modules.items():
@@ -180,12 +187,14 @@ def _modules(config: AdapterConfig, found: Sorted, findings: list[Finding]) -> d
             continue
         layer = None
         if not config.targets.target_parameters:
-            like = (method, tuple((key, entry.shape) for key, entry in own.items()))
+            like = (method, *((key, entry.shape) for key, entry in own.items()))
             try:
                 layer = layers[like] if like in layers else layers.setdefault(like, _told_layer(config.method_for(name), method, own, name))
             except PeftRefError as error:
                 problems[name] = str(error)
-        made[name] = Module(method, layer, own, scale_of(config, name, layer), rank_of(method))
+        if (method, layer) not in told:
+            told[method, layer] = (False, False) if layer is None else _told_sizes(method, layer)
+        made[name] = Module(method, layer, own, scale_of(config, name, layer), rank_of(method), told[method, layer])
     findings += gathered(WRONG, problems)
     return made
 
@@ -195,6 +204,40 @@ def _told_layer(alone: WeightMethod[Any], method: WeightMethod[Any], own: Mappin
     layer = infer_layer(alone, {key: hollow(entry.shape) for key, entry in own.items()}, name)
     check_fit(method, own, name, layer)
     return layer
+
+
+def _told_sizes(method: WeightMethod[Any], layer: Layer) -> tuple[bool, bool]:
+    """Whether the tensors' sizes tell what the layer gives out, and what it takes in: some size follows that one alone.
+
+    What depends on whether there is a bias tells neither: with one more input and without a bias the tensors would be the same.
+    """
+    wide, deep = _doubled(layer)
+    now, wider, deeper = (_sizes(method, other) for other in (layer, wide, deep))
+    if isinstance(layer, Linear) and _sizes(method, replace(layer, bias=not layer.bias)) != now:
+        return False, False
+    with_out = {place for place in now if wider.get(place) != now[place]}
+    with_in = {place for place in now if deeper.get(place) != now[place]}
+    return bool(with_out - with_in), bool(with_in - with_out)
+
+
+def _doubled(layer: Layer) -> tuple[Layer, Layer]:
+    """The layer with twice as much that it gives out, and with twice as much that it takes in."""
+    if isinstance(layer, Linear):
+        return replace(layer, out_features=2 * layer.out_features), replace(layer, in_features=2 * layer.in_features)
+    if isinstance(layer, Embedding):
+        return replace(layer, embedding_dim=2 * layer.embedding_dim), replace(layer, num_embeddings=2 * layer.num_embeddings)
+    if isinstance(layer, Conv):
+        return replace(layer, out_channels=2 * layer.out_channels), replace(layer, in_channels=2 * layer.in_channels)
+    return layer, layer
+
+
+def _sizes(method: WeightMethod[Any], layer: Layer) -> dict[tuple[str, int], int]:
+    """The sizes of the tensors that the method has on that layer, by key and axis."""
+    try:
+        specs = method.spec(layer)
+    except PeftRefError:
+        return {}
+    return {(spec.key, axis): size for spec in specs if spec.saved for axis, size in enumerate(spec.stored_shape)}
 
 
 def check_fit(method: WeightMethod[Any], own: Mapping[str, Entry], name: str, layer: Layer) -> None:
@@ -266,8 +309,8 @@ def _dtypes(entries: Mapping[str, Entry]) -> list[Finding]:
         if entry.dtype not in dtypes()
     }
     count = Counter(entry.dtype for entry in entries.values() if entry.dtype.startswith(("F", "BF")))
-    told = ", ".join(f"{n} tensors are {dtype}" for dtype, n in count.items())
-    return [*gathered(WRONG, unknown), *([Finding(ODD, f"Dtypes are mixed: {told}.")] if len(count) > 1 else [])]
+    told = ", ".join(f"{n} of {dtype}" for dtype, n in count.items())
+    return [*gathered(WRONG, unknown), *([Finding(ODD, f"Dtypes of the tensors are mixed: {told}.")] if len(count) > 1 else [])]
 
 
 def _scales(modules: Mapping[str, Module]) -> list[Finding]:
@@ -277,7 +320,7 @@ def _scales(modules: Mapping[str, Module]) -> list[Finding]:
             astray[name] = f"{name}: the scale is {m.scale.value} ({m.scale.said()})."
         elif m.scale is not None and m.scale.value == 0:
             nought[name] = f"{name}: the scale is 0 ({m.scale.said()}), so the adapter changes nothing there."
-        if isinstance(m.method, LowRank) and m.layer is not None and m.rank is not None and m.rank > min(m.layer.shape):
+        if isinstance(m.method, LowRank) and all(m.told) and m.layer is not None and m.rank is not None and m.rank > min(m.layer.shape):
             out, n_in = m.layer.shape
             high[name] = f"{name}: rank {m.rank} on a matrix of {out} x {n_in}, which can have no more than {min(m.layer.shape)}."
     return [*gathered(WRONG, astray), *gathered(ODD, nought), *gathered(ODD, high)]

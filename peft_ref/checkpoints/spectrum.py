@@ -27,6 +27,7 @@ from peft_ref.layers import Layer
 from peft_ref.model import adapt, load
 
 NEEDS_BASE = "what it adds depends on the frozen weight: give the base"
+NEEDS_SIZES = "what it adds depends on sizes of the layer that its tensors do not tell: give the base"
 NEEDS_SHARED = "what its layers share is not in the file: give the base"
 UNTRAINED = "Nothing is added to any weight: the adapter is as it started, and was not trained."
 
@@ -135,7 +136,7 @@ def measured(
     deltas = {}
     for n, name in enumerate(names):
         step(n, len(names), name)
-        deltas[name] = DeltaNumbers(why_not=BROKEN) if name in broken else _of_module(fit, name, read, spectrum)
+        deltas[name] = DeltaNumbers(why_not=BROKEN) if name in broken else _of_module(inspection, fit, name, read, spectrum)
     return Measured(tensors=tensors, deltas=deltas, findings=(*gathered(WRONG, astray), *_idle(inspection, tensors, deltas)))
 
 
@@ -160,12 +161,14 @@ def _idle(inspection: Inspection, tensors: Mapping[str, TensorNumbers], deltas: 
     yield from gathered(ODD, {key: f"{key} is all zeros." for key in zero if not key.startswith(told)})
 
 
-def _of_module(fit: Fit | None, name: str, read: Read, spectrum: bool) -> DeltaNumbers:
+def _of_module(inspection: Inspection, fit: Fit | None, name: str, read: Read, spectrum: bool) -> DeltaNumbers:
     try:
         method, layer, p = read(name)
         W, b = _frozen(fit, name, layer)
         if W is None and not isinstance(method, LowRank | Additive):
             return DeltaNumbers(why_not=NEEDS_BASE)
+        if W is None and isinstance(method, Additive) and not all(inspection.modules[name].told):
+            return DeltaNumbers(why_not=NEEDS_SIZES)
         singular = singular_values(method, layer, p, W, b) if spectrum else None
         norm = delta_norm(method, layer, p, W, b) if singular is None else float(np.linalg.norm(singular))
     except PeftRefError as error:

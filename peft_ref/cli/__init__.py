@@ -18,6 +18,7 @@ VERBS = (
     "convert",
     "merge",
     "verify",
+    "inspect",
 )
 ONE_THREAD = ("merge",)  # those that bring threads of their own: BLAS is told before NumPy is loaded
 
