@@ -49,7 +49,7 @@ class Evidence:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
-        self.caches = [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper) and o.__module__.startswith(("peft_ref", "tests"))]
+        self.caches = [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper and o.__module__.startswith(("peft_ref", "tests"))]
         self.learn()
         self.work(self)
         return True
