@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from peft_ref.checkpoints.folding import families
 from peft_ref.checkpoints.inspecting import WRONG, Finding
 from peft_ref.checkpoints.inspecting_base import Base
-from peft_ref.report import clean
+from peft_ref.errors import clean
 from peft_ref.report.inspecting import ENERGIES, Row, Told, facts, headline, many, number, percent, profile, rows, size, span
 from peft_ref.report.terminal import Paint
 

@@ -1,0 +1,85 @@
+"""The mutation run itself: what is mutated, that a mutant is at work where its function is, and that the list of the equivalent is not stale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mutmut")
+from tests.mutation.equivalent import equivalents
+from tests.mutation.mutants import METHODS, ROOT, Mutant, mutants
+from tests.mutation.running import install
+
+SOURCE = '''"""A text."""
+
+class Scaled:
+    """1 + 1"""
+    r: int = 8
+
+    @property
+    def scale(self) -> float:
+        if self.r < 0:
+            raise ValueError(f"r={self.r + 1}: {'no' + 'thing'}", 3)
+        return 2 * self.r
+'''
+
+
+def test_numbers_operators_and_defaults_are_mutated_but_no_message(tmp_path: Path) -> None:
+    file = tmp_path / "scaled.py"
+    file.write_text(SOURCE)
+    found = {(m.function, m.new) for m in mutants(file)}
+    assert found == {
+        ("", "r: int = 9"),
+        ("", "r: int = None"),
+        ("Scaled.scale", "if self.r <= 0:"),
+        ("Scaled.scale", "if self.r < 1:"),
+        ("Scaled.scale", "return 3 * self.r"),
+        ("Scaled.scale", "return 2 / self.r"),
+    }
+
+
+def one(file: str, new: str) -> Mutant:
+    return next(m for m in mutants(METHODS / f"{file}.py") if m.new == new)
+
+
+def in_a_child(say: Callable[[], bool]) -> bool:
+    """What is installed stays; so it is not in this process."""
+    if not (child := os.fork()):
+        try:
+            os._exit(0 if say() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_mutant_is_at_work_in_objects_that_were_made_before() -> None:
+    from peft_ref.methods.lokr import LoKr, factors
+
+    before, default = LoKr(r=4, alpha=2), LoKr()
+
+    def changed() -> bool:
+        install(one("lokr", "return self.alpha * self.r"))
+        install(one("lokr", "r: int = 9"))
+        install(one("lokr", "if factor > 0 or n % factor == 0:"))
+        return (before.scale, LoKr().r, factors(7, 2)) == (8.0, 9, (2, 3))
+
+    assert (before.scale, default.r, factors(7, 2)) == (0.5, 8, (1, 7))
+    assert in_a_child(changed)
+    assert (before.scale, LoKr().r, factors(7, 2)) == (0.5, 8, (1, 7))
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _, _ in equivalents()}))
+def test_every_equivalent_mutant_is_still_made(file: str) -> None:
+    made = {m.key for m in mutants(METHODS / f"{file}.py")}
+    stale = [key for key in equivalents() if key[0] == file and key not in made]
+    assert not stale
+
+
+@pytest.mark.mutation
+def test_no_mutant_survives_that_is_not_equivalent() -> None:
+    assert subprocess.run([sys.executable, "-m", "tests.mutation"], cwd=ROOT, check=False).returncode == 0
