@@ -73,7 +73,7 @@ def test_the_merge_is_pefts_on_every_layer(tmp_path: Path, label: str, dtype: st
     check(tmp_path, label, dtype, rounding)
 
 
-@pytest.mark.parametrize("label", ["DoRA", "hira", "LoHa", "IA3", "trainable_tokens"])
+@pytest.mark.parametrize("label", ["DoRA", "hira", "LoHa", "IA3", "TrainableTokens"])
 def test_rows_need_not_come_all_at_once(tmp_path: Path, label: str) -> None:
     """However the rows of a layer whose method is a map of rows are cut, the same becomes of them."""
     _, base, adapter = folders(tmp_path, label, "BF16")
