@@ -14,6 +14,7 @@ from peft_ref.check.mistake import Suite
 from peft_ref.check.variants import LAYERS
 from peft_ref.errors import ConfigError
 from peft_ref.methods import METHODS
+from peft_ref.registry.announced import announced
 
 GROUP = "peft_ref.suites"
 NOTHING = Suite(variants=(), mistakes=())
@@ -81,11 +82,9 @@ class Suites(Mapping[str, Suite]):
         """Register the suites of installed packages, once, and their methods first; returns what did not work, one sentence each."""
         METHODS.discover()
         if self._discovered is None:
-            from importlib.metadata import entry_points
-
             self._discovered = ()  # what is loaded may come back here
             problems = []
-            for point in entry_points(group=GROUP):
+            for point in announced(GROUP):
                 try:
                     if self._registered.get(point.name) is not (suite := point.load()):
                         self.register(point.name, suite)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import threading
 import time
@@ -60,7 +59,7 @@ def execute(
     began = time.monotonic()
     try:
         stamps = Stamps(read_by(plan))
-        mark = fingerprint(plan, stamps, fsync)
+        mark = fingerprint(plan, stamps)
         with Output(out, fingerprint=mark, overwrite=overwrite, fsync=fsync, reads=[plan.base, *stamps.files]) as output:
             if output.done:
                 return Merged(out, 0, tuple(shard.name for shard in plan.shards), time.monotonic() - began)
@@ -68,7 +67,7 @@ def execute(
             kept = output.finished(sizes)
             _check_space(plan, output, sum(sizes.values()) - sum(sizes[name] for name in kept))
             jobs = [Job(shard, sizes[shard.name], output.folder, fsync) for shard in plan.shards if shard.name not in kept]
-            written = _Workers(jobs, stamps, threads or cores(), len(kept), tell).run()
+            written = _Workers(jobs, threads or cores(), len(kept), tell).run()
             _write_small(plan, output)
             stamps.check(stamps.files)
             output.publish()
@@ -90,11 +89,13 @@ def read_by(plan: Plan) -> set[Path]:
     return base | theirs | set(plan.along)
 
 
-def fingerprint(plan: Plan, stamps: Stamps, fsync: bool) -> str:
+def fingerprint(plan: Plan, stamps: Stamps) -> str:
     """The same text for the same plan over the same files, in another process too; a file that was touched is another file."""
+    from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, 4 MB
+
     from peft_ref import __version__
 
-    mark = hashlib.sha256(f"{__version__} {fsync} {plan.sources}".encode())
+    mark = blake2b(f"{__version__} {plan.sources}".encode())
     for shard in plan.shards:
         mark.update(repr(shard).encode())
     mark.update(repr((plan.along, plan.written, sorted(stamps.files.items()))).encode())
@@ -102,9 +103,9 @@ def fingerprint(plan: Plan, stamps: Stamps, fsync: bool) -> str:
 
 
 class _Workers:
-    def __init__(self, jobs: Sequence[Job], stamps: Stamps, threads: int, kept: int, tell: Callable[[Progress], None]) -> None:
+    def __init__(self, jobs: Sequence[Job], threads: int, kept: int, tell: Callable[[Progress], None]) -> None:
         self._waiting, self._begun = list(reversed(jobs)), list[Job]()
-        self._stamps, self._tell = stamps, tell
+        self._tell = tell
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._error: BaseException | None = None
         self._stop = False
@@ -174,7 +175,7 @@ class _Workers:
         return None, None
 
     def _finish(self, job: Job) -> None:
-        job.finish(self._stamps)
+        job.finish()
         with self._lock:
             self._begun.remove(job)
             self._finished += 1

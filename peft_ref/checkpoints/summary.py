@@ -35,10 +35,10 @@ def as_json(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
 def in_words(plan: Plan, out: Path, threads: int) -> str:
     told = as_json(plan, out, threads)
     width = max(len(shard["name"]) for shard in told["shards"])
-    lines = [f"{told['base']} -> {told['out']}: {_amount(told['bytes'])} in {_many(len(told['shards']), 'shard')}"]
+    lines = [f"{told['base']} -> {told['out']}: {amount(told['bytes'])} in {_many(len(told['shards']), 'shard')}"]
     for shard in told["shards"]:
-        changed = f"{_amount(shard['changed'])} changed in {_many(shard['touched'], 'tensor')}" if shard["touched"] else "nothing changed"
-        lines.append(f"  {shard['name']:{width}}  {_amount(shard['copied'])} copied, {changed}")
+        changed = f"{amount(shard['changed'])} changed in {_many(shard['touched'], 'tensor')}" if shard["touched"] else "nothing changed"
+        lines.append(f"  {shard['name']:{width}}  {amount(shard['copied'])} copied, {changed}")
     for adapter in told["adapters"]:
         lines.append(f"{adapter['folder']} (weight {adapter['weight']:g}): {_many(sum(adapter['tensors'].values()), 'tensor')}")
         lines += [f"  {number:5} x {name}" for name, number in adapter["tensors"].items()]
@@ -83,7 +83,7 @@ def _touches(plan: Plan, folder: Path) -> dict[str, int]:
     return dict(Counter(re.sub(r"\d+", "*", name) for name in names))
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

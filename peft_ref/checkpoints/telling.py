@@ -8,7 +8,7 @@ from typing import TextIO, final
 
 from peft_ref.checkpoints.engine import Progress
 
-CELLS = 24
+CELLS = 16
 
 
 @final
@@ -39,11 +39,14 @@ class Bar:
 
 
 def line_of(progress: Progress) -> str:
+    scale, unit = (1e9, "GB") if progress.total >= 1e9 else (1e6, "MB")
     share = progress.written / progress.total if progress.total else 1.0
     rate = progress.written / progress.seconds if progress.seconds else 0.0
-    left = int((progress.total - progress.written) / rate + 0.5) if rate else None
-    time_left = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if left is not None else "no time known"
-    return (
-        f"{share:4.0%}  {progress.written / 1e9:.2f} of {progress.total / 1e9:.2f} GB  {rate / 1e9:.2f} GB/s  {time_left}"
-        f"  {progress.shards} of {progress.of} shards"
-    )
+    left = f"{_clock((progress.total - progress.written) / rate)} left" if rate else "starting"
+    done = f"{progress.written / scale:.2f} of {progress.total / scale:.2f} {unit}"
+    return f"{share:4.0%}  {done}  {rate / scale:.2f} {unit}/s  {left}  {progress.shards}/{progress.of} shards"
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds + 0.5)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

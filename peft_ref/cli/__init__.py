@@ -5,20 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from peft_ref.errors import PeftRefError
+
+VERBS = ("check", "cases", "ranks", "train", "convert", "merge")  # only the one that is asked for is imported: `merge` counts every MB
+ONE_THREAD = ("merge",)  # those that bring threads of their own: BLAS is told before NumPy is loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     from peft_ref import __version__
-    from peft_ref.cli import cases, check, convert, ranks, train
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    given, program = _split(arguments)
+    named = given[0] if given else ""
+    if argv is None and named in ONE_THREAD:
+        from peft_ref.checkpoints.blas import quiet
+
+        quiet()
+    modules = [import_module(f"peft_ref.cli.{verb}") for verb in ([named] if named in VERBS else VERBS)]
     from peft_ref.methods import METHODS
 
     for problem in METHODS.discover():
         print(f"peft-ref: left out: {problem}", file=sys.stderr)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    given, program = _split(arguments)
     parser = argparse.ArgumentParser(
         prog="peft-ref",
         description="The reference of parameter-efficient fine-tuning methods, and a judge of implementations.",
@@ -26,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"peft-ref {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for module in (check, cases, ranks, train, convert):
+    for module in modules:
         module.add_parser(verbs)
     options = parser.parse_args(given)
     if given != arguments and not program:

@@ -17,6 +17,7 @@ from peft_ref.attending import AttentionMethod
 from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.prompts import Prompt
+from peft_ref.registry.announced import announced
 from peft_ref.registry.complete import check_complete, keys_of, told_by_prefix
 from peft_ref.registry.names import REMOVED, TUNER_PREFIXES
 
@@ -125,11 +126,9 @@ class Registry(Mapping[str, type[Method]]):
     def discover(self) -> tuple[str, ...]:
         """Register what installed packages announce, once; returns what did not work, one sentence each."""
         if self._discovered is None:
-            from importlib.metadata import entry_points
-
             self._discovered = ()  # what is loaded may come back here
             problems = []
-            for point in entry_points(group=GROUP):
+            for point in announced(GROUP):
                 try:
                     if self.get(point.name) is not (cls := point.load()):
                         self.register(point.name, cls)

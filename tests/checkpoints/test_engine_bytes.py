@@ -18,6 +18,8 @@ from peft_ref.checkpoints.work import BLOCK, Bench, Range, finite, start, tasks
 from peft_ref.files.safetensors import dtypes, open_file
 from tests.checkpoints.engine_made import BF16, adapter, beside, bytes_of, checkpoint, expected, merged, numbers, planned, small
 
+Patch = pytest.MonkeyPatch
+
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found.keys() == wanted.keys()
@@ -76,7 +78,8 @@ def test_a_long_range_is_cut_at_multiples_and_nothing_is_left_out(monkeypatch: p
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("BF16", "F32"), ("F32", "BF16"), ("F32", "F16"), ("BF16", "F16"), ("F16", "F32"), ("F8_E4M3", "BF16")]
 )
-def test_another_dtype_rounds_once_in_the_wider_of_the_two(tmp_path: Path, stored: str, dtype: str) -> None:
+def test_another_dtype_rounds_once_in_the_wider_of_the_two(tmp_path: Path, monkeypatch: Patch, stored: str, dtype: str) -> None:
+    monkeypatch.setattr(work.tasks, "__defaults__", (1000,))
     values = np.random.default_rng(0).normal(size=(40, 30)).astype(dtypes()[stored])
     base = checkpoint(tmp_path / "base", [{"plain": values, "touched": values}])
     execute(planned(base, [adapter(tmp_path / "adapter", 0.25)], dtype=dtype), tmp_path / "out")
@@ -101,6 +104,16 @@ def test_tensors_from_several_files_come_together_in_one(tmp_path: Path) -> None
     execute(Plan(base, apart.sources, (together,)), tmp_path / "out")
     assert_same(merged(tmp_path / "out"), expected(base, [5]))
     assert open_file(tmp_path / "out" / "model.safetensors").metadata == {"format": "pt"}
+
+
+def test_tensors_in_another_order_and_with_others_left_out(tmp_path: Path) -> None:
+    base = small(tmp_path / "base")
+    apart = planned(base, [adapter(tmp_path / "adapter", 5)])
+    some = [t for shard in reversed(apart.shards) for t in reversed(shard.tensors) if not t.name.startswith("1.b")]
+    left_out = {name for name in merged(base) if name.startswith("1.b")}
+    execute(Plan(base, apart.sources, (Shard("model.safetensors", tuple(some), None),)), tmp_path / "out")
+    assert len(left_out) == 1
+    assert_same(merged(tmp_path / "out"), {name: t for name, t in expected(base, [5]).items() if name not in left_out})
 
 
 def test_a_change_that_needs_all_rows_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_ref.checkpoints.engine import execute
+from peft_ref.checkpoints.output import Output
 from peft_ref.checkpoints.plan import Plan
 from peft_ref.errors import MergeError
 from tests.checkpoints.engine_made import adapter, beside, bytes_of, planned, small
@@ -92,7 +93,7 @@ def test_nothing_is_kept_by_another_plan_or_without_the_sync_that_was_asked_for(
     small(kill_again / "base")
     adapter(kill_again / "adapter")
     kill(kill_again)
-    other = planned(kill_again / "base")
+    other = planned(kill_again / "base", [kill_again / "adapter"], whole=True)  # one flag of its changes is another
     assert execute(other, kill_again / "out").kept == ()
     assert bytes_of(kill_again / "out") == bytes_of(execute(other, kill_again / "fresh").out)
 
@@ -125,6 +126,35 @@ def test_a_run_killed_after_its_last_rename_is_found_complete(tmp_path: Path, pl
     assert not beside(tmp_path / "b" / "out")
     with pytest.raises(MergeError, match="is there already"):
         execute(plan, done.out)
+
+
+def test_an_old_output_that_waits_aside_is_put_back_whatever_comes_next(tmp_path: Path, plan: Plan) -> None:
+    old = bytes_of(small(tmp_path / ".out.merge.old", shards=1))
+    adapter(tmp_path / "adapter", float("nan"))
+    with pytest.raises(MergeError, match="NaN"):
+        execute(plan, tmp_path / "out", overwrite=True)
+    assert bytes_of(tmp_path / "out") == old
+    assert not beside(tmp_path / "out")
+
+
+def test_a_lock_whose_file_was_taken_away_is_no_lock(tmp_path: Path, plan: Plan, monkeypatch: Patch) -> None:
+    """Between opening it and holding it the first run may end, and take it away: a third one would then lock another file."""
+    import fcntl
+
+    lock, taken = tmp_path / ".out.merge.lock", []
+    real = fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        if not taken:
+            taken.append(lock.unlink())
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Output(tmp_path / "out", fingerprint="any") as output:
+        assert taken
+        assert lock.exists()
+        output.publish()
+    assert not beside(tmp_path / "out")
 
 
 def test_a_second_run_to_the_same_output_says_so(tmp_path: Path, plan: Plan) -> None:
