@@ -75,9 +75,11 @@ class Chain:
 
 def chained(column: Callable[[int], NDArray], row: Callable[[int], NDArray], r: int) -> NDArray:
     """The sum over k of column(k) row(k), which may be broadcast together."""
+    if r == 1:
+        return column(0) * row(0)
     total: NDArray | None = None
     for block in blocks(r):
-        part = column(block[0]) * row(block[0]) + np.float32(0)  # a sum begins at +0
+        part = column(block[0]) * row(block[0]) + np.float32(0)  # a sum of several begins at +0
         for k in block[1:]:
             part = fused(column(k), row(k), part)
         total = part if total is None else total + part

@@ -55,6 +55,7 @@ MORE: dict[str, tuple[Make, Make]] = {
     "OSF": (Net, lambda: peft.OSFConfig(target_modules=["q", "up"], effective_rank=4)),
     "BEFT": (Net, lambda: peft.BeftConfig(target_modules=["q"])),
     "MiSSMini": (Net, lambda: peft.MissConfig(r=4, mini_r=8, init_weights="mini", target_modules=["q"])),
+    "TrainableTokens": (Net, lambda: peft.TrainableTokensConfig(token_indices=[79, 3, 50], target_modules=["embed_tokens"])),
     "RoAd four": (Net, lambda: peft.RoadConfig(variant="road_4", group_size=16, target_modules=["q", "up"])),
 }
 UNABLE = frozenset({"beft", "miss mini", "road four"})  # PEFT refuses these on layers of other sizes than those they were made for

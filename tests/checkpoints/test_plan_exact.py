@@ -53,12 +53,13 @@ def test_a_fused_multiply_add_rounds_once_beside_a_tie(top: int, above: bool, ne
     assert fused(*(np.float32([x]) for x in (a, b, c)))[0] == rounded(exact)
 
 
-@pytest.mark.parametrize("r", [1, 3, 16, 192, 193, 384, 385, 500])
+@pytest.mark.parametrize("r", [1, 2, 3, 16, 192, 193, 384, 385, 500])
 @pytest.mark.parametrize("shape", [(16, 12), (64, 33), (300, 77)])
 def test_torch_sums_a_product_as_the_chain(r: int, shape: tuple[int, int]) -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(r)
     B, A = (rng.normal(size=size).astype(np.float32) for size in ((shape[0], r), (r, shape[1])))
+    B[:3], A[:, :3] = -1, 0  # sums of -0: they begin at +0
     theirs: Any = (torch.from_numpy(B) @ torch.from_numpy(A)).numpy()
     assert (product(B, A).view(np.uint32) == theirs.view(np.uint32)).all()
 

@@ -79,10 +79,11 @@ def test_an_exact_merge_has_the_bits_of_pefts(tmp_path: Path, case: str, dtype: 
         assert not differing({name: theirs[name] for name in ours}, ours), rounding
 
 
+@pytest.mark.parametrize("case", ["llama", "a power of two"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fast_merge_differs_by_one_last_place_and_seldom(tmp_path: Path, dtype: str) -> None:
+def test_a_fast_merge_differs_by_one_last_place_and_seldom(tmp_path: Path, case: str, dtype: str) -> None:
     """A sum in any order is within 2 g S of PEFT's (exact.py): far less than a last place of a 16-bit weight, about one of float32."""
-    model, base, adapter = folders(tmp_path, "llama", dtype)
+    model, base, adapter = folders(tmp_path, case, dtype)
     for rounding in ROUNDINGS:
         theirs = merged_by_peft(model, [adapter], rounding)
         ours = carried_out(plan(base, [Source(adapter)], rounding=rounding))

@@ -15,7 +15,7 @@ from peft_ref.methods import METHODS
 pytest.importorskip("peft", reason="the extra `hf` is not installed")
 
 from tests.checkpoints import method_cases
-from tests.checkpoints.beside_peft import array_of, carried_out, differing, merged_by_peft, steps
+from tests.checkpoints.beside_peft import array_of, carried_out, differing, merged_by_peft, saved_adapter, steps
 from tests.checkpoints.method_cases import BITS, MORE_PART, MORE_PLACES, OFTEN, PART, PLACES, SELDOM, UNMERGED, folders
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -49,10 +49,20 @@ def test_every_method_on_weights_is_here_or_is_said_to_be_unmerged() -> None:
     assert {c[0] for c in CASES.values()} | UNMERGED.keys() == {METHODS[name].__name__ for name in METHODS.weights}
 
 
-@pytest.mark.parametrize("method", FIRST)
+@pytest.mark.parametrize("label", [*FIRST.values(), "IA3 gpt2 Conv1D", "vera from its seed", "supra"])
 @pytest.mark.parametrize(("dtype", "rounding"), [("BF16", "default"), ("BF16", "safe"), ("F32", "default")])
-def test_the_merge_is_pefts(tmp_path: Path, method: str, dtype: str, rounding: Rounding) -> None:
-    check(tmp_path, FIRST[method], dtype, rounding)
+def test_the_merge_is_pefts(tmp_path: Path, label: str, dtype: str, rounding: Rounding) -> None:
+    check(tmp_path, label, dtype, rounding)
+
+
+@pytest.mark.parametrize("label", ["DoRA", "DoRA gpt2 Conv1D", "hira", "gpt2 Conv1D hira"])
+def test_what_reads_the_frozen_weight_reads_it_as_it_was_under_all_adapters(tmp_path: Path, label: str) -> None:
+    """In float32: in 16 bits PEFT takes the first adapter out of what it had rounded, and DoRA's norm is of what is left."""
+    model, base, first = folders(tmp_path, label, "F32")
+    second = saved_adapter(model, method_cases.plain(CASES[label][2]()), tmp_path / "second", seed=5)
+    theirs, ours = merged_by_peft(model, [first, second]), carried_out(plan(base, [Source(first), Source(second)], ties="share"))
+    for name, x in ours.items():
+        assert abs(x - theirs[name]).max() <= PART * abs(x).max(), name
 
 
 @pytest.mark.sweep
@@ -63,7 +73,7 @@ def test_the_merge_is_pefts_on_every_layer(tmp_path: Path, label: str, dtype: st
     check(tmp_path, label, dtype, rounding)
 
 
-@pytest.mark.parametrize("label", ["DoRA", "hira", "LoHa", "IA3", "trainable_tokens"])
+@pytest.mark.parametrize("label", ["DoRA", "hira", "LoHa", "IA3", "TrainableTokens"])
 def test_rows_need_not_come_all_at_once(tmp_path: Path, label: str) -> None:
     """However the rows of a layer whose method is a map of rows are cut, the same becomes of them."""
     _, base, adapter = folders(tmp_path, label, "BF16")

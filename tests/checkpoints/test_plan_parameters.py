@@ -37,11 +37,14 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Experts(nn.Module):  # type: ignore[misc]  # torch has no types here
+    """Its parameters in an order that no checkpoint has, of a file's and the other."""
+
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.is_transposed = transposed
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 48, 32) / 7)
-        self.down_proj = nn.Parameter(torch.randn(3, 16, 40) / 7)
+        sizes = {"gate_up_proj": (3, 48, 32), "down_proj": (3, 16, 40)}
+        for name in sorted(sizes, reverse=transposed):
+            setattr(self, name, nn.Parameter(torch.randn(sizes[name]) / 7))
 
 
 class Mixture(nn.Module):  # type: ignore[misc]
