@@ -1,8 +1,8 @@
 """A mutation run over peft_ref/methods.      python -m tests.mutation --method lora --method oft
 
-Every mutant is asked of the tests that run its line until one fails. The results are appended to a file, so that an interrupted run goes on
-where it was; a mutant is asked again when its file has changed, or with --again when it survived. What survives and is not in `equivalent.toml`
-is a hole in the tests: the exit status is 1.
+Every mutant is asked of the tests that run its line until one fails. The results are appended to a file, so an interrupted run goes on
+where it was; a mutant is asked again when its file has changed, or with --again when it survived. What survives and is not in
+`equivalent.toml` is a hole in the tests: the exit status is 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ FILES = sorted(p.stem for p in METHODS.glob("*.py") if p.stem != "__init__")  # 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("--method", action="append", choices=FILES, help="a file of peft_ref/methods, as often as you like; else all of them")
+    parser.add_argument(
+        "--method", action="append", choices=FILES, help="a file of peft_ref/methods, as often as you like; else all of them"
+    )
     parser.add_argument("--results", type=Path, default=Path(".mutation/results.jsonl"))
     parser.add_argument("--again", action="store_true", help="ask those that survived once more")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests that a mutant is asked at most")
@@ -67,7 +69,14 @@ def run(evidence: Any, wanted: dict[str, list[Mutant]], given: argparse.Namespac
                     continue
                 result = judge.judge(mutant)
                 counts[result.outcome] += 1
-                row = {"mutant": identity(mutant), "file": stem, "function": mutant.function, "line": mutant.lines[0], "old": mutant.old, "new": mutant.new}
+                row = {
+                    "mutant": identity(mutant),
+                    "file": stem,
+                    "function": mutant.function,
+                    "line": mutant.lines[0],
+                    "old": mutant.old,
+                    "new": mutant.new,
+                }
                 print(json.dumps({**row, **result._asdict()}), file=out, flush=True)
             print(f"{stem:24} {dict(counts)} in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -89,10 +98,21 @@ def report(wanted: dict[str, list[Mutant]], known: dict[str, dict[str, Any]], as
         }
     total = {word: sum(f[word] for f in figures.values()) for word in next(iter(figures.values()))}
     if as_json:
-        print(json.dumps({"files": figures, "total": total, "survived": [{"file": m.file, "line": m.lines[0], "old": m.old, "new": m.new} for m, _ in holes]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "files": figures,
+                    "total": total,
+                    "survived": [{"file": m.file, "line": m.lines[0], "old": m.old, "new": m.new} for m, _ in holes],
+                },
+                indent=1,
+            )
+        )
         return bool(holes)
     for m, row in holes:
-        print(f"{m.file}.py:{m.lines[0]} {row['outcome']} ({row.get('tried', 0)} of {row.get('running', 0)} tests)\n  - {m.old}\n  + {m.new}")
+        print(
+            f"{m.file}.py:{m.lines[0]} {row['outcome']} ({row.get('tried', 0)} of {row.get('running', 0)} tests)\n  - {m.old}\n  + {m.new}"
+        )
     print(f"{'':24}" + "".join(f"{word:>11}" for word in total))
     for name, row in [*figures.items(), ("total", total)]:
         print(f"{name:24}" + "".join(f"{n:11}" for n in row.values()))

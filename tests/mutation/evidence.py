@@ -1,7 +1,7 @@
 """The evidence: pytest's own tests, with the lines of the methods that each of them runs, and how long it takes.
 
-Nothing of it knows of mutants. A test that passes on the sound code and fails on a mutant kills it. The lines are kept in a file, by test; what
-is known of a test is forgotten when its module, or a file of the methods that it runs, has changed.
+Nothing of it knows of mutants. A test that passes on the sound code and fails on a mutant kills it. The lines are kept in a file, by
+test; what is known of a test is forgotten when its module, or a file of the methods that it runs, has changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAWS = ("gradients", "merging", "starting", "checkpoint", "inputs", "to_lora", "
 FOLDERS = (
     *(f"laws/test_{law}.py" for law in LAWS),
     *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py"),
-    *("check/test_init_laws.py", "check/test_exact.py", "check/test_training.py"),
+    "check/test_init_laws.py",
 )
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-q", "--backend", "numpy", "-m", "not sweep"]
 Record = dict[str, Any]
@@ -49,7 +49,9 @@ class Evidence:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
-        self.caches = [o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper and o.__module__.startswith(("peft_ref", "tests"))]
+        self.caches = [
+            o for o in gc.get_objects() if type(o) is functools._lru_cache_wrapper and o.__module__.startswith(("peft_ref", "tests"))
+        ]
         self.learn()
         self.work(self)
         return True
@@ -78,10 +80,10 @@ class Evidence:
                 for name in contexts:
                     if name in lines:
                         lines[name].setdefault(Path(file).stem, []).append(line)
+        assert any(lines.values()) or len(names) < 500, "coverage saw nothing"
         for name in names:
             self.records[name] |= {"lines": lines[name], "of": {str(p): self.digest(p) for p in self.sources(name, lines[name])}}
         self.file.write_text(json.dumps(self.records))
-        tracer.erase()
 
     def sources(self, name: str, files: Any) -> Iterator[Path]:
         yield ROOT / name.partition("::")[0]
@@ -102,7 +104,9 @@ class Evidence:
         """The tests that run one of these lines of a method's file."""
         wanted = range(lines[0], lines[1] + 1)
         return [
-            item for name, item in self.items.items() if (r := self.records[name])["passed"] and any(n in wanted for n in r["lines"].get(file, ()))
+            item
+            for name, item in self.items.items()
+            if (r := self.records[name])["passed"] and any(n in wanted for n in r["lines"].get(file, ()))
         ]
 
 
@@ -122,6 +126,8 @@ def runs(item: pytest.Item, following: pytest.Item | None) -> bool:
 def gather(file: Path, work: Any, only: list[str]) -> int:
     from hypothesis import Phase, settings
 
-    settings.register_profile("mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
+    settings.register_profile(
+        "mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
+    )
     settings.load_profile("mutation")
     return int(pytest.main([*OPTIONS, *(only or (str(ROOT / "tests" / f) for f in FOLDERS))], plugins=[Evidence(file, work)]))

@@ -1,7 +1,7 @@
 """Mutants at work, each in a forked child: its code is put into the function that is there, so that whoever holds the function runs it.
 
-No file is changed, nothing is imported again, and torch is imported once. What stands in a class or a module (a default, a table) is computed
-anew from the mutated source and put over the old one.
+No file is changed, nothing is imported again, and torch is imported once. What stands in a class or a module (a default, a table) is
+computed anew from the mutated source and put over the old one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _over(module: Any, code: CodeType) -> None:
         old = getattr(module, name, None)
         if isinstance(value, type) and isinstance(old, type) and value.__module__ == module.__name__:
             for word, inner in vars(value).items():
-                if not isinstance(inner, FunctionType | property | classmethod | staticmethod) and not word.startswith("__") or word in GENERATED:
+                if (
+                    not isinstance(inner, FunctionType | property | classmethod | staticmethod) and not word.startswith("__")
+                ) or word in GENERATED:
                     type.__setattr__(old, word, inner)
                 elif isinstance(inner, FunctionType) and isinstance(was := vars(old).get(word), FunctionType):
                     was.__defaults__, was.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__

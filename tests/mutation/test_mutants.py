@@ -1,4 +1,4 @@
-"""The mutation run itself: what is mutated, that a mutant is at work where its function is, and that the list of the equivalent is not stale."""
+"""The mutation run itself: what is mutated, that a mutant is at work where its function is, that the list of the equivalent is not stale."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mutmut")
-from tests.mutation.equivalent import equivalents  # noqa: E402
-from tests.mutation.mutants import METHODS, ROOT, Mutant, mutants  # noqa: E402
-from tests.mutation.running import install  # noqa: E402
+from tests.mutation.equivalent import equivalents
+from tests.mutation.mutants import METHODS, ROOT, Mutant, mutants
+from tests.mutation.running import install
 
 SOURCE = '''"""A text."""
 
