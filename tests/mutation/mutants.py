@@ -1,9 +1,10 @@
 """The mutants of a file: what mutmut's operators make of each of its expressions, one change at a time.
 
 Of a text one mutant is made, not three (in other letters too): whoever sees one sees all.
-Not mutated: annotations and docstrings (nothing is computed with them), and messages: whatever stands in a `raise`, and texts of several words.
-mutmut leaves decorated functions and the bodies of classes alone, for the sake of its trampolines. There are none here (`running.py` puts the
-mutant's code into the function that is there), so a property, a cached function, a default and a table of a class are mutated like the rest.
+Not mutated: annotations and docstrings (nothing is computed with them), and messages: whatever stands in a `raise`, and texts of more than
+three words. mutmut leaves decorated functions and the bodies of classes alone, for the sake of its trampolines. There are none here
+(`running.py` puts the mutant's code into the function that is there), so a property, a cached function, a default and a table of a class
+are mutated like the rest.
 """
 
 from __future__ import annotations

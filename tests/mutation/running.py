@@ -1,7 +1,7 @@
 """Mutants at work, each in a forked child: its code is put into the function that is there, so that whoever holds the function runs it.
 
-No file is changed, nothing is imported again, and torch is imported once. What stands in a class or a module (a default, a table) is computed
-anew from the mutated source and put over the old one.
+No file is changed, nothing is imported again, and torch is imported once. What stands in a class or a module (a default, a table) is
+computed anew from the mutated source and put over the old one.
 """
 
 from __future__ import annotations
