@@ -97,6 +97,7 @@ class WeightMethod(Method, Generic[P]):
     replaces: ClassVar[bool] = False  # parts of the weight are lost in it: to unmerge, W0 is the weight that was there before
     swaps: ClassVar[bool] = False  # a copy of the layer takes its place, weight, bias, dtype and all: one acts at a time
     held: ClassVar[frozenset[str]] = frozenset()  # fields that are not trained and are parameters in HF all the same
+    counts_layers: ClassVar[bool] = False  # a layer gets its part of what all share by its place among them
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 

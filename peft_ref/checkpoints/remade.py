@@ -6,7 +6,7 @@ It is made for all layers of an adapter together, and kept for the last adapter 
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,19 +29,23 @@ class Home(NamedTuple):
     prefix: str
 
 
-def remade(home: Home, adapter: Path, module: str, fields: tuple[str, ...]) -> dict[str, NDArray]:
-    """These fields of the parameters at `module`."""
+def remade(home: Home, adapter: Path, module: str, fields: tuple[str, ...], known: Any) -> dict[str, NDArray]:
+    """These fields of the parameters at `module`, of which `known` has the others."""
     with _one_at_a_time:
         model, placed, made = _made(home, adapter)
-    params = made.get(module)
-    if params is None or any(getattr(params, field) is None for field in fields):
-        layer = placed.layers[module]
-        params = placed.config.method_for(module).init(layer, Matrices(model, placed.layers)[module], np.random.default_rng(0)).params
-    return {field: np.asarray(getattr(params, field)) for field in fields}
+        method, layer = placed.config.method_for(module), placed.layers[module]
+        drawn = [s.field for s in method.spec(layer) if s.field in fields and not s.derived]
+        params = made() if drawn else {}
+    found = {field: getattr(params[module], field) for field in drawn} if module in params else {}
+    found = {field: value for field, value in found.items() if value is not None}
+    if left := [field for field in fields if field not in found]:  # worked out of the frozen weight, and of what is known
+        start = method.start(layer, Matrices(model, placed.layers)[module], np.random.default_rng(0), known._replace(**found)).params
+        found |= {field: getattr(start, field) for field in left}
+    return {field: np.asarray(value) for field, value in found.items()}
 
 
 @lru_cache(maxsize=1)
 def _made(home: Home, adapter: Path) -> Any:
     model = adapt(CheckpointGraph(home.folder, prefix=home.prefix))
     placed = place(model, load_config(adapter))
-    return model, placed, common(model, placed, np.random.default_rng(0))
+    return model, placed, cache(lambda: common(model, placed, np.random.default_rng(0)))

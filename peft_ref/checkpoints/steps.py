@@ -71,11 +71,12 @@ class Step(OfModule):
         """All of them: what is in the file, and what is shared or made again."""
         shapes = {s.field: s.shape for s in self.method.spec(self.layer)}
         given = {field: self.array(tensor).reshape(shapes[field]) for field, tensor in self.shared}
+        params = super().params()._replace(**given)
         if self.absent:
             assert self.home is not None
-            made = remade(self.home, self.source.folder, self.module, self.absent)
-            given |= {field: self._as_drawn(array) for field, array in made.items()}
-        return super().params()._replace(**given)
+            made = remade(self.home, self.source.folder, self.module, self.absent, params)
+            params = params._replace(**{field: self._as_drawn(array) for field, array in made.items()})
+        return params
 
     def opened(self) -> Rows:
         return (_RowSteps if self.by_rows() else _WholeStep)(self, self.params(), dtypes()[self.computed])

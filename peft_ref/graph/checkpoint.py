@@ -2,8 +2,8 @@
 
 What a file does not say, and what is done about it:
 
-    order        the tensors of a file are sorted by dtype and name. Here modules are sorted by name, numbers as numbers; within a block
-                 that is not the order in which the live model holds them
+    order        the tensors of a file are sorted by dtype and name. Modules come in the order of the live model where `order.py` knows it,
+                 else by name, numbers as numbers: `in_order` says which
     geometry     stride, padding, dilation and groups of a convolution: `Module.exact` is False
     modules      one without parameters (dropout, activation) is not there; a tied head or embedding is added back from config.json
     prefix       some files leave out, or have, a prefix that the live model has not: GPT-2 on the hub says "h.0.attn", the live language
@@ -29,6 +29,7 @@ import numpy as np
 from peft_ref.arrays import Array
 from peft_ref.errors import FileFormatError
 from peft_ref.graph.names import stored_modules
+from peft_ref.graph.order import in_live_order
 from peft_ref.graph.protocol import Graph, Module, Parameter
 from peft_ref.graph.ties import head_of, tied_parameters
 from peft_ref.reading import documents, header
@@ -97,7 +98,12 @@ class CheckpointGraph(Graph):
     def _modules(self) -> Mapping[str, Module]:
         first = dict(self._parameters)
         second = {s: Parameter(name=s, shape=first[f].shape, dtype=first[f].dtype) for s, f in self._tied.items()}
-        return MappingProxyType(stored_modules(first | second, self.config))
+        found = stored_modules(first | second, self.config)
+        return MappingProxyType({name: found[name] for name in in_live_order(found, self.model_type) or found})
+
+    @cached_property
+    def _in_order(self) -> bool:
+        return in_live_order(self._modules, self.model_type) is not None
 
     def modules(self) -> Mapping[str, Module]:
         return self._modules
@@ -111,6 +117,10 @@ class CheckpointGraph(Graph):
     @property
     def output_head(self) -> str | None:
         return head_of(self._modules, self.model_type)
+
+    @property
+    def in_order(self) -> bool:
+        return self._in_order
 
     @property
     def pretrained(self) -> bool:

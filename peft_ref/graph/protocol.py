@@ -101,6 +101,11 @@ class Graph(ABC):
         return None
 
     @property
+    def in_order(self) -> bool:
+        """Whether the modules come in the order in which the live model holds them."""
+        return True
+
+    @property
     def pretrained(self) -> bool:
         """Whether this is a transformers model. Of any other model, "all-linear" takes the head too."""
         return False

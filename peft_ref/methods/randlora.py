@@ -164,4 +164,4 @@ def bases(seed: int, r: int, small: int, large: int, sparsity: float | None) -> 
 
 def _dense(generator: Generator, shape: tuple[int, ...], columns: int) -> Host:
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(columns))
-    return as_bfloat16(generator.uniform(shape, -bound, bound))
+    return generator.uniform_bfloat16(shape, -bound, bound)

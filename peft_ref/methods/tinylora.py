@@ -57,6 +57,7 @@ class TinyLoRA(Additive[Params]):
     tuner_prefix: ClassVar[str] = "tinylora_"
     dropout: ClassVar[str | None] = "tinylora_dropout"
     kinds: ClassVar[frozenset[str]] = KINDS
+    counts_layers: ClassVar[bool] = True
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:

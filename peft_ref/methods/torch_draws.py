@@ -60,6 +60,11 @@ class Generator:
             numbers = np.concat([numbers[: n - 16], _box_muller(self._unit(16, dtype).reshape(1, 2, 8))])
         return (numbers * std + mean).astype(dtype).reshape(shape)
 
+    def uniform_bfloat16(self, shape: tuple[int, ...], low: float, high: float) -> Host:
+        """The same in torch.bfloat16: drawn in float32 and rounded; what is rounded up to `high` is `low`."""
+        rounded = as_bfloat16(self.uniform(shape, low, high))
+        return np.where(rounded >= as_bfloat16(high), as_bfloat16(low), rounded)
+
     def randperm(self, n: int, first: int | None = None) -> Host:
         """torch.randperm(n, generator=self)[:first]. After it, nothing more can be drawn in step with torch where `first` was given."""
         if n > LARGEST:
@@ -107,7 +112,7 @@ def _box_muller(pairs: Host) -> Host:
 
 
 def as_bfloat16(x: Any) -> Host:
-    """Numbers rounded to bfloat16, as float32: to nearest, to even. A draw in bfloat16 is one in float32, rounded."""
+    """Numbers rounded to bfloat16, as float32: to nearest, to even."""
     bits = np.asarray(x, dtype=np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -53,6 +53,7 @@ class UniLoRA(Additive[Params]):
     tuner_prefix: ClassVar[str] = "unilora_"
     dropout: ClassVar[str | None] = "unilora_dropout"
     kinds: ClassVar[frozenset[str]] = KINDS
+    counts_layers: ClassVar[bool] = True
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:

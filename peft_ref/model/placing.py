@@ -17,6 +17,7 @@ from peft_ref.files.adapter import spanned
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.rules import field_names
 from peft_ref.graph.blocks import blocks_of
+from peft_ref.graph.order import ORDERS
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.rules import SAVED_BY_TASK, WITHOUT_SAVED, default_feedforward, rules_for
@@ -57,6 +58,12 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     if not isinstance(method, WeightMethod):
         raise ConfigError(f"{type(method).__name__} adapts no layer: it goes before a model's inputs (peft_ref.splice).")
     check_replicated(config, graph)
+    if method.counts_layers and not graph.in_order:
+        raise ConfigError(
+            f"{type(method).__name__} gives every layer its part by its place in the live model, which the files of a {graph.model_type}"
+            " model do not tell.\n  Known are the orders of "
+            f"{', '.join(sorted(ORDERS))}; of any other model use a graph of the live one, TorchGraph."
+        )
     tied, table = shared_copies(config, graph), mirrored_by(config, graph)
     config = settled(config, graph)
     task = task_with_head(config)

@@ -5,7 +5,7 @@ disable     the base model's own output. What is merged is unmerged: in HF the n
 enable      the active adapters act again and are trainable again
 rescaled    every LoRA's scale times a factor (HF's rescale_adapter_scale, a context there)
 
-HF      freezes of all copies of modules_to_save only the active one when another is activated: one that was trained beside it stays trainable
+HF      of the copies of modules_to_save freezes only the one that was active: one that was trained beside it stays trainable
 """
 
 from __future__ import annotations

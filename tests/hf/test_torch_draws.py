@@ -71,6 +71,14 @@ def test_the_first_of_many(n: int) -> None:
     assert np.array_equal(Generator(777).randperm(n, 1000), theirs(n, 777)[:1000])
 
 
+def test_uniform_numbers_of_sixteen_bits_never_reach_their_bound() -> None:
+    """Some are rounded up to it, which torch turns into the other one."""
+    generator, ours = both(0)
+    drawn = torch.empty(100_000, dtype=torch.bfloat16).uniform_(-(3**0.5), 3**0.5, generator=generator).float().numpy()
+    assert np.array_equal(ours.uniform_bfloat16((100_000,), -(3**0.5), 3**0.5), drawn)
+    assert drawn.max() < 1.734375 == -drawn.min()
+
+
 def test_permutations_among_other_draws() -> None:
     generator, ours = both(3)
     for n in (5, 1, 2, 100, 16):
