@@ -22,11 +22,11 @@ from tests.checkpoints.beside_peft import (
     peft,
     saved_adapter,
     saved_base,
-    steps,
 )
 
 from peft_ref.checkpoints.plan import Source  # isort: skip
 from peft_ref.checkpoints.planning import ROUNDINGS, plan  # isort: skip
+from peft_ref.files.safetensors import open_file  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("quiet")
 EVERY = ["q", "up", "conv1", "conv2", "conv3", "embed_tokens"]
@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Make, Make]] = {
     "adalora": (Net, lambda: peft.AdaLoraConfig(init_r=5, target_r=2, lora_alpha=6, total_step=9, target_modules=["q", "up", "conv2"])),
     "bdlora": (Net, lambda: lora(r=4, target_modules=["q"], use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2})),
 }
+DIGITS = {"F32": 24, "F16": 11, "BF16": 8}
 # PEFT holds an adapter of 16 bits as it is: of plain LoRA alone that is followed.
 ONLY_WIDE = frozenset({"adalora", "mica", "bdlora"})
 
@@ -81,15 +82,23 @@ def test_an_exact_merge_has_the_bits_of_pefts(tmp_path: Path, case: str, dtype: 
 
 @pytest.mark.parametrize("case", ["llama", "a power of two"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fast_merge_differs_by_one_last_place_and_seldom(tmp_path: Path, case: str, dtype: str) -> None:
-    """A sum in any order is within 2 g S of PEFT's (exact.py): far less than a last place of a 16-bit weight, about one of float32."""
+def test_a_fast_merge_differs_by_a_last_place_and_seldom(tmp_path: Path, case: str, dtype: str) -> None:
+    """A sum in any order is within 2 g S of PEFT's (exact.py), and each of the two is rounded to the stored dtype: half a last place."""
     model, base, adapter = folders(tmp_path, case, dtype)
+    file, r, scale = open_file(adapter / "adapter_model.safetensors"), 8, 2.0
+    factors = [(file.read(name), file.read(name.replace("lora_A", "lora_B"))) for name in file.entries if "lora_A" in name]
+    S = max(float(np.linalg.norm(B, axis=1).max() * np.linalg.norm(A, axis=0).max()) for A, B in factors)
+    order = scale * 2 * (r + 5) * 2.0**-24 * S
     for rounding in ROUNDINGS:
         theirs = merged_by_peft(model, [adapter], rounding)
         ours = carried_out(plan(base, [Source(adapter)], rounding=rounding))
         count = sum(differing(theirs, ours).values())
-        assert count <= (0.2 if dtype == "F32" else 1e-4) * sum(x.size for x in ours.values())
-        assert max(steps(theirs[name], ours[name], array_of(x)) for name, x in model.state_dict().items()) <= 1
+        assert count <= (0.2 if dtype == "F32" else 1e-3) * sum(x.size for x in ours.values())
+        for name, x in ours.items():
+            a, b = (y.astype(np.float64) for y in (x, theirs[name]))
+            last = 2.0 ** (np.floor(np.log2(np.maximum(np.maximum(abs(a), abs(b)), 2.0**-24))) - DIGITS[dtype] + 1)
+            # where the delta is rounded first, it is so by half a last place too, and of a number that may be larger
+            assert (abs(a - b) <= order + last + (0 if rounding == "default" else 2.0 ** -DIGITS[dtype] * 2 * scale * S)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
