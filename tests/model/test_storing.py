@@ -94,8 +94,9 @@ def test_a_file_that_was_read_is_written_back_to_the_byte(kind: str, tmp_path: P
 def test_a_lazy_adapter_reads_a_module_when_it_is_asked_for_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs_of("lora", "default").save_pretrained(tmp_path)
     read: list[str] = []
-    raw = SafetensorsFile.raw
-    monkeypatch.setattr(SafetensorsFile, "raw", lambda self, name: (read.append(name), raw(self, name))[1])
+    whole = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: (read.append(name), whole(self, name))[1])
+    monkeypatch.setattr(SafetensorsFile, "raw", lambda self, name: pytest.fail(f"{name} is read as bytes"))
     ours = load(adapt(frozen_graph(net())), tmp_path, lazy=True)
     ours = activate(ours, "default")
     assert read == []
