@@ -80,7 +80,6 @@ class Evidence:
                 for name in contexts:
                     if name in lines:
                         lines[name].setdefault(Path(file).stem, []).append(line)
-        assert any(lines.values()) or len(names) < 500, "coverage saw nothing"
         for name in names:
             self.records[name] |= {"lines": lines[name], "of": {str(p): self.digest(p) for p in self.sources(name, lines[name])}}
         self.file.write_text(json.dumps(self.records))

@@ -1,4 +1,4 @@
-"""The mutation run itself: what is mutated, that a mutant is at work where its function is, that no equivalent one is listed in vain."""
+"""The mutation run itself: what is mutated, that a mutant is at work in its function, that the list of the equivalent is not stale."""
 
 from __future__ import annotations
 
