@@ -154,5 +154,5 @@ def test_a_variant_of_lora_is_another_thing_only_where_its_factors_are(
 
 
 def test_a_program_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vllm, llama.cpp, mlx"):
+    with pytest.raises(ConfigError, match=r"vllm, llama\.cpp, mlx"):
         broken(tmp_path, (PLAIN, BOTH), "ollama")
