@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -83,7 +84,7 @@ class Inspection:
     def method(self) -> str:
         return type(self.config.method).__name__
 
-    @property
+    @cached_property
     def flat(self) -> dict[str, Any]:
         return flatten(self.config)
 
@@ -261,9 +262,9 @@ def _shared(config: AdapterConfig, modules: Mapping[str, Module], shared: Mappin
     """What the layers share is there, in its shape, and nothing else."""
     problems, used = dict[str, str](), set[str]()
     known = {name: module for name, module in modules.items() if module.layer is not None}
-    keys: Mapping[str, Mapping[str, str]] = {}
-    for name, (method, layer, *_) in known.items():
-        keys = keys or method.shared_keys(tuple(known))
+    method = cast(WeightMethod[Any], config.method)
+    keys = method.shared_keys(tuple(known)) if known else {}
+    for name, (method, layer, *_) in known.items() if keys else ():
         for spec in method.spec(cast(Layer, layer)):
             if not spec.shared:
                 continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def scale_of(config: AdapterConfig, module: str, layer: Layer | None) -> Scale |
     method = config.method_for(module)
     if (value := _value(method, layer)) is None:
         return None
-    rule = next((rule for rule in _rules(method) if _holds(rule, method, layer)), None)
+    rule = _rule_of(method, layer)
     patterns = {word: where for word, where in patterns_of(config, module).items() if rule is None or word in rule.words}
     if rule is None:
         return Scale(value, KNOWN, KNOWN, patterns)
@@ -79,6 +80,11 @@ def patterns_of(config: AdapterConfig, module: str) -> dict[str, str]:
         if (key := config.pattern_key(name, module)) is not None and (word := next((w for w in words if w in names), None)) is not None:
             found[word] = f"{name} {key!r}"
     return found
+
+
+@lru_cache(maxsize=4096)  # most modules are alike
+def _rule_of(method: WeightMethod[Any], layer: Layer | None) -> _Rule | None:
+    return next((rule for rule in _rules(method) if _holds(rule, method, layer)), None)
 
 
 def _value(method: WeightMethod[Any], layer: Layer | None) -> float | None:

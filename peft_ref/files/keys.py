@@ -72,7 +72,8 @@ def told_apart(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[So
             rest[key] = name
         else:
             modules.setdefault(place[0], {})[place[1]] = tensors[key]
-    tables = {module for module, own in modules.items() if own.keys() & parameter_keys(type(config.method), only_embedding=True)}
+    of_tables = parameter_keys(type(config.method), only_embedding=True)
+    tables = {module for module, own in modules.items() if own.keys() & of_tables}
     for key, name in rest.items():
         kind = _other(name, config, tables)
         if kind is None:

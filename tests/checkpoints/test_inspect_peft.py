@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,12 @@ def saved(case: str, folder: Path) -> tuple[Any, Inspection]:
     return model, inspect(folder)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Inspection]]:
+    """`saved`, once for every case; for tests that leave the model as it is."""
+    return cache(lambda case: saved(case, tmp_path_factory.mktemp("kept")))
+
+
 def beside_a_layer(inspection: Inspection, model: Any) -> set[str]:
     """The modules of which a file has tensors of their own."""
     config = inspection.config
@@ -41,8 +49,8 @@ def beside_a_layer(inspection: Inspection, model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_peft_writes_is_not_wrong_and_every_module_and_number_is_counted(tmp_path: Path, case: str) -> None:
-    model, inspection = saved(case, tmp_path)
+def test_what_peft_writes_is_not_wrong_and_every_module_and_number_is_counted(kept: Any, case: str) -> None:
+    model, inspection = kept(case)
     assert not inspection.wrong, inspection.findings
     assert set(inspection.modules) == beside_a_layer(inspection, model)
     assert all(module.layer is not None for module in inspection.modules.values())
@@ -61,8 +69,8 @@ def peft_scale(tuner: Any) -> float | None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_scale_is_that_of_peft_s_live_layer(tmp_path: Path, case: str) -> None:
-    model, inspection = saved(case, tmp_path)
+def test_every_scale_is_that_of_peft_s_live_layer(kept: Any, case: str) -> None:
+    model, inspection = kept(case)
     theirs = {name: scale for name, tuner in tuned(model).items() if (scale := peft_scale(tuner)) is not None}
     ours = {name: module.scale.value for name, module in inspection.modules.items() if module.scale is not None}
     for name in theirs.keys() & ours.keys():
@@ -125,8 +133,8 @@ OTHER_DELTAS = ("boft", "oft", "hra", "road", "hira", "miss bat", "lokr conv")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(OTHER_DELTAS)])
-def test_singular_values_are_those_of_peft_s_delta(tmp_path: Path, case: str) -> None:
-    model, inspection = saved(case, tmp_path)
+def test_singular_values_are_those_of_peft_s_delta(kept: Any, case: str) -> None:
+    model, inspection = kept(case)
     found = measured(inspection, None, spectrum=True)
     if not isinstance(inspection.config.method, LowRank | Additive):
         assert {delta.why_not for delta in found.deltas.values()} <= {NEEDS_BASE, NEEDS_SHARED}
@@ -140,6 +148,20 @@ def test_singular_values_are_those_of_peft_s_delta(tmp_path: Path, case: str) ->
         np.testing.assert_allclose(got[: len(wanted)], wanted[: len(got)], rtol=0, atol=tolerance, err_msg=name)
         assert np.all(wanted[len(got) :] <= tolerance)
         assert found.deltas[name].norm == pytest.approx(np.linalg.norm(theirs), rel=1e-5)
+
+
+def test_singular_values_of_a_grouped_convolution_are_those_of_what_peft_s_layers_do_to_every_input(tmp_path: Path) -> None:
+    model, inspection = saved("grouped conv", tmp_path)
+    ((name, tuner),) = tuned(model).items()
+    layer = layer_of(tuner)
+    inputs = torch.eye(layer.channels * math.prod(layer.kernel_size)).reshape(-1, layer.channels, *layer.kernel_size)
+    with torch.no_grad():  # one place of the output for every place of the input that is one
+        A, B = tuner.lora_A["default"], tuner.lora_B["default"]
+        down = torch.nn.functional.conv2d(inputs, A.weight, groups=A.groups)
+        delta = tuner.scaling["default"] * torch.nn.functional.conv2d(down, B.weight, groups=B.groups)
+    wanted = np.linalg.svd(delta.reshape(len(inputs), -1).double().numpy(), compute_uv=False)
+    got = np.asarray(measured(inspection, None, spectrum=True).deltas[name].singular)
+    np.testing.assert_allclose(got, wanted[: len(got)], rtol=0, atol=64 * EPS * len(inputs) * wanted[0])
 
 
 def checkpoint(model: Any, folder: Path) -> CheckpointGraph:
