@@ -95,6 +95,7 @@ class WeightMethod(Method, Generic[P]):
     params_type: ClassVar[type[tuple[Any, ...]]]
     replaces: ClassVar[bool] = False  # parts of the weight are lost in it: to unmerge, W0 is the weight that was there before
     held: ClassVar[frozenset[str]] = frozenset()  # fields that are not trained and are parameters in HF all the same
+    by_rows: ClassVar[bool] = False  # on a linear layer row i of W' is made of row i of W, W0 and what has `out` rows, and of the rest
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
@@ -312,8 +313,35 @@ class Additive(WeightMethod[P]):
         return taken_out(self, Delta(W, b), self.delta(layer, p))
 
 
+class Scaled(NamedTuple):
+    """W' = r k (W + B A), row i times r_i k_i, where k is held constant; b' = b, or r k b."""
+
+    rows: Array  # r (out,)
+    held: Array | None = None  # k (out,)
+    factors: Factors | None = None
+    bias: bool = False  # whether the bias is scaled too
+
+
+class Turned(NamedTuple):
+    """W' = W F with the blocks of F (n, b, b) on a diagonal, n b = in; b' = b."""
+
+    blocks: Array
+
+
 class Reweight(WeightMethod[P]):
-    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
+    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse.
+
+    Where `weight` is `Scaled` or `Turned` it may say so in `product`: y and dx hold what the gradient of such a map needs, so that on a
+    large layer no dW is formed. Both say the same, `weight` on every layer and for numbers of any library.
+    """
+
+    def product(self, layer: Layer, p: P, W0: Array) -> Scaled | Turned | None:
+        """`weight` on a linear layer as a product, where it is one."""
+        return None
+
+    def product_vjp(self, layer: Layer, p: P, W0: Array, d: Scaled | Turned) -> P:
+        """The gradient of p, given that of what `product` returned; what it holds constant has none."""
+        raise NotImplementedError(f"{type(self).__name__} has a product and no product_vjp.")
 
 
 def added(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:

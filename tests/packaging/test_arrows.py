@@ -19,10 +19,11 @@ import pytest
 FLOORS = (
     {"errors"},
     {"arrays", "sizes"},
+    {"dense"},
     {"layers", "attention", "activations"},
     {"parameters"},
     {"contracts"},
-    {"prompts", "attending", "conditioned"},
+    {"prompts", "attending", "conditioned", "large"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
     {"methods", "stack", "splice", "backend"},
     {"graph"},
@@ -39,6 +40,8 @@ MATHEMATICS = {
     "errors",
     "arrays",
     "sizes",
+    "dense",
+    "large",
     "layers",
     "attention",
     "activations",
