@@ -79,6 +79,10 @@ def eye_like(n: int, like: Array) -> Array:
     return xp.eye(n, dtype=like.dtype, device=device(like))
 
 
+def is_integer(x: Array) -> bool:
+    return bool(namespace(x).isdtype(x.dtype, "integral"))
+
+
 def as_rows(x: Array) -> Array:
     """`x` (..., n) as a matrix (rows, n)."""
     return namespace(x).reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

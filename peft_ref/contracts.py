@@ -98,6 +98,7 @@ class WeightMethod(Method, Generic[P]):
     swaps: ClassVar[bool] = False  # a copy of the layer takes its place, weight, bias, dtype and all: one acts at a time
     held: ClassVar[frozenset[str]] = frozenset()  # fields that are not trained and are parameters in HF all the same
     counts_layers: ClassVar[bool] = False  # a layer gets its part of what all share by its place among them
+    by_rows: ClassVar[bool] = False  # on a linear layer row i of W' is made of row i of W, W0 and what has `out` rows, and of the rest
     cuts_weight: ClassVar[bool] = False  # every start of it changes the frozen weight, also that of an adapter that is then loaded
     dropout: ClassVar[str | None] = None  # the hyper-parameter that says how much of the input of what it adds PEFT drops in training
 
@@ -347,8 +348,35 @@ class Additive(WeightMethod[P]):
         return taken_out(self, Delta(W, b), self.delta(layer, p))
 
 
+class Scaled(NamedTuple):
+    """W' = r k (W + B A), row i times r_i k_i, where k is held constant; b' = b, or r k b."""
+
+    rows: Array  # r (out,)
+    held: Array | None = None  # k (out,)
+    factors: Factors | None = None
+    bias: bool = False  # whether the bias is scaled too
+
+
+class Turned(NamedTuple):
+    """W' = W F with the blocks of F (n, b, b) on a diagonal, n b = in; b' = b."""
+
+    blocks: Array
+
+
 class Reweight(WeightMethod[P]):
-    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
+    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse.
+
+    Where `weight` is `Scaled` or `Turned` it may say so in `product`: y and dx hold what the gradient of such a map needs, so that on a
+    large layer no dW is formed. Both say the same, `weight` on every layer and for numbers of any library.
+    """
+
+    def product(self, layer: Layer, p: P, W0: Array) -> Scaled | Turned | None:
+        """`weight` on a linear layer as a product, where it is one."""
+        return None
+
+    def product_vjp(self, layer: Layer, p: P, W0: Array, d: Scaled | Turned) -> P:
+        """The gradient of p, given that of what `product` returned; what it holds constant has none."""
+        raise NotImplementedError(f"{type(self).__name__} has a product and no product_vjp.")
 
 
 def added(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:

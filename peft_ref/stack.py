@@ -9,14 +9,15 @@ one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from peft_ref.arrays import Array, column, namespace, zeros_like
+from peft_ref import dense, large
+from peft_ref.arrays import Array, column, is_integer, namespace, zeros_like
 from peft_ref.conditioned import Conditioned
-from peft_ref.contracts import Additive, Factors, LowRank, Reweight, WeightGradients, WeightMethod
+from peft_ref.contracts import Additive, Factors, LowRank, Reweight, Scaled, Turned, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError, NotMergeableError
-from peft_ref.layers import Layer
+from peft_ref.layers import Layer, Linear
 
 
 class Dropout(NamedTuple):
@@ -60,42 +61,29 @@ class StackGradients(NamedTuple):
 
 def forward(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> Array:
     """y for input x, frozen matrix W (out, in), bias b (out,) or None, and the active adapters in order."""
-    adapters = [part for a in adapters for part in _parts(a)]
-    sides = _sides(layer, adapters)
-    b = _bias(layer, W, b, adapters)
-    Ws, bs = _folded(layer, W, b, adapters, sides)
-    y = layer.apply(x, Ws[-1], bs[-1])
-    for a, side in zip(adapters, sides, strict=True):
-        if side:
-            y = y + _side(layer, W, b, a, x)
-    return y
+    return _output(_set_up(layer, W, b, _all_parts(adapters), x), x)
 
 
 def vjp(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array, dy: Array) -> StackGradients:
     """The gradients of `forward` for x, for every adapter's parameters and for b, given dy in the shape of y."""
-    parts = [_parts(a) for a in adapters]
-    given, adapters = adapters, [part for own in parts for part in own]
-    sides = _sides(layer, adapters)
-    frozen, b = b, _bias(layer, W, b, adapters)
-    Ws, bs = _folded(layer, W, b, adapters, sides)
-    dx = layer.input_vjp(x, Ws[-1], dy)
-    db = layer.bias_vjp(dy) if bs[-1] is not None else None
-    dW = None if all(sides) else layer.weight_vjp(x, dy)
-    beside: list[Array] = []
-    grads: list[Any] = [None] * len(adapters)
-    for k in reversed(range(len(adapters))):
-        a = adapters[k]
-        if sides[k]:
-            side_dx, grads[k], side_db = _side_vjp(layer, W, b, a, x, dy)
-            dx = None if dx is None or side_dx is None else dx + side_dx
-            beside = beside if side_db is None else [*beside, side_db]
-        else:
-            g = _step_vjp(layer, a, Ws[k], bs[k], W, b, dW, db)
-            grads[k], dW, db = g.params, g.W, g.b
-            beside = beside if g.b0 is None else [*beside, g.b0]
-    each = iter(grads)
-    joined = [_whole(a, [next(each) for _ in own]) for a, own in zip(given, parts, strict=True)]
-    return StackGradients(dx, tuple(joined), None if frozen is None or db is None else sum(beside, db))
+    return _pulled_back(b, adapters, _set_up(layer, W, b, _all_parts(adapters), x), x, dy)
+
+
+def forward_and_vjp(
+    layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array
+) -> tuple[Array, Callable[[Array], StackGradients]]:
+    """`forward`, and `vjp` as a function of dy. What both make of the adapters is made once. y may be read again: leave it as it is."""
+    at = _set_up(layer, W, b, _all_parts(adapters), x)
+    u = dense.product(x, at.Ws[-1].T) if isinstance(at.product, Scaled) else None
+    return _output(at, x, u), lambda dy: _pulled_back(b, adapters, at, x, dy, u)
+
+
+def _pulled_back(b: Array | None, adapters: Sequence[Adapter], at: _SetUp, x: Array, dy: Array, u: Array | None = None) -> StackGradients:
+    """The gradients, of every adapter as it was given, and of b where there is one."""
+    d = _gradients(at, x, dy, u)
+    each = iter(d.params)
+    params = tuple(_whole(a, [next(each) for _ in _parts(a)]) for a in adapters)
+    return StackGradients(d.x, params, None if b is None else d.b)
 
 
 def merge(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) -> tuple[Array, Array | None]:
@@ -134,12 +122,13 @@ def step(layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Arr
     return a.method.weight(layer, a.params, W, b, W0)
 
 
-def _step_vjp(
-    layer: Layer, a: Adapter, W: Array, b: Array | None, W0: Array, b0: Array | None, dW: Array, db: Array | None
-) -> WeightGradients[Any]:
+def _step_vjp(at: _SetUp, k: int, dW: Array, db: Array | None) -> WeightGradients[Any]:
+    a, W, b, (W0, b0) = at.adapters[k], at.Ws[k], at.bs[k], (at.Ws[0], at.bs[0])
     if isinstance(a.method, Conditioned):
-        return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db, b0)
-    return a.method.weight_vjp(layer, a.params, W, b, W0, dW, db)
+        return a.method.weight_vjp(at.layer, a.params, W, b, W0, dW, db, b0)
+    if at.is_large and a.method.by_rows:
+        return large.weight_vjp(at.layer, a.method, a.params, W, b, W0, dW, db, wanted=k > 0)
+    return a.method.weight_vjp(at.layer, a.params, W, b, W0, dW, db)
 
 
 def _parts(a: Adapter) -> tuple[Adapter, ...]:
@@ -148,6 +137,10 @@ def _parts(a: Adapter) -> tuple[Adapter, ...]:
         return (Adapter(a.method, a.method.thinned(a.params, a.dropout.keep)),)
     apart = a.method.apart(a.params) if isinstance(a.dropout, Dropout) else None
     return (a,) if apart is None else (Adapter(a.method, apart[0]), Adapter(a.method, apart[1], a.dropout))
+
+
+def _all_parts(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [part for a in adapters for part in _parts(a)]
 
 
 def _whole(a: Adapter, grads: Sequence[Any]) -> Any:
@@ -189,16 +182,109 @@ def _bias(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]) 
     return zeros_like((layer.shape[0],), W) if wanted else b
 
 
-def _folded(
-    layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], sides: Sequence[bool]
-) -> tuple[list[Array], list[Array | None]]:
-    """The weight and bias under the stack and after each adapter; a side adapter leaves them as they are."""
+class _SetUp(NamedTuple):
+    """What the adapters make of a layer, before there is an input."""
+
+    layer: Layer
+    adapters: Sequence[Adapter]
+    sides: list[bool]
+    Ws: list[Array]  # the weight under the stack and after each adapter; a side adapter leaves it as it is
+    bs: list[Array | None]
+    is_large: bool  # whether it is a linear layer with a large matrix in NumPy, and all numbers are of one precision
+    product: Scaled | Turned | None  # what acts on the weight, where that is one adapter of a large layer and a product
+
+
+def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> _SetUp:
+    sides = _sides(layer, adapters)
+    b = _bias(layer, W, b, adapters)
+    floats = [p for a in adapters for p in a.params if p is not None and not is_integer(p)]
+    is_large = isinstance(layer, Linear) and dense.is_large(W, b, x, *floats)
+    folded = [a for a, side in zip(adapters, sides, strict=True) if not side]
+    product = None
+    if is_large and len(folded) == 1 and isinstance(folded[0].method, Reweight):
+        product = folded[0].method.product(layer, folded[0].params, W)
     Ws, bs = [W], [b]
     for a, side in zip(adapters, sides, strict=True):
-        after = (Ws[-1], bs[-1]) if side else step(layer, a, Ws[-1], bs[-1], W, b)
+        if side:
+            after = Ws[-1], bs[-1]
+        elif product is not None:
+            after = large.folded(product, W, b)
+        elif is_large and a.method.by_rows:
+            after = large.weight(layer, a.method, a.params, Ws[-1], bs[-1], W)
+        else:
+            after = step(layer, a, Ws[-1], bs[-1], W, b)
         Ws.append(after[0])
         bs.append(after[1])
-    return Ws, bs
+    return _SetUp(layer, adapters, sides, Ws, bs, is_large, product)
+
+
+def _output(at: _SetUp, x: Array, u: Array | None = None) -> Array:
+    """y; u is what the weight makes of x, where it is known."""
+    W, b = at.Ws[-1], at.bs[-1]
+    beside = [a for a, side in zip(at.adapters, at.sides, strict=True) if side]
+    if u is not None:
+        y = at.layer.add_bias(u, b)
+    elif at.is_large:
+        low = [(a, a.method.factors(a.params)) for a in beside if isinstance(a.method, LowRank)]
+        narrow = [(dense.product(_drop(a, x), f.A.T), f.B.T) for a, f in low]
+        y = dense.sum_of_products([(x, W.T), *narrow], [c for c in (b, *(f.b for _, f in low)) if c is not None])
+        beside = [a for a in beside if not isinstance(a.method, LowRank)]
+    else:
+        y = at.layer.apply(x, W, b)
+    for a in beside:
+        y = y + _side(at.layer, at.Ws[0], at.bs[0], a, x)
+    return y
+
+
+def _gradients(at: _SetUp, x: Array, dy: Array, u: Array | None = None) -> StackGradients:
+    """With that of the bias the layer runs with, which may be zeros that were not there."""
+    layer, (W, b) = at.layer, (at.Ws[0], at.bs[0])
+    db = layer.bias_vjp(dy) if at.bs[-1] is not None else None
+    dx, known, db = _large_gradients(at, x, u, dy, db) if at.is_large else (layer.input_vjp(x, at.Ws[-1], dy), {}, db)
+    dW = None if all(side or k in known for k, side in enumerate(at.sides)) else layer.weight_vjp(x, dy)
+    beside: list[Array] = []
+    grads: list[Any] = [known.get(k) for k in range(len(at.adapters))]
+    for k in reversed(range(len(at.adapters))):
+        a = at.adapters[k]
+        if k in known:
+            continue
+        if at.sides[k]:
+            side_dx, grads[k], side_db = _side_vjp(layer, W, b, a, x, dy)
+            dx = None if dx is None or side_dx is None else dx + side_dx
+            beside = beside if side_db is None else [*beside, side_db]
+        else:
+            g = _step_vjp(at, k, dW, db)
+            grads[k], dW, db = g.params, g.W, g.b
+            beside = beside if g.b0 is None else [*beside, g.b0]
+    return StackGradients(dx, tuple(grads), None if db is None else sum(beside, db))
+
+
+def _large_gradients(at: _SetUp, x: Array, u: Array | None, dy: Array, db: Array | None) -> tuple[Array, dict[int, Any], Array | None]:
+    """Of a large layer: dx, by place the gradients for which no dW is needed, and that of the bias under a product."""
+    known: dict[int, Any] = {}
+    narrow, dropped = [], []
+    for k, a in enumerate(at.adapters):
+        if not (at.sides[k] and isinstance(a.method, LowRank)):
+            continue
+        B, A, c = a.method.factors(a.params)
+        seen, dh, dc = _drop(a, x), dense.product(dy, B), None if c is None else at.layer.bias_vjp(dy)
+        d = Factors(dense.product_vjp(dense.product(seen, A.T), dy), dense.product_vjp(seen, dh), dc)
+        known[k] = a.method.factors_vjp(a.params, d)
+        if a.dropout is None:
+            narrow.append((dh, A))
+        else:
+            dropped.append((a, dense.product(dh, A)))
+    if at.product is None:
+        dx = dense.sum_of_products([(dy, at.Ws[-1]), *narrow])
+    else:
+        dx, product, db = large.folded_vjp(at.product, at.Ws[0], at.bs[0], at.Ws[-1], x, u, dy, db, narrow)
+        k = at.sides.index(False)
+        method = at.adapters[k].method
+        assert isinstance(method, Reweight)
+        known[k] = method.product_vjp(at.layer, at.adapters[k].params, at.Ws[0], product)
+    for a, side_dx in dropped:
+        dx = dx + _drop(a, side_dx)
+    return dx, known, db
 
 
 def _drop(a: Adapter, x: Array) -> Array:

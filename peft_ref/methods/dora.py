@@ -20,8 +20,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
+from peft_ref import dense
 from peft_ref.arrays import Array, column, namespace, row_norm
-from peft_ref.contracts import Key, Reweight, Start, WeightGradients, WeightMap, conv_key
+from peft_ref.contracts import Factors, Key, Reweight, Scaled, Start, Turned, WeightGradients, WeightMap, conv_key
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
@@ -66,6 +67,7 @@ class DoRA(Reweight[Params]):
     tuner_prefix: ClassVar[str] = "lora_"
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
     dropout: ClassVar[str | None] = "lora_dropout"
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self)
@@ -101,6 +103,15 @@ class DoRA(Reweight[Params]):
         dA = self.scale * (xp.matrix_transpose(p.B) @ dV)
         dB = self.scale * (dV @ xp.matrix_transpose(p.A))
         return WeightGradients(Params(dA, dB, dm), dV, db)
+
+    def product(self, layer: Layer, p: Params, W0: Array) -> Scaled:
+        B = self.scale * p.B
+        return Scaled(p.m, held=1 / dense.row_norms(W0, B, p.A), factors=Factors(B, p.A))
+
+    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+        assert isinstance(d, Scaled)
+        assert d.factors is not None
+        return Params(A=d.factors.A, B=self.scale * d.factors.B, m=d.rows)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         return W / column(p.m / self._norm(p, W0)) - self._delta(p), b

@@ -5,7 +5,8 @@
 The frequencies (u_k, v_k) are drawn from the seed and the layer's sizes, are not saved, and are the same wherever these are.
 For a gradient G of W':   dc_k = s/(out in) sum_ij G_ij cos(2 pi (u_k i / out + v_k j / in)).
 As cos(a + b) = cos a cos b - sin a sin b, both are two matrix products with waves along the rows and along the columns: no transform is
-needed, and nothing but the waves is rounded. A fresh c is standard normal: it changes the layer, but with init_weights=True.
+needed, and nothing but the waves is rounded. A large weight in NumPy is transformed all the same: `half_spectrum.py`.
+A fresh c is standard normal: it changes the layer, but with init_weights=True.
 
 Paper   arXiv:2405.03003
 HF      peft.FourierFTConfig, on linear layers and `Conv1D`, in float32 by torch's ifft2. The places are the first n of torch's random
@@ -21,10 +22,12 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
+from peft_ref import dense
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.methods.half_spectrum import waves, waves_vjp
 from peft_ref.methods.torch_draws import randperm
 
 KINDS = frozenset({"linear", "transposed_linear"})
@@ -79,11 +82,15 @@ class FourierFT(Additive[Params]):
         return Start(Params(zeros_like((n,), W) if self.init_weights else to(rng.normal(size=n), W)), W)
 
     def delta(self, layer: Layer, p: Params) -> Delta:
+        if _is_large(layer, p.c):
+            return Delta(waves(self._scale(layer) * p.c, *self.frequencies(layer), layer.shape))
         mT, w = namespace(p.c).matrix_transpose, self._waves(layer, p.c)
         both = (w.cos_rows * p.c) @ mT(w.cos_columns) - (w.sin_rows * p.c) @ mT(w.sin_columns)
         return Delta(self._scale(layer) * both)
 
     def delta_vjp(self, layer: Layer, p: Params, d: Delta) -> Params:
+        if _is_large(layer, d.W):
+            return Params(self._scale(layer) * waves_vjp(d.W, *self.frequencies(layer)))
         xp, w = namespace(d.W), self._waves(layer, d.W)
         dc = xp.sum(w.cos_rows * (d.W @ w.cos_columns) - w.sin_rows * (d.W @ w.sin_columns), axis=0)
         return Params(self._scale(layer) * dc)
@@ -101,6 +108,10 @@ class FourierFT(Additive[Params]):
         (out, n_in), (u, v) = layer.shape, self.frequencies(layer)
         tables = (*turns(np.outer(np.arange(out), u), out), *turns(np.outer(np.arange(n_in), v), n_in))
         return Waves(*(to(table, like) for table in tables))
+
+
+def _is_large(layer: Layer, like: Array) -> bool:
+    return math.prod(layer.shape) >= dense.LEAST and type(like) is np.ndarray and like.dtype in (np.float32, np.float64)
 
 
 def turns(m: np.ndarray[Any, Any], n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -45,6 +45,7 @@ class HiRA(Reweight[Params]):
     peft_type: ClassVar[str] = "HIRA"
     tuner_prefix: ClassVar[str] = "hira_"
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    by_rows: ClassVar[bool] = True
     dropout: ClassVar[str | None] = "hira_dropout"
 
     def __post_init__(self) -> None:

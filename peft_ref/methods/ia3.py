@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, column, namespace, to
-from peft_ref.contracts import Key, Reweight, Start, WeightGradients, conv_key
+from peft_ref.contracts import Key, Reweight, Scaled, Start, Turned, WeightGradients, conv_key
 from peft_ref.layers import Layer
 
 
@@ -63,6 +63,12 @@ class IA3(Reweight[Params]):
         if b is not None and db is not None:
             dl = dl + db * b
         return WeightGradients(Params(dl), column(p.l) * dW, None if db is None else p.l * db)
+
+    def product(self, layer: Layer, p: Params, W0: Array) -> Scaled | Turned:
+        return Turned(namespace(p.l).reshape(p.l, (-1, 1, 1))) if self.is_feedforward else Scaled(p.l, bias=True)
+
+    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+        return Params(d.rows if isinstance(d, Scaled) else namespace(d.blocks).reshape(d.blocks, (-1,)))
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         if self.is_feedforward:

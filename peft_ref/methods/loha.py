@@ -47,6 +47,7 @@ class LoHa(Additive[Params]):
     tuner_prefix: ClassVar[str] = "hada_"
     kinds: ClassVar[frozenset[str]] = KINDS
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.r <= 0:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.contracts import Key, Reweight, Start, WeightGradients, WeightMap
+from peft_ref.contracts import Key, Reweight, Scaled, Start, Turned, WeightGradients, WeightMap
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 from peft_ref.methods.cayley import cayley, cayley_vjp, inverse, neumann, neumann_vjp, skew, skew_vjp
@@ -104,14 +104,17 @@ class OFT(Reweight[Params]):
     def weight_vjp(
         self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None
     ) -> WeightGradients[Params]:
-        xp, p = namespace(dW), self.acting(layer, p)
-        mT, F = xp.matrix_transpose, self._factor(layer, p)
+        mT, acting = namespace(dW).matrix_transpose, self.acting(layer, p)
         dF = mT(self._rows(layer, W)) @ self._rows(layer, dW)
-        dF = xp.sum(dF, axis=0, keepdims=True) if self.block_share else dF
-        dR = dF if layer.kind == "embedding" else mT(dF)
-        Q = skew(p.R, self.blocks(layer)[1])
-        dQ = neumann_vjp(Q, self.num_cayley_neumann_terms, dR) if self.use_cayley_neumann else cayley_vjp(Q, dR)
-        return WeightGradients(Params(skew_vjp(dQ)), self._turned(layer, dW, mT(F)), db)
+        return WeightGradients(self._factor_vjp(layer, acting, dF), self._turned(layer, dW, mT(self._factor(layer, acting))), db)
+
+    def product(self, layer: Layer, p: Params, W0: Array) -> Turned:
+        F, (n, b) = self._factor(layer, self.acting(layer, p)), self.blocks(layer)
+        return Turned(namespace(F).broadcast_to(F, (n, b, b)))
+
+    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+        assert isinstance(d, Turned)
+        return self._factor_vjp(layer, self.acting(layer, p), d.blocks)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         F = self._factor(layer, self.acting(layer, p))
@@ -138,6 +141,14 @@ class OFT(Reweight[Params]):
         Q = skew(p.R, self.blocks(layer)[1])
         R = neumann(Q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(Q)
         return R if layer.kind == "embedding" else namespace(R).matrix_transpose(R)
+
+    def _factor_vjp(self, layer: Layer, p: Params, dF: Array) -> Params:
+        """The gradient of p, given that of each of the n blocks on the diagonal."""
+        xp, Q = namespace(dF), skew(p.R, self.blocks(layer)[1])
+        dF = xp.sum(dF, axis=0, keepdims=True) if self.block_share else dF
+        dR = dF if layer.kind == "embedding" else xp.matrix_transpose(dF)
+        dQ = neumann_vjp(Q, self.num_cayley_neumann_terms, dR) if self.use_cayley_neumann else cayley_vjp(Q, dR)
+        return Params(skew_vjp(dQ))
 
     def _rows(self, layer: Layer, W: Array) -> Array:
         """What is turned, as blocks (n, m, b)."""

@@ -19,11 +19,12 @@ import pytest
 FLOORS = (
     {"errors"},
     {"arrays", "sizes", "reading"},  # reading: files that are not believed; it knows no array
+    {"dense"},
     {"layers", "attention", "activations"},
     {"norms"},
     {"parameters"},
     {"contracts"},
-    {"prompts", "attending", "conditioned"},
+    {"prompts", "attending", "conditioned", "large"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
     {"methods", "stack", "splice", "backend"},
     {"graph"},
@@ -41,6 +42,8 @@ MATHEMATICS = {
     "errors",
     "arrays",
     "sizes",
+    "dense",
+    "large",
     "layers",
     "norms",
     "attention",

@@ -1,0 +1,135 @@
+"""Large matrices in NumPy: the same sums and products, in an order that keeps them in the processor's caches.
+
+What is added to a large product is added while a tile of its rows is still there; nothing of a matrix's size is made to be thrown away.
+Every function is pure from outside: the only array that is written into is the one it returns, or a tile of its own. What it
+computes is said in one plain line, and tests/laws/test_dense.py holds it to that line. `is_large` says when it pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from peft_ref.arrays import Array, as_rows
+
+LEAST = 2**16  # entries of a matrix from which on the tiles pay; the plain formulas' bits stay below it
+TILE = 256  # rows of a few thousand numbers: one or two MB
+TALL = 2048  # rows that a large product is as fast on as on all at once
+
+
+def is_large(M: Array, *others: Array | None) -> bool:
+    """Whether M is a large matrix of floats in NumPy, and the others are in the same precision."""
+    return (
+        type(M) is np.ndarray
+        and M.size >= LEAST
+        and M.dtype in (np.float32, np.float64)
+        and all(type(other) is np.ndarray and other.dtype == M.dtype for other in others if other is not None)
+    )
+
+
+def tiles(n: int, size: int | None = None) -> Iterator[slice]:
+    """The rows 0 to n, a tile at a time."""
+    size = size or TILE
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def by_rows(f: Callable[[slice], Array], like: Array) -> Array:
+    """The matrix in `like`'s shape whose rows f computes tile by tile."""
+    out = np.empty(like.shape, like.dtype)
+    for tile in tiles(out.shape[0]):
+        out[tile] = f(tile)
+    return out
+
+
+def product(x: Array, M: Array) -> Array:
+    """x M  for rows x (..., in)."""
+    return (as_rows(x) @ M).reshape(*x.shape[:-1], M.shape[1])
+
+
+def product_vjp(x: Array, dy: Array) -> Array:
+    """dy^T x, the gradient of M^T in `product`."""
+    return as_rows(dy).T @ as_rows(x)
+
+
+def sum_of_products(terms: Sequence[tuple[Array, Array]], biases: Sequence[Array] = ()) -> Array:
+    """x M + h N + ... + b + ...  for (x, M), (h, N), ..., rows under all their leading axes; all but the first are narrow."""
+    (x, M), *narrow = terms
+    y = as_rows(x) @ M
+    added = [(as_rows(h), N) for h, N in narrow]
+    if added or biases:
+        part = np.empty((min(TILE, y.shape[0]), y.shape[1]), y.dtype)
+        for tile in tiles(y.shape[0]):
+            rows = y[tile]
+            for h, N in added:
+                rows += np.matmul(h[tile], N, out=part[: rows.shape[0]])
+            for b in biases:
+                rows += b
+    return y.reshape(*x.shape[:-1], M.shape[1])
+
+
+def column_dots(a: Array, b: Array) -> Array:
+    """sum_t a_ti b_ti, a sum of the tiles' sums."""
+    a, b = as_rows(a), as_rows(b)
+    dots = np.zeros(a.shape[1], a.dtype)
+    for tile in tiles(a.shape[0]):
+        dots += np.einsum("ti,ti->i", a[tile], b[tile])
+    return dots
+
+
+def scaled(W: Array, rows: Array | None, B: Array | None, A: Array | None) -> Array:
+    """r (W + B A)  with row i times r_i."""
+
+    def tile_of(tile: slice) -> Array:
+        V = W[tile]
+        if B is not None:
+            V = B[tile] @ A
+            V += W[tile]
+        return V if rows is None else V * rows[tile, None]
+
+    return by_rows(tile_of, W)
+
+
+def row_norms(W: Array, B: Array, A: Array) -> Array:
+    """The Euclidean norm of every row of W + B A."""
+    norms = np.empty(W.shape[0], W.dtype)
+    for tile in tiles(W.shape[0]):
+        V = B[tile] @ A
+        V += W[tile]
+        norms[tile] = np.sqrt(np.einsum("ij,ij->i", V, V))
+    return norms
+
+
+def turned(V: Array, F: Array) -> Array:
+    """V blockdiag(F)  for rows V (..., n b) and blocks F (n, b, b)."""
+    n, b, _ = F.shape
+    if b == 1:
+        return V * F.reshape(n)
+    rows, F = as_rows(V), np.ascontiguousarray(F)
+    out = np.empty(rows.shape, rows.dtype)
+    for tile in tiles(rows.shape[0]):
+        np.matmul(_blocks(rows[tile], n), F, out=_blocks(out[tile], n))
+    return out.reshape(V.shape)
+
+
+def turned_product_vjp(W: Array, F: Array, x: Array, dy: Array) -> tuple[Array, Array]:
+    """For t = dy W:  t blockdiag(F), and the blocks (n, b, b) on the diagonal of t^T x."""
+    (n, b, _), x_rows, dy_rows, F = F.shape, as_rows(x), as_rows(dy), np.ascontiguousarray(F)
+    dx, dF = np.empty(x_rows.shape, x_rows.dtype), np.zeros(F.shape, F.dtype)
+    for wide in tiles(x_rows.shape[0], TALL):
+        t_rows = dy_rows[wide] @ W
+        for tile in tiles(t_rows.shape[0]):
+            t, x_tile, out = t_rows[tile], x_rows[wide][tile], dx[wide][tile]
+            if b == 1:
+                np.multiply(t, F.reshape(n), out=out)
+                dF += np.einsum("ti,ti->i", t, x_tile).reshape(n, 1, 1)
+            else:
+                np.matmul(_blocks(t, n), F, out=_blocks(out, n))
+                dF += _blocks(t, n).mT @ _blocks(x_tile, n)
+    return dx.reshape(x.shape), dF
+
+
+def _blocks(V: Array, n: int) -> Any:
+    """The columns of V (rows, n b) in n blocks (n, rows, b), without a copy."""
+    return V.reshape(V.shape[0], n, -1).transpose(1, 0, 2)

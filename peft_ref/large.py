@@ -1,0 +1,132 @@
+"""What one adapter makes of a large matrix in NumPy, and its gradient: what its method says, with as little as can be of the size of W.
+
+    by rows    a method whose rows are apart (`by_rows`) is asked for a tile of them at a time:  W'[t] = T(W[t])
+    Scaled     W' = r k (W + B A),  u = x W'^T:   dx = dy W'   dr_i = sum_t dy_ti u_ti / r_i   dB = r k dy^T (x A^T)   dA = (dy r k B)^T x
+    Turned     W' = W F,  t = dy W:               dx = t F     dF = the blocks of t^T x
+
+So the gradient of a product is read from u, dx and narrow products, and no dW is formed. The same numbers as `weight` and `weight_vjp`,
+but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from peft_ref import dense
+from peft_ref.arrays import Array, as_rows, column
+from peft_ref.contracts import Factors, Scaled, Turned, WeightGradients, WeightMethod, declared
+from peft_ref.layers import Layer, Linear
+
+P = TypeVar("P", bound=tuple[Any, ...])
+SMALL = 2.0**-40  # a row that is scaled by less says nothing of what it was
+
+
+class ProductGradients(NamedTuple):
+    x: Array
+    product: Scaled | Turned
+    b: Array | None
+
+
+def folded(s: Scaled | Turned, W: Array, b: Array | None) -> tuple[Array, Array | None]:
+    """(W', b')"""
+    if isinstance(s, Turned):
+        return dense.turned(W, s.blocks), b
+    B, A, _ = s.factors or (None, None, None)
+    return dense.scaled(W, _rows(s), B, A), _rows(s) * b if s.bias and b is not None else b
+
+
+def folded_vjp(
+    s: Scaled | Turned,
+    W: Array,
+    b: Array | None,
+    folded: Array,
+    x: Array,
+    u: Array | None,
+    dy: Array,
+    db: Array | None,
+    narrow: Sequence[tuple[Array, Array]] = (),
+) -> ProductGradients:
+    """The gradients of y = x W'^T + b' for x, for what the product is made of and for b: given W' (`folded`), u = x W'^T where it is known,
+    db', and what other paths of x add to dx."""
+    if isinstance(s, Turned):
+        dx, dF = dense.turned_product_vjp(W, s.blocks, x, dy)
+        return ProductGradients(sum((dense.product(h, A) for h, A in narrow), dx), Turned(dF), db)
+    r = _rows(s)
+    drows, dfactors = _row_gradients(s, W, x, dense.product(x, folded.T) if u is None else u, dy), None
+    if s.factors is not None:
+        B, A, _ = s.factors
+        dB = column(r) * dense.product_vjp(dense.product(x, A.T), dy)
+        dfactors = Factors(dB, dense.product_vjp(x, dense.product(dy, column(r) * B)))
+    if s.bias and b is not None and db is not None:
+        drows, db = drows + db * b, db * r
+    return ProductGradients(
+        dense.sum_of_products([(dy, folded), *narrow]), Scaled(drows if s.held is None else drows * s.held, factors=dfactors), db
+    )
+
+
+def _row_gradients(s: Scaled, W: Array, x: Array, u: Array, dy: Array) -> Array:
+    """Of r k: what u would be without it, times dy. A row of next to nothing is computed anew."""
+    r = _rows(s)
+    tiny = abs(r) < SMALL
+    d = dense.column_dots(dy, u) / np.where(tiny, 1, r)
+    if tiny.any():
+        V = W[tiny] if s.factors is None else W[tiny] + s.factors.B[tiny] @ s.factors.A
+        d[tiny] = dense.column_dots(as_rows(dy)[:, tiny], as_rows(x) @ V.T)
+    return d
+
+
+def weight(layer: Layer, method: WeightMethod[P], p: P, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
+    """`method.weight` of a method by rows."""
+    biases: list[Array | None] = []
+
+    def tile_of(tile: slice) -> Array:
+        V, c = method.weight(_part(layer, tile), _cut(method, p, tile), W[tile], None if b is None else b[tile], W0[tile])
+        biases.append(c)
+        return V
+
+    return dense.by_rows(tile_of, W), _joined(biases)
+
+
+def weight_vjp(
+    layer: Layer, method: WeightMethod[P], p: P, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None, wanted: bool
+) -> WeightGradients[P]:
+    """`method.weight_vjp` of a method by rows; the gradient of W only where it is wanted, else dW as it came."""
+    parts = [
+        method.weight_vjp(
+            _part(layer, t), _cut(method, p, t), W[t], None if b is None else b[t], W0[t], dW[t], None if db is None else db[t]
+        )
+        for t in dense.tiles(W.shape[0])
+    ]
+    values = {}
+    for name, own in zip(declared(method.params_type), zip(*(g.params for g in parts), strict=True), strict=True):
+        values[name] = None if own[0] is None else np.concatenate(own) if name in _by_rows(method) else np.sum(own, axis=0)
+    return WeightGradients(method.to_params(**values), _joined([g.W for g in parts]) if wanted else dW, _joined([g.b for g in parts]))
+
+
+def _rows(s: Scaled) -> Array:
+    return s.rows if s.held is None else s.rows * s.held
+
+
+def _by_rows(method: WeightMethod[Any]) -> set[str]:
+    """The parameters that have a row for every row of W."""
+    return {name for name, (shape, _) in declared(method.params_type).items() if shape.split()[0] == "out"}
+
+
+def _cut(method: WeightMethod[P], p: P, tile: slice) -> P:
+    names = _by_rows(method)
+    return method.to_params(
+        **{n: v[tile] if n in names and v is not None else v for n, v in zip(declared(method.params_type), p, strict=True)}
+    )
+
+
+def _part(layer: Layer, tile: slice) -> Linear:
+    assert isinstance(layer, Linear)
+    return replace(layer, out_features=tile.stop - tile.start)
+
+
+def _joined(parts: list[Any]) -> Array | None:
+    return None if parts[0] is None else np.concatenate(parts)
