@@ -1,6 +1,6 @@
 """Hostile files at every door: one clear error that names the file, in bounded memory and time, or what is hostile does not matter.
 
-Two doors see the whole corpus each time, one for adapters and one for checkpoints; the others every seventh case, in the sweep all of it.
+Two doors see the whole corpus each time, one for adapters and one for checkpoints; the others every eleventh case, in the sweep all of it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ WHOLE = ("load_adapter", "CheckpointGraph")
 @pytest.mark.parametrize("door", DOORS)
 def test_a_hostile_folder_is_refused_by_its_name_in_bounded_memory_and_time(door: str) -> None:
     cases = cases_of(door)
-    check(door, cases if door in WHOLE else cases[DOORS.index(door) % 7 :: 7])
+    check(door, cases if door in WHOLE else cases[DOORS.index(door) :: 11])
 
 
 @pytest.mark.sweep
