@@ -38,9 +38,9 @@ def random_config(rng: np.random.Generator) -> dict[str, Any]:
     return data
 
 
-def every_single_change() -> list[dict[str, Any]]:
+def every_single_change(kind: str) -> list[dict[str, Any]]:
     """Each value of each word alone, so that none is left to chance."""
-    return [{**start, word: value} for kind, start in STARTS.items() for word, values in SPACE[kind].items() for value in values]
+    return [{**STARTS[kind], word: value} for word, values in SPACE[kind].items() for value in values]
 
 
 def looked_at_by_none() -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,11 @@ def ours(data: dict[str, Any], base: Any) -> dict[str, Any] | str:
     return methods
 
 
-def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -> None:
-    rng = np.random.default_rng(17)
-    configs = [*every_single_change(), *looked_at_by_none(), *(random_config(rng) for _ in range(RANDOM))]
+Seen = tuple[Counter[tuple[str, str, bool]], set[Difference]]
+
+
+def compared(configs: Iterable[dict[str, Any]], base: Any) -> Seen:
+    """How often who refused, and the differences on purpose that were met."""
     outcomes: Counter[tuple[str, str, bool]] = Counter()
     used: set[Difference] = set()
     for data in configs:
@@ -110,10 +113,30 @@ def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -
             for name, method in we_say.items():
                 assert MADE[data["peft_type"]](peft_says[name], method), (data, name, method)  # type: ignore[index]
         outcomes[data["peft_type"], "refused" if isinstance(peft_says, str) else "accepted", isinstance(we_say, str)] += 1
+    return outcomes, used
+
+
+@cache
+def of_one_word(kind: str) -> Seen:
+    return compared(every_single_change(kind), Model())
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_both_refuse_the_same_of_every_value_of_every_word(kind: str) -> None:
+    outcomes, _ = of_one_word(kind)
+    assert outcomes[kind, "refused", True] > 0
+    assert outcomes[kind, "accepted", False] > 0
+
+
+def test_both_refuse_the_same_and_accept_the_same_and_mean_the_same(base: Any) -> None:
+    rng = np.random.default_rng(17)
+    several, used = compared([*looked_at_by_none(), *(random_config(rng) for _ in range(RANDOM))], base)
+    outcomes = sum((of_one_word(kind)[0] for kind in STARTS), several)
+    used = used.union(*(of_one_word(kind)[1] for kind in STARTS))
     for kind in STARTS:
         assert outcomes[kind, "refused", True] > 30, "the space must hold what both refuse"
         assert outcomes[kind, "accepted", False] > 30, "and what both accept"
-    assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * len(configs)
+    assert sum(n for (_, _, refused), n in outcomes.items() if refused) < 0.5 * outcomes.total()
     assert used == set(DIFFERENCES), f"no longer seen: {set(DIFFERENCES) - used}"
 
 

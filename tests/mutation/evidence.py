@@ -26,7 +26,7 @@ from tests.mutation.mutants import METHODS, ROOT
 LAWS = ("gradients", "merging", "starting", "checkpoint", "inputs", "to_lora", "prompts", "prompt_refusals", "arrays")
 FOLDERS = (
     *(f"laws/test_{law}.py" for law in LAWS),
-    *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py"),
+    *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py", "files/test_config_space.py"),
     "check/test_init_laws.py",
 )
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-q", "--backend", "numpy", "-m", "not sweep"]
