@@ -20,7 +20,7 @@ import numpy as np
 from peft_ref.checkpoints.fitting import Fit, Renaming
 from peft_ref.checkpoints.inspecting import ODD, WRONG, Finding, Inspection, gathered
 from peft_ref.contracts import Additive, LowRank, WeightMethod
-from peft_ref.errors import PeftRefError
+from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.files.keys import PREFIX
 from peft_ref.files.safetensors import NDArray, RawTensor
 from peft_ref.layers import Layer
@@ -209,18 +209,24 @@ def _reader(inspection: Inspection, fit: Fit | None) -> tuple[tuple[str, ...], R
 def _reader_on_base(inspection: Inspection, fit: Fit | None) -> tuple[tuple[str, ...], Read]:
     """What layers share, or a seed makes again: it takes the model to tell which of them, and how large."""
     if fit is None or fit.renamed != Renaming() or any(finding.level == WRONG for finding in fit.findings):
-
-        def refuse(name: str) -> Found:
-            raise PeftRefError(NEEDS_SHARED)
-
-        return tuple(inspection.modules), refuse
-    modules = load(adapt(fit.graph), inspection.folder, "inspected", lazy=True).adapters["inspected"].modules
+        return tuple(inspection.modules), _refusing(NEEDS_SHARED)
+    try:
+        modules = load(adapt(fit.graph), inspection.folder, "inspected", lazy=True).adapters["inspected"].modules
+    except ConfigError as error:
+        return tuple(inspection.modules), _refusing(str(error))
 
     def read(name: str) -> Found:
         method, layer, params = modules[name]
         return method, layer, _wide(params)
 
     return tuple(modules), read
+
+
+def _refusing(why: str) -> Read:
+    def refuse(name: str) -> Found:
+        raise PeftRefError(why)
+
+    return refuse
 
 
 def _key(inspection: Inspection, name: str, key: str) -> str:

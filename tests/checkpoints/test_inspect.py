@@ -156,7 +156,9 @@ def test_a_fault_in_the_header_or_the_configuration_is_found(tmp_path: Path, wha
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_a_scale_that_is_no_number_is_refused_as_everywhere(tmp_path: Path, alpha: float, capsys: Capture) -> None:
-    assert main(["inspect", str(written(tmp_path, {"lora_alpha": alpha}, tensors()))]) == 2
+    path = Path(written(tmp_path)) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": alpha}))
+    assert main(["inspect", str(tmp_path)]) == 2
     assert "a finite number is needed" in capsys.readouterr().err
 
 
