@@ -81,6 +81,7 @@ def test_every_scale_is_that_of_peft_s_live_layer(kept: Any, case: str) -> None:
 
 PATTERNS: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"r": 8, "lora_alpha": 16}, {"layers.0.q": "lora_alpha / r = 16 / 8"}),
+    ({"r": 1, "lora_alpha": 6, "use_rslora": True}, {"layers.0.q": "lora_alpha / sqrt(r) = 6 / sqrt(1)"}),  # both rules give 6 here
     ({"r": 4, "lora_alpha": 6, "use_rslora": True}, {"layers.0.q": "lora_alpha / sqrt(r) = 6 / sqrt(4)"}),
     (
         {"r": 4, "lora_alpha": 6, "rank_pattern": {r"layers\.1\.q": 2, "up": 3}, "alpha_pattern": {"q": 5}},
