@@ -217,6 +217,27 @@ def test_an_adapter_fits_its_own_base_and_what_it_changes_is_what_a_merge_by_pef
         assert delta.relative == pytest.approx(np.linalg.norm(merged - W) / np.linalg.norm(W), abs=1e-4, rel=1e-4)
 
 
+class Attending(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.attn, self.q = torch.nn.MultiheadAttention(size, 2), torch.nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.attn(x, x, x)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_packed_attention_fits_its_own_base_and_no_other(tmp_path: Path, size: int) -> None:
+    peft.get_peft_model(Attending(), peft.LoraConfig(r=2, target_modules=["attn", "q"])).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    state = {name: value.numpy() for name, value in Attending(size).state_dict().items()}
+    (tmp_path / "base" / "model.safetensors").write_bytes(serialize(state, {"format": "pt"}))
+    fit = fitted(inspect(tmp_path / "adapter"), CheckpointGraph(tmp_path / "base"))
+    assert ("attn.in_proj_weight" in fit.changed) == (size == 8)
+    wrong = [finding for finding in fit.findings if finding.level == WRONG]
+    assert bool(wrong) == (size != 8), wrong
+
+
 @pytest.mark.parametrize(("kind", "task"), PAIRS)
 def test_a_prompt_fits_its_own_model_and_no_wider_one(tmp_path: Path, kind: str, task: str) -> None:
     model = base(task)
