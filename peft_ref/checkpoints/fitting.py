@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from peft_ref.attending import AttentionMethod
 from peft_ref.checkpoints.folding import folded
-from peft_ref.checkpoints.inspecting import WRONG, Finding, Inspection, Module, check_fit, gathered, listed
+from peft_ref.checkpoints.inspecting import ODD, WRONG, Finding, Inspection, Module, check_fit, gathered, listed
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import PeftRefError
 from peft_ref.files.keys import PREFIX, PROMPT_PREFIX, parameter_name
@@ -26,6 +26,7 @@ from peft_ref.layers import Layer, Linear
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.sizes import WIDTHS
 
+PACKED = "in_proj_weight"  # torch's MultiheadAttention has queries, keys and values in one
 CANDIDATES = 8  # changes of the beginning that are tried for each part of a name left out
 
 
@@ -55,10 +56,6 @@ class Fit:
     def changed_parameters(self) -> int:
         return sum(math.prod(self.graph.parameters()[name].shape) for name in self.changed)
 
-    def weight_of(self, module: str) -> str | None:
-        """The base's parameter that is the weight of one of the adapter's modules."""
-        return self.graph.modules()[self.renamed(module)].weight
-
 
 def fitted(inspection: Inspection, base: CheckpointGraph) -> Fit:
     """The adapter beside a checkpoint."""
@@ -77,7 +74,7 @@ def fitted(inspection: Inspection, base: CheckpointGraph) -> Fit:
         return Fit(graph=graph, renamed=renamed, findings=tuple(_blocks(inspection, method, graph)))
     layers, findings = _layers(inspection, graph, renamed)
     changed, others = _beside(inspection, graph, renamed, PREFIX)
-    weights = [name for module in layers if (name := graph.modules()[renamed(module)].weight) is not None]
+    weights = [graph.modules()[renamed(module)].weight or f"{renamed(module)}.{PACKED}" for module in layers]
     findings += [*others, *(_left_out(inspection, graph, renamed) if layers else [])]
     resolved = dict.fromkeys(graph.resolve(name) for name in (*weights, *changed))
     return Fit(graph=graph, renamed=renamed, layers=layers, changed=tuple(resolved), findings=tuple(findings))
@@ -109,11 +106,17 @@ def _layers(inspection: Inspection, graph: Graph, renamed: Renaming) -> tuple[di
     absent = [name for name in inspection.found.modules if renamed(name) not in known]
     problems: dict[str, str] = {}
     if inspection.config.targets.target_parameters:
-        return {}, []
+        return {}, [Finding(ODD, "target_parameters: the parameters' tensors were not compared with the base.")]
     for name, module in inspection.modules.items():
         if name in absent or module.layer is None:
             continue
         there = known[renamed(name)]
+        if there.layer is None and (packed := graph.parameters().get(f"{renamed(name)}.{PACKED}")) is not None:
+            if packed.shape == module.layer.shape:
+                layers[name] = module.layer
+            else:
+                problems[name] = f"{name} is of {module.layer.shape} in the file, and its {PACKED} of {packed.shape} in the base."
+            continue
         if there.layer is None:
             problems[name] = f"{name}: the base's is no layer that an adapter of {inspection.method} could be on."
             continue

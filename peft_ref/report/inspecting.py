@@ -102,7 +102,8 @@ def headline(told: Told) -> tuple[str, str]:
         parts += [f"{' and '.join(p for p in lost if p not in refusing)} would compute something else"] if len(refusing) < len(lost) else []
         return "Not elsewhere", f"The adapter is fine, and {', and '.join(parts)}."
     odd = len(told.findings)
-    what = "There is nothing wrong with it" if told.fit is None else "It fits the base, and there is nothing wrong with it"
+    compared = told.fit is not None and bool(told.fit.layers or not told.inspection.modules)
+    what = "There is nothing wrong with it" if not compared else "It fits the base, and there is nothing wrong with it"
     return "Fine", what + (f"; {many(odd, 'thing')} to know." if odd else ".")
 
 

@@ -81,6 +81,7 @@ def test_every_scale_is_that_of_peft_s_live_layer(kept: Any, case: str) -> None:
 
 PATTERNS: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"r": 8, "lora_alpha": 16}, {"layers.0.q": "lora_alpha / r = 16 / 8"}),
+    ({"r": 1, "lora_alpha": 6, "use_rslora": True}, {"layers.0.q": "lora_alpha / sqrt(r) = 6 / sqrt(1)"}),  # both rules give 6 here
     ({"r": 4, "lora_alpha": 6, "use_rslora": True}, {"layers.0.q": "lora_alpha / sqrt(r) = 6 / sqrt(4)"}),
     (
         {"r": 4, "lora_alpha": 6, "rank_pattern": {r"layers\.1\.q": 2, "up": 3}, "alpha_pattern": {"q": 5}},
@@ -217,6 +218,27 @@ def test_an_adapter_fits_its_own_base_and_what_it_changes_is_what_a_merge_by_pef
         got = np.asarray(delta.singular)
         np.testing.assert_allclose(got[: len(wanted)], wanted[: len(got)], rtol=0, atol=64 * EPS * max(W.shape) * size, err_msg=name)
         assert delta.relative == pytest.approx(np.linalg.norm(merged - W) / np.linalg.norm(W), abs=1e-4, rel=1e-4)
+
+
+class Attending(torch.nn.Module):  # type: ignore[misc]  # torch has no types here
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.attn, self.q = torch.nn.MultiheadAttention(size, 2), torch.nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        return self.attn(x, x, x)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_packed_attention_fits_its_own_base_and_no_other(tmp_path: Path, size: int) -> None:
+    peft.get_peft_model(Attending(), peft.LoraConfig(r=2, target_modules=["attn", "q"])).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    state = {name: value.numpy() for name, value in Attending(size).state_dict().items()}
+    (tmp_path / "base" / "model.safetensors").write_bytes(serialize(state, {"format": "pt"}))
+    fit = fitted(inspect(tmp_path / "adapter"), CheckpointGraph(tmp_path / "base"))
+    assert ("attn.in_proj_weight" in fit.changed) == (size == 8)
+    wrong = [finding for finding in fit.findings if finding.level == WRONG]
+    assert bool(wrong) == (size != 8), wrong
 
 
 @pytest.mark.parametrize(("kind", "task"), PAIRS)
