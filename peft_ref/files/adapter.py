@@ -62,10 +62,10 @@ class AdapterFile:
 def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
     """What a file holds of the modules' parameters, under their keys in it, in their stored shapes."""
     beside, shared = dict[str, Array](), dict[str, Array]()
-    keys: Mapping[str, Mapping[str, str]] = {}
+    keys: Mapping[str, Mapping[str, str]] | None = None
     for name, (method, layer, params) in modules.items():
         packed, own = method.pack(layer, params), dict[str, Array]()
-        keys = keys or method.shared_keys(tuple(modules))
+        keys = method.shared_keys(tuple(modules)) if keys is None else keys
         for spec in method.spec(layer):
             if spec.key not in packed or not spec.saved:
                 continue
@@ -80,9 +80,9 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
 def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> dict[str, AdapterModule]:
     """The modules, each with references to what it shares, which is there by key. What a file leaves out may be missing."""
     linked, used = dict[str, AdapterModule](), set[str]()
-    keys: Mapping[str, Mapping[str, str]] = {}
+    keys: Mapping[str, Mapping[str, str]] | None = None
     for name, module in modules.items():
-        keys = keys or module.method.shared_keys(tuple(modules))
+        keys = module.method.shared_keys(tuple(modules)) if keys is None else keys
         given: dict[str, Array] = {}
         for spec in module.method.spec(module.layer):
             if not spec.shared:
