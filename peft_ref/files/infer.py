@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft_ref.arrays import Array
-from peft_ref.contracts import WeightMethod
+from peft_ref.contracts import WeightMethod, declared
 from peft_ref.errors import ConfigError, PeftRefError
 from peft_ref.layers import Conv, Embedding, Layer, Linear
 
@@ -26,7 +26,8 @@ PROBES: tuple[Layer, ...] = (
 
 def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: str) -> Layer:
     """The layer on which `method` has parameters like `tensors`, or the nearest to it, whose `unpack` then says what is wrong."""
-    if measured := method.measured({key: tuple(tensor.shape) for key, tensor in tensors.items()}):
+    sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if _has_its_axes(method, sizes) and (measured := method.measured(sizes)):
         return measured
     best: tuple[int, Layer] | None = None
     for probe in PROBES:
@@ -46,6 +47,17 @@ def infer_layer(method: WeightMethod[Any], tensors: Mapping[str, Array], where: 
             f"{type(method).__name__} at {where!r}: {came} fit no kind of layer that can be told.\n  Pass `layers`, the model's."
         )
     return best[1]
+
+
+def _has_its_axes(method: WeightMethod[Any], sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether every tensor has as many axes as the method gives it on some layer: `measured` reads sizes, and counts on their number."""
+    axes: dict[str, set[int]] = {}
+    for shape, keys in declared(method.params_type).values():
+        for key in keys:
+            letters = (key.stored or shape).split()
+            kernel = (1, 2, 3) if any(letter.startswith("*") for letter in letters) else (1,)
+            axes.setdefault(key.key, set()).update(len(letters) - 1 + n for n in kernel)
+    return all(len(size) in axes.get(key, {len(size)}) for key, size in sizes.items())
 
 
 def _measured(probe: Layer, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Array]) -> Layer:
