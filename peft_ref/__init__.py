@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from peft_ref.stack import Dropout as Dropout
     from peft_ref.stack import RowDropout as RowDropout
     from peft_ref.stack import forward as forward
+    from peft_ref.stack import forward_and_vjp as forward_and_vjp
     from peft_ref.stack import merge as merge
     from peft_ref.stack import unmerge as unmerge
     from peft_ref.stack import vjp as vjp
@@ -53,6 +54,7 @@ _HOME = {
     "BlockDropout": "peft_ref.stack",
     "RowDropout": "peft_ref.stack",
     "forward": "peft_ref.stack",
+    "forward_and_vjp": "peft_ref.stack",
     "merge": "peft_ref.stack",
     "unmerge": "peft_ref.stack",
     "vjp": "peft_ref.stack",

@@ -135,8 +135,8 @@ class _Module(NamedTuple):
     def gradient(self, method: AdaLoRA, p: Params) -> Params:
         """On inputs that are the rows of the identity the outputs are those of W', so that a difference of outputs is one of weights."""
         adapters, x = [Adapter(method, p)], np.eye(self.layer.in_features)
-        dy = stack.forward(self.layer, self.W, None, adapters, x) - self.goal
-        grads: Params = stack.vjp(self.layer, self.W, None, adapters, x, dy).params[0]
+        y, pull = stack.forward_and_vjp(self.layer, self.W, None, adapters, x)
+        grads: Params = pull(y - self.goal).params[0]
         return grads
 
 
