@@ -84,7 +84,8 @@ def scaled(W: Array, rows: Array | None, B: Array | None, A: Array | None) -> Ar
     def tile_of(tile: slice) -> Array:
         V = W[tile]
         if B is not None:
-            V += B[tile] @ A
+            V = B[tile] @ A
+            V += W[tile]
         return V if rows is None else V * rows[tile, None]
 
     return by_rows(tile_of, W)
