@@ -242,7 +242,7 @@ NONSENSE = {
     "a schedule with no step to allocate in": (("ranks", "--tinit", "300"), "no step is left"),
     "a module with nothing below": (("ranks", "--learn", "-1"), "rank -1"),
     "a rank that no module has room for": (("ranks", "--learn", "3", "19"), "rank 19"),
-    "a trace that is no JSON": (("ranks", "--trace", __file__), "cannot be read as JSON"),
+    "a trace that is no JSON": (("ranks", "--trace", __file__), "is not JSON"),
     "a trace that is not there": (("ranks", "--trace", "/nowhere/trace.json"), "No such file"),
     "a trace with a schedule beside it": (("ranks", "--trace", "t.json", "--tinit", "3"), "--tinit is for a training of our own"),
     "a picture in a folder that is not there": (("ranks", "--total-step", "120", "--svg", "/nowhere/ranks.svg"), "cannot be written"),

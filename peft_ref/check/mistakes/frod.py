@@ -149,6 +149,8 @@ def as_worked_out(case: Case, layer: Layer, draw: Draw, dtype: str) -> str:
     rest = near * (np.abs(U) * L) @ np.abs(V.T) + 400 * 2.0**-24 * condition * np.max(np.abs(W))
     if method.init_weights and np.any(np.abs((U * L) @ V.T - W) > rest):
         return "frod_lambda_l: init-not-identity: U diag(L) V^T must be the frozen weight"
+    if not method.init_weights and np.any(np.abs(L - np.linalg.norm(W @ np.linalg.pinv(V).T, axis=0)) > 0.8):
+        return "frod_lambda_l: init-far-from-identity: the lengths plus a tenth of normal numbers, of which none is beyond 8"
     lengths = np.linalg.norm(U, axis=0)
     if np.any(np.abs(lengths[lengths > 0] - 1) > (W.shape[0] + 4) * 2.0 ** -min(PRECISION[dtype], 24)):  # HF rounds U to float32
         return "frod_U: init-not-of-length-one: every column has length one"
