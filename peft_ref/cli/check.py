@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_ref.check.case import OPERATIONS, Case
 from peft_ref.check.port import Port
+from peft_ref.check.result import Report
 from peft_ref.check.tolerance import PRECISION
 from peft_ref.errors import ConfigError
 from peft_ref.methods import METHODS
@@ -61,7 +62,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     from peft_ref.check.judge import judge
-    from peft_ref.report import html, junit, terminal
+    from peft_ref.report import junit, terminal
 
     cases = _selected(options)
     for path in (options.junit, options.html, options.json if options.json != "-" else None):
@@ -71,6 +72,13 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     progress.done()
     if options.junit is not None:
         options.junit.write_text(junit.render(report), encoding="utf-8")
+    return told(report, options)
+
+
+def told(report: Report, options: argparse.Namespace) -> int:
+    """The report in the forms that were asked for; returns the exit code."""
+    from peft_ref.report import html, terminal
+
     if options.html is not None:
         options.html.write_text(html.render(report), encoding="utf-8")
     if options.json is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +45,9 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     from peft_ref.checkpoints.plan import Source
     from peft_ref.checkpoints.planning import plan
     from peft_ref.checkpoints.verifying import verify
-    from peft_ref.cli.check import check_writable
+    from peft_ref.cli.check import check_writable, told
     from peft_ref.cli.merge import read_weights
-    from peft_ref.report import html, terminal
+    from peft_ref.report import terminal
 
     for path in (options.html, options.json if options.json != "-" else None):
         check_writable(path)
@@ -57,13 +56,4 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     progress = terminal.progress(sys.stderr)
     report = verify(plan(options.base, sources, ties="share"), options.merged, progress.step)
     progress.done()
-    if options.html is not None:
-        options.html.write_text(html.render(report), encoding="utf-8")
-    if options.json is not None:
-        text = json.dumps(report.to_json(), indent=2)
-        if options.json == "-":
-            print(text)
-            return report.exit_code
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
-    terminal.write(terminal.render(report, verbose=options.verbose, color=sys.stdout.isatty()), sys.stdout)
-    return report.exit_code
+    return told(report, options)
