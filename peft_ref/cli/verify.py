@@ -35,6 +35,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of adapters, in the order they were merged in")
     parser.add_argument("merged", type=Path, metavar="MERGED", help="the folder of the checkpoint after it")
     parser.add_argument("--weights", metavar="W,W", help="one for each adapter, with commas between them (default: 1 for each)")
+    parser.add_argument(
+        "--ties",
+        choices=("share", "untie"),
+        default="share",
+        help="of a tied weight that changes: share (both names changed, as PEFT's merge does; the default) or untie (each has its own)",
+    )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON, to FILE or standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="the report as one self-contained page")
     parser.add_argument("--verbose", "-v", action="store_true", help="list every tensor, not only what is not right")
@@ -54,6 +60,6 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
     weights = read_weights(options.weights, options.adapters)
     sources = [Source(folder, weight) for folder, weight in zip(options.adapters, weights, strict=True)]
     progress = terminal.progress(sys.stderr)
-    report = verify(plan(options.base, sources, ties="share"), options.merged, progress.step)
+    report = verify(plan(options.base, sources, ties=options.ties), options.merged, progress.step)
     progress.done()
     return told(report, options)
