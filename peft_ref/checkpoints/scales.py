@@ -88,7 +88,7 @@ def _rule_of(method: WeightMethod[Any], layer: Layer | None) -> _Rule | None:
 
 
 def _value(method: WeightMethod[Any], layer: Layer | None) -> float | None:
-    scale = getattr(method, "scale", getattr(method, "scaling", None))
+    scale: Any = getattr(method, "scale", getattr(method, "scaling", None))
     if callable(scale):  # it depends on the rank that the layer leaves
         scale = None if layer is None else scale(method.dims(layer)["r"])
     return None if scale is None else float(scale)

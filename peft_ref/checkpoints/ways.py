@@ -143,4 +143,4 @@ def touches(method: WeightMethod[Any], part: str) -> bool:
         return name not in BIAS_ALONE
     if name == "IA3":
         return not getattr(method, "is_feedforward", False)
-    return name in WITH_BIAS or needs_bias(method)
+    return name in WITH_BIAS or needs_bias(method) or method.swaps

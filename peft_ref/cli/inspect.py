@@ -89,7 +89,8 @@ def _adapter(options: argparse.Namespace, folder: Path, base: Path | None) -> in
     from peft_ref.report.inspecting import Told, to_json
 
     inspection = inspect(folder)
-    elsewhere = {name: verdicts(inspection, name) for name in dict.fromkeys(options.programs or ())}
+    programs: list[str] = list(dict.fromkeys(options.programs or ()))
+    elsewhere = {name: verdicts(inspection, name) for name in programs}
     fit = None if base is None else fitted(inspection, CheckpointGraph(base))
     told = Told(inspection=inspection, fit=fit, measured=_measured(options, inspection, fit), elsewhere=elsewhere)
     _write(options, told)

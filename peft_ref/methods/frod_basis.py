@@ -7,6 +7,7 @@ The dtype is the weights'; U and L are worked out in float64.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -99,9 +100,7 @@ def solved(W: Array, V: Array) -> tuple[Array, Array]:
 def in_basis(W: Array, V: Array) -> Array:
     """W V^-T; by the pseudo-inverse where V has no inverse, which every library says in its own way."""
     xp, mT = namespace(W), namespace(W).matrix_transpose
-    try:
+    found = None
+    with contextlib.suppress(np.linalg.LinAlgError, RuntimeError):
         found = mT(xp.linalg.solve(V, mT(W)))
-        whole = bool(xp.all(xp.isfinite(found)))
-    except (np.linalg.LinAlgError, RuntimeError):
-        whole = False
-    return found if whole else W @ mT(xp.linalg.pinv(V, rtol=NO_RANK))
+    return found if found is not None and bool(xp.all(xp.isfinite(found))) else W @ mT(xp.linalg.pinv(V, rtol=NO_RANK))

@@ -55,7 +55,8 @@ def told_by_prefix(cls: type[Method]) -> frozenset[str]:
     if not issubclass(cls, WeightMethod):
         return frozenset()
     keys, asked = (key for _, keys in declared(cls.params_type).values() for key in keys), field_names_of(cls)
-    return frozenset(key.key for key in keys if not key.shared and (key.saved is None or key.saved in asked or getattr(cls, key.saved)))
+    own = [key for key in keys if not key.shared and not key.derived]
+    return frozenset(key.key for key in own if key.saved is None or key.saved in asked or getattr(cls, key.saved))
 
 
 def field_names_of(cls: type[Any]) -> set[str]:

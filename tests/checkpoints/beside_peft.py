@@ -103,7 +103,8 @@ def merged_by_peft(model: Any, adapters: Sequence[Path], rounding: str = "defaul
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     merged = tuned.merge_and_unload(safe_merge=rounding == "safe", adapter_names=names)
-    return {name: array_of(tensor) for name, tensor in merged.state_dict().items()}
+    unwrapped = {name.replace(".modules_to_save.a0.", "."): tensor for name, tensor in merged.state_dict().items()}  # LN tuning leaves them
+    return {name: array_of(tensor) for name, tensor in unwrapped.items()}
 
 
 def array_of(tensor: Any) -> NDArray:

@@ -77,9 +77,7 @@ def test_unmerge_gives_the_same_bits_back_where_nothing_is_rounded(name: str, ki
     case = data.draw(cases(name, kind, dyadic=True))
     adapters = [Adapter(case.method, case.params())]
     after = merged(case, adapters)
-    if after is None or any(
-        change is not None and not _short(change - before) for change, before in zip(after, (case.W, case.b), strict=True)
-    ):
+    if after is None or not all(_short(part) for part in case.method.delta(case.layer, case.params()) if part is not None):
         return  # a scale like 1/3: W + dW is rounded
     W, b = stack.unmerge(case.layer, *after, adapters, case.W, case.b)
     assert_same_bits(W, case.W, "the weight")

@@ -30,7 +30,7 @@ from peft_ref.model import activate, adapt, add, load, merge, save, unmerge, upd
 from peft_ref.model.merging import unload  # noqa: E402
 from peft_ref.model.running import forward, forward_rows  # noqa: E402
 from peft_ref.model.status import layer_status, model_status  # noqa: E402
-from peft_ref.norms import NORM  # noqa: E402
+from peft_ref.norms import NORM, Norm  # noqa: E402
 
 KEYS = "base_model.model.a.ln_tuning_layers"
 
@@ -83,7 +83,7 @@ def numbers(model: Any, module: str, value: float, name: str = "default") -> Any
     return update(model, name, {module: type(old)(*(None if v is None else 0 * v + value for v in old))})
 
 
-def test_ln_tuning_q1_a_module_is_copied_with_all_that_is_in_it() -> None:
+def test_lntuning_q1_a_module_is_copied_with_all_that_is_in_it() -> None:
     keys = list(peft.get_peft_model_state_dict(tuned("box")))
     assert keys[0] == "base_model.model.box.ln_tuning_layers.default.0.weight"
     assert f"{KEYS.replace('.a.', '.bn.')}.running_mean" in peft.get_peft_model_state_dict(tuned("bn"))
@@ -94,7 +94,7 @@ def test_ln_tuning_q1_a_module_is_copied_with_all_that_is_in_it() -> None:
             ours(base(), name)
 
 
-def test_ln_tuning_q2_saved_while_merged_a_file_holds_the_frozen_numbers(tmp_path: Path) -> None:
+def test_lntuning_q2_saved_while_merged_a_file_holds_the_frozen_numbers(tmp_path: Path) -> None:
     net = base()
     frozen = net.a.weight.detach().clone()
     model = filled(tuned("a", net=net))
@@ -106,7 +106,7 @@ def test_ln_tuning_q2_saved_while_merged_a_file_holds_the_frozen_numbers(tmp_pat
     assert np.all(load_adapter(tmp_path).modules["a"].params.w == 7)
 
 
-def test_ln_tuning_q3_an_active_adapter_on_other_modules_is_asked_for_on_all() -> None:
+def test_lntuning_q3_an_active_adapter_on_other_modules_is_asked_for_on_all() -> None:
     x = torch.randn(2, 4, dtype=torch.float64)
     model = tuned("a")
     model.add_adapter("b", peft.LNTuningConfig(target_modules=["r"]))
@@ -121,7 +121,7 @@ def test_ln_tuning_q3_an_active_adapter_on_other_modules_is_asked_for_on_all() -
     torch.testing.assert_close(forward(activate(both, "b"), "a", x), net.a(x).detach(), rtol=1e-12, atol=1e-13)
 
 
-def test_ln_tuning_q4_two_active_adapters_raise_when_they_run() -> None:
+def test_lntuning_q4_two_active_adapters_raise_when_they_run() -> None:
     model = tuned("a")
     model.add_adapter("b", peft.LNTuningConfig(target_modules=["a"]))
     model.base_model.set_adapter(["default", "b"])
@@ -138,7 +138,7 @@ def test_ln_tuning_q4_two_active_adapters_raise_when_they_run() -> None:
         merge(both, ("default", "b"))
 
 
-def test_ln_tuning_q5_rows_that_name_adapters_run_with_the_active_one() -> None:
+def test_lntuning_q5_rows_that_name_adapters_run_with_the_active_one() -> None:
     x = torch.randn(2, 4, dtype=torch.float64)
     model = filled(tuned("a"))
     model.add_adapter("b", peft.LNTuningConfig(target_modules=["a"]))
@@ -154,7 +154,7 @@ def test_ln_tuning_q5_rows_that_name_adapters_run_with_the_active_one() -> None:
     torch.testing.assert_close(rows[0], net.a(x).detach()[0], rtol=1e-12, atol=1e-13)
 
 
-def test_ln_tuning_q6_an_adapter_added_to_a_merged_model_starts_from_the_merged_numbers() -> None:
+def test_lntuning_q6_an_adapter_added_to_a_merged_model_starts_from_the_merged_numbers() -> None:
     model = filled(tuned("a"))
     model.merge_adapter()
     model.add_adapter("b", peft.LNTuningConfig(target_modules=["a"]))
@@ -166,7 +166,7 @@ def test_ln_tuning_q6_an_adapter_added_to_a_merged_model_starts_from_the_merged_
     np.testing.assert_array_equal(both.adapters["b"].modules["a"].params.c, net.a.bias.detach().numpy())
 
 
-def test_ln_tuning_q7_the_copy_of_a_layer_in_16_bits_has_16_bits(tmp_path: Path) -> None:
+def test_lntuning_q7_the_copy_of_a_layer_in_16_bits_has_16_bits(tmp_path: Path) -> None:
     net = base().bfloat16()
     model = tuned("a", net=net)
     assert model.base_model.model.a.ln_tuning_layers["default"].weight.dtype == torch.bfloat16
@@ -186,6 +186,18 @@ def test_ln_tuning_q7_the_copy_of_a_layer_in_16_bits_has_16_bits(tmp_path: Path)
         theirs = model.base_model.model.a(x).float()
     # Both compute wider than they put out, and round once: at most one rounding of eight bits apart.
     torch.testing.assert_close(forward(mine, "a", x).float(), theirs, rtol=2**-7, atol=0)
+
+
+def test_lntuning_q8_rms_norms_of_transformers_compute_in_float32_in_a_float64_model() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    exact = x / torch.sqrt(torch.mean(x * x, dim=-1, keepdim=True) + 1e-6)
+    theirs = LlamaRMSNorm(4, eps=1e-6).double()(x)
+    assert theirs.dtype == torch.float64
+    assert 1e-12 < (theirs - exact).abs().max() < 1e-5
+    mine = Norm(features=4, eps=1e-6, centred=False, bias=False).apply(x.numpy(), np.ones((4, 1)), None)
+    np.testing.assert_allclose(mine, exact.numpy(), rtol=1e-14)
 
 
 def test_merging_another_one_puts_it_in_the_place_of_the_first() -> None:

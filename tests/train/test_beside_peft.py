@@ -112,8 +112,8 @@ CASES: Mapping[str, Case] = {
     "whole modules and biases": Case(
         peft.LoraConfig, {**R, "target_modules": Q, "bias": "all", "modules_to_save": ["lm_head", "norm"]}, accumulate=2
     ),
-    "norms": Case(peft.LNTuningConfig, {"modules_to_save": ["lm_head"]}, accumulate=2),
-    "norms of gpt2": Case(peft.LNTuningConfig, {}, "gpt2"),
+    "ln tuning": Case(peft.LNTuningConfig, {"modules_to_save": ["lm_head"]}, accumulate=2),
+    "ln tuning of gpt2": Case(peft.LNTuningConfig, {}, "gpt2"),
     "prompt tuning": Case(peft.PromptTuningConfig, N, accumulate=2),
     "prefix tuning": Case(peft.PrefixTuningConfig, {**N, "num_attention_heads": 2, "token_dim": 4}),
     "prefix projection": Case(
