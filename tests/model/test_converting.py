@@ -154,6 +154,7 @@ def test_an_adapter_of_a_changed_weight_becomes_plain_as_in_peft(init: str, rslo
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = init
+    torch.manual_seed(3)  # numbers of a fair size: what is left of a large start and its opposite is known to fewer digits
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
             if "lora_" in key:
