@@ -84,7 +84,7 @@ def weight(layer: Layer, method: WeightMethod[P], p: P, W: Array, b: Array | Non
     biases: list[Array | None] = []
 
     def tile_of(tile: slice) -> Array:
-        V, c = method.weight(_part(layer, tile), _cut(method, p, tile), W[tile], None if b is None else b[tile], W0[tile])
+        V, c = method.weight(part(layer, tile), cut(method, p, tile), W[tile], None if b is None else b[tile], W0[tile])
         biases.append(c)
         return V
 
@@ -96,9 +96,7 @@ def weight_vjp(
 ) -> WeightGradients[P]:
     """`method.weight_vjp` of a method by rows; the gradient of W only where it is wanted, else dW as it came."""
     parts = [
-        method.weight_vjp(
-            _part(layer, t), _cut(method, p, t), W[t], None if b is None else b[t], W0[t], dW[t], None if db is None else db[t]
-        )
+        method.weight_vjp(part(layer, t), cut(method, p, t), W[t], None if b is None else b[t], W0[t], dW[t], None if db is None else db[t])
         for t in dense.tiles(W.shape[0])
     ]
     values = {}
@@ -116,14 +114,16 @@ def _by_rows(method: WeightMethod[Any]) -> set[str]:
     return {name for name, (shape, _) in declared(method.params_type).items() if shape.split()[0] == "out"}
 
 
-def _cut(method: WeightMethod[P], p: P, tile: slice) -> P:
+def cut(method: WeightMethod[P], p: P, tile: slice) -> P:
+    """What of the parameters belongs to these rows of W: `part` of the layer's."""
     names = _by_rows(method)
     return method.to_params(
         **{n: v[tile] if n in names and v is not None else v for n, v in zip(declared(method.params_type), p, strict=True)}
     )
 
 
-def _part(layer: Layer, tile: slice) -> Linear:
+def part(layer: Layer, tile: slice) -> Linear:
+    """The layer with these outputs alone."""
     assert isinstance(layer, Linear)
     return replace(layer, out_features=tile.stop - tile.start)
 

@@ -137,11 +137,10 @@ class _Crew:
 
 def write_shard(shard: Shard, size: int, target: str, desk: str | None, places: Sequence[Elsewhere], run: str, fsync: bool) -> int:
     """On a worker: the shard under a name of its own, then, complete, under its name in `target`. Returns how many bytes that were."""
-    scratch = Path(tempfile.gettempdir()) / run
     fetched = list[Path]()
     if places:
-        shard, fetched = _fetched(shard, places, scratch)
-    own = Path(tempfile.mkdtemp(dir=desk)) if desk is not None else _made(scratch / uuid.uuid4().hex)
+        shard, fetched = _fetched(shard, places, Path(tempfile.gettempdir()) / run)
+    own = Path(tempfile.mkdtemp(dir=desk))
     try:
         _written(shard, size, own, fsync)
         if desk is not None:
@@ -159,7 +158,7 @@ def write_shard(shard: Shard, size: int, target: str, desk: str | None, places: 
 def _written(shard: Shard, size: int, folder: Path, fsync: bool) -> None:
     """The work of `engine` by one thread: a worker of Dask's has as many tasks as it has threads."""
     with one_thread():
-        stamps, job, bench = Stamps(_sources(shard)), Job(shard, size, folder, fsync), Bench()
+        stamps, job, bench = Stamps(shard.sources), Job(shard, size, folder, fsync), Bench()
         try:
             while (task := job.take()) is not None:
                 job.do(task, bench)
@@ -176,20 +175,10 @@ def _fetched(shard: Shard, places: Sequence[Elsewhere], scratch: Path) -> tuple[
     for n, (here, address, of_base) in enumerate(places):
         folders[here] = there = scratch / (uuid.uuid4().hex if of_base else str(n))
         if of_base:
-            fetched += [fetch(address, path.name, there) for path in sorted(_sources(shard))]
+            fetched += [fetch(address, path.name, there) for path in sorted(shard.sources)]
         else:
             fetch_folder(address, there)
     return moved(shard, folders), fetched
-
-
-def _sources(shard: Shard) -> set[Path]:
-    """The files of the base that it is made of."""
-    return {t.path for t in shard.tensors} | ({shard.source} if shard.source is not None else set())
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _to_address(plan: Plan, out: str, overwrite: bool, crew: _Crew, tell: Tell) -> Merged:

@@ -98,7 +98,7 @@ def cores() -> int:
 
 def read_by(plan: Plan) -> set[Path]:
     """Every file that the output is made of."""
-    base = {t.path for shard in plan.shards for t in shard.tensors} | {s.source for s in plan.shards if s.source is not None}
+    base = {path for shard in plan.shards for path in shard.sources}
     folders = {source.folder for source in plan.sources} | {c.adapter() for s in plan.shards for t in s.tensors for c in t.changes}
     theirs = {path for folder in folders for path in folder.iterdir() if path.name == "adapter_config.json" or _weights(path)}
     return base | theirs | set(plan.along)

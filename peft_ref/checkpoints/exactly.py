@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_ref.check.case import Case, CaseAdapter, config_of
 from peft_ref.checkpoints.changes import AddBias, AddLowRank, AddStack, OfAdapter, OfModule
-from peft_ref.checkpoints.pieces import Piece, pread
+from peft_ref.checkpoints.pieces import Piece, pread, source
 from peft_ref.checkpoints.plan import Change, NDArray, Planned, Rows
 from peft_ref.checkpoints.suspecting import Claim, tolerance
 from peft_ref.contracts import Method
@@ -37,10 +37,10 @@ def blocks(planned: Planned, merged: Piece) -> Iterator[Block]:
     rows, columns = planned.matrix
     changes = [_in_float64(change) for change in planned.changes]
     each = rows if any(change.whole for change in changes) else max(1, BLOCK // max(1, columns))
-    source = Piece(planned.path, planned.name, planned.stored_dtype, planned.shape, planned.begin, planned.end)
+    base = source(planned)
     for first in range(0, rows, max(1, each)):
         n = min(each, rows - first)
-        W = _rows(source, first, n, columns)
+        W = _rows(base, first, n, columns)
         right, slack = W, np.zeros_like(W)
         for n_th, change in enumerate(changes):
             before, right = right, change(right.copy(), first)

@@ -21,7 +21,6 @@ class Job:
         self.shard, self.size, self.fsync = shard, size, fsync
         self.path = folder / shard.name
         self.dealt_out = False  # whether no tasks are left to take
-        self._sources = {t.path for t in shard.tensors} | ({shard.source} if shard.source is not None else set())
         self._part = folder / (shard.name + PART)
         self._lock = threading.Lock()
         self._left: Iterator[Task] | None = None
@@ -83,7 +82,7 @@ class Job:
         self._target, self._opened = -1, {}
 
     def _begin(self) -> Iterator[Task]:
-        for path in sorted(self._sources):
+        for path in sorted(self.shard.sources):
             self._opened[path] = os.open(path, os.O_RDONLY)
         # Not emptied first: the blocks that a killed run wrote are taken over, and every byte is written again.
         self._target = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666)

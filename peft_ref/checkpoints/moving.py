@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 
 from peft_ref.checkpoints.base import LARGE, WEIGHTS
 from peft_ref.errors import FileFormatError
+from peft_ref.files.safetensors import MAX_HEADER
 
 T = TypeVar("T")
-HEADER_AT_MOST = 100_000_000
-AT_ONCE = 16 << 20
 
 
 def is_address(place: str) -> bool:
@@ -59,7 +58,7 @@ def _hollow_file(system: Any, source: str, size: int, target: Path) -> None:
     with system.open(source, "rb", block_size=1 << 20) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(HEADER_AT_MOST, size):
+        if len(start) < 8 or length > min(MAX_HEADER, size):
             raise FileFormatError(f"{source}: claims a header of {length} bytes, the file has {size}.\n  No safetensors file, or cut off.")
         header = file.read(length)
     with target.open("wb") as hole:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_ref.checkpoints.plan import NDArray
+from peft_ref.checkpoints.plan import NDArray, Planned
 from peft_ref.errors import FileFormatError
 from peft_ref.files.safetensors import SafetensorsFile, dtypes
 
@@ -32,6 +32,11 @@ class Piece(NamedTuple):
 def piece(file: SafetensorsFile, name: str) -> Piece:
     entry = file.entries[name]
     return Piece(file.path, name, entry.dtype, entry.shape, entry.begin, entry.end)
+
+
+def source(planned: Planned) -> Piece:
+    """Where a planned tensor lies in the base."""
+    return Piece(planned.path, planned.name, planned.stored_dtype, planned.shape, planned.begin, planned.end)
 
 
 def pieces(file: SafetensorsFile) -> Mapping[str, Piece]:

@@ -88,6 +88,11 @@ class Shard(NamedTuple):
     source: Path | None  # the file of the base whose header it has, byte for byte; None where a header of its own is written
     metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
 
+    @property
+    def sources(self) -> set[Path]:
+        """The files of the base that it is made of."""
+        return {t.path for t in self.tensors} | ({self.source} if self.source is not None else set())
+
 
 @dataclass(frozen=True)
 class Plan:

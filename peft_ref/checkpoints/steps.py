@@ -9,7 +9,7 @@ adapters, for DoRA's norm; the weight, for the bias of GLoRA) it reads from the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
@@ -18,14 +18,14 @@ from peft_ref.checkpoints.changes import OfModule
 from peft_ref.checkpoints.pieces import Piece, pread
 from peft_ref.checkpoints.plan import Change, NDArray, Rows, Source
 from peft_ref.checkpoints.remade import Home, remade
-from peft_ref.checkpoints.ways import BY_ROWS, OWN, State, exact_delta
+from peft_ref.checkpoints.ways import OWN, State, exact_delta
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Additive
 from peft_ref.files.adapter import load_config
 from peft_ref.files.safetensors import dtypes
-from peft_ref.layers import Layer, Linear
+from peft_ref.large import cut, part
+from peft_ref.layers import Layer
 from peft_ref.model.attaching import start_of
-from peft_ref.parameters import declared
 from peft_ref.stack import Adapter, step
 
 
@@ -62,7 +62,7 @@ class Step(OfModule):
 
     def by_rows(self) -> bool:
         plain = self.layer.kind == "linear" and self.part == "weight"
-        return plain and type(self.method).__name__ in BY_ROWS and (self.alone or not self.weight.changes)
+        return plain and self.method.by_rows and (self.alone or not self.weight.changes)
 
     def whole(self) -> bool:
         return not self.by_rows()
@@ -141,17 +141,11 @@ class _RowSteps(_Steps):
     """Of a linear layer, whose rows are those of its matrix; as many outputs as come, of the same inputs."""
 
     def __call__(self, rows: NDArray, first: int) -> NDArray:
-        change = self._change
-        assert isinstance(change.layer, Linear)
-        letters = {name: shape for name, (shape, _) in declared(change.method.params_type).items()}
-        own = {
-            name: value if value is None or letters[name].split()[0] != "out" else value[first : first + len(rows)]
-            for name, value in self._params._asdict().items()
-        }
-        layer = replace(change.layer, out_features=len(rows))
+        change, tile = self._change, slice(first, first + len(rows))
+        layer, own = part(change.layer, tile), cut(change.method, self._params, tile)
         W = rows.astype(self._computed)
         W0 = W if change.alone else change.weight.rows(first, len(rows)).astype(self._computed)
-        made, _ = self._stepped(layer, type(self._params)(**own), State(W, None, W0, None), rows.dtype)
+        made, _ = self._stepped(layer, own, State(W, None, W0, None), rows.dtype)
         np.copyto(rows, made, casting="unsafe")
         return rows
 

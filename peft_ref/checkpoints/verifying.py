@@ -22,7 +22,7 @@ import numpy as np
 from peft_ref.check.result import Diagnosis, PortInfo, Report, Verdict, Worst
 from peft_ref.checkpoints.base import Base
 from peft_ref.checkpoints.exactly import Block, blocks, claimed, method_of
-from peft_ref.checkpoints.pieces import Piece, pread
+from peft_ref.checkpoints.pieces import Piece, same, source
 from peft_ref.checkpoints.plan import Plan, Planned
 from peft_ref.checkpoints.suspecting import CLAUSE, FORMATS, Claim, Suspect, explaining, spacing, tolerance
 
@@ -68,18 +68,13 @@ def graded(task: Task) -> Verdict:
     if place.dtype not in FORMATS:
         if planned.changes or place.dtype != planned.stored_dtype:
             return _verdict(planned.name, method, "wrong", f"is {place.dtype}, which is no number that can be compared")
-        same = _same_bytes(planned, place)
-        return _verdict(planned.name, method, "right" if same else "wrong", "untouched" if same else "its bytes are not the base's")
+        if same(source(planned), place):
+            return _verdict(planned.name, method, "right", "untouched")
+        return _verdict(planned.name, method, "wrong", "its bytes are not the base's")
     worst = _Worst(place.dtype, bool(planned.changes))
     for block in blocks(planned, place):
         worst.add(block)
     return worst.verdict(planned.name, method)
-
-
-def _same_bytes(planned: Planned, place: Piece) -> bool:
-    source = Piece(planned.path, planned.name, planned.stored_dtype, planned.shape, planned.begin, planned.end)
-    sizes = [(at, min(1 << 22, planned.end - planned.begin - at)) for at in range(0, planned.end - planned.begin, 1 << 22)]
-    return all(bool(np.array_equal(pread(source, source.begin + at, n), pread(place, place.begin + at, n))) for at, n in sizes)
 
 
 class _Worst:

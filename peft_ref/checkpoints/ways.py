@@ -43,8 +43,6 @@ KEPT = "LoRA"
 # Which of a layer's parameters a method changes, where it is not the weight alone. IA3 does so where it scales the output.
 WITH_BIAS = frozenset({"AdaMSS", "GLoRA", "IA3", "RoAd"})
 BIAS_ALONE = frozenset({"BEFT"})
-# Methods whose parameters have a row for every row of the matrix, and nothing that joins two of them.
-BY_ROWS = frozenset({"DoRA", "HiRA", "LoHa"})
 
 
 def rounded_first(method: WeightMethod[Any], layer: Layer, rounding: Rounding) -> bool:

@@ -95,15 +95,18 @@ class CheckpointGraph(Graph):
         return MappingProxyType(tied_parameters(self._parameters, self.config))
 
     @cached_property
-    def _modules(self) -> Mapping[str, Module]:
+    def _found(self) -> Mapping[str, Module]:
         first = dict(self._parameters)
         second = {s: Parameter(name=s, shape=first[f].shape, dtype=first[f].dtype) for s, f in self._tied.items()}
-        found = stored_modules(first | second, self.config)
-        return MappingProxyType({name: found[name] for name in in_live_order(found, self.model_type) or found})
+        return stored_modules(first | second, self.config)
 
     @cached_property
-    def _in_order(self) -> bool:
-        return in_live_order(self._modules, self.model_type) is not None
+    def _order(self) -> tuple[str, ...] | None:
+        return in_live_order(self._found, self.model_type)
+
+    @cached_property
+    def _modules(self) -> Mapping[str, Module]:
+        return MappingProxyType({name: self._found[name] for name in self._order or self._found})
 
     def modules(self) -> Mapping[str, Module]:
         return self._modules
@@ -120,7 +123,7 @@ class CheckpointGraph(Graph):
 
     @property
     def in_order(self) -> bool:
-        return self._in_order
+        return self._order is not None
 
     @property
     def pretrained(self) -> bool:

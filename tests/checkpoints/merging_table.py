@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_ref.checkpoints.ways import BY_ROWS, ONCE, OWN, WAYS
+from peft_ref.checkpoints.ways import ONCE, OWN, WAYS
 from peft_ref.contracts import LowRank
 from peft_ref.methods import METHODS
 from tests.checkpoints.method_cases import BITS, MORE_PLACES, UNMERGED
@@ -26,7 +26,7 @@ def row(name: str) -> str:
     if method in UNMERGED:
         return f"| {method} | | | {UNMERGED[method]} | |"
     tiles = issubclass(cls, LowRank) or method in BY_NUMBERS
-    held = "a tile" if tiles else "some rows of a linear layer" if method in BY_ROWS else "the tensor"
+    held = "a tile" if tiles else "some rows of a linear layer" if cls.by_rows else "the tensor"
     if method in BITS:
         return f"| {method} | {rounded} | {held} | equal | equal |"
     places = MORE_PLACES.get(method, 1)
