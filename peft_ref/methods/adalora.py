@@ -30,6 +30,7 @@ from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.ranges import not_negative, positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear", "conv2d"})
 EPSILON = 1e-5  # HF's, beside the rank that it divides by
@@ -65,28 +66,24 @@ class AdaLoRA(LowRank[Params]):
     dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
-        if self.init_r <= 0:
-            raise ConfigError(f"init_r={self.init_r}: the rank must be a positive integer.")
+        positive(self, "init_r")
         if self.live_r is not None and not 0 <= self.live_r <= self.init_r:
             raise ConfigError(f"live_r={self.live_r}: of init_r={self.init_r} triplets that many cannot be left.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability below 1 is needed.")
-        if self.total_step is None or self.total_step <= 0:
+        probability(self, "lora_dropout")
+        positive(self, "total_step", "deltaT")
+        if self.total_step is None:
             raise ConfigError(f"total_step={self.total_step}: the schedule needs the number of training steps (HF PEFT refuses it too).")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 f"tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}: no step is left in which ranks are"
                 " allocated (HF PEFT refuses it too).\n  tinit must be smaller than total_step - tfinal."
             )
-        if self.deltaT < 1:
-            raise ConfigError(f"deltaT={self.deltaT}: ranks are allocated every deltaT steps, so at least 1 is needed.")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(
                     f"{name}={getattr(self, name)}: a moving average needs a weight between 0 and 1 (HF PEFT refuses it too)."
                 )
-        if self.orth_reg_weight < 0:
-            raise ConfigError(f"orth_reg_weight={self.orth_reg_weight}: a penalty cannot be negative (HF PEFT refuses it too).")
+        not_negative(self, "orth_reg_weight")
 
     @property
     def r(self) -> int:

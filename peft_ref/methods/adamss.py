@@ -28,6 +28,7 @@ from peft_ref.arrays import Array, column, device, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear"})
 MOST = 16  # subspaces
@@ -75,24 +76,17 @@ class AdaMSS(Additive[Any]):
     def __post_init__(self) -> None:
         object.__setattr__(self, "clusters", tuple(self.clusters))  # JSON has lists
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        if min(self.r, self.num_subspaces, self.subspace_rank) <= 0 or self.num_subspaces > MOST:
-            raise ConfigError(
-                f"r={self.r}, num_subspaces={self.num_subspaces}, subspace_rank={self.subspace_rank}: positive integers,"
-                f" and at most {MOST} subspaces here."
-            )
-        if self.init_weights not in ("orthogonal", None, False):
-            raise ConfigError(f"init_weights={self.init_weights!r}: 'orthogonal' or null (HF PEFT refuses others too).")
+        positive(self, "r", "num_subspaces", "subspace_rank")
+        if self.num_subspaces > MOST:
+            raise ConfigError(f"num_subspaces={self.num_subspaces}: at most {MOST} here.")
+        one_of(self, "init_weights", "orthogonal", None, False)
         if set(self.clusters) != set(range(max(self.clusters, default=-1) + 1)) or max(self.clusters, default=0) >= MOST:
             raise ConfigError(f"clusters={self.clusters}: the subspaces are numbered from 0, none is empty, and there are at most {MOST}.")
         if self.use_asa:
             self._check_schedule()
 
     def _check_schedule(self) -> None:
-        if self.mask_interval <= 0 or self.asa_target_subspaces <= 0 or self.asa_schedule_exponent <= 0:
-            raise ConfigError(
-                f"mask_interval={self.mask_interval}, asa_target_subspaces={self.asa_target_subspaces},"
-                f" asa_schedule_exponent={self.asa_schedule_exponent}: positive (HF PEFT refuses it too)."
-            )
+        positive(self, "mask_interval", "asa_target_subspaces", "asa_schedule_exponent")
         if self.init_warmup >= self.final_warmup:
             raise ConfigError(f"init_warmup={self.init_warmup} is not before final_warmup={self.final_warmup} (HF PEFT refuses it too).")
 

@@ -25,6 +25,7 @@ from peft_ref.attending import AddedGradients, AttentionMethod, shared_by_all
 from peft_ref.attention import attention, attention_vjp
 from peft_ref.contracts import Key
 from peft_ref.errors import ConfigError
+from peft_ref.ranges import positive
 
 
 class Params(NamedTuple):
@@ -43,8 +44,7 @@ class AdaptionPrompt(AttentionMethod[Params]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapter_len is not None and self.adapter_len <= 0:
-            raise ConfigError(f"adapter_len={self.adapter_len}: a positive number is needed.")
+        positive(self, "adapter_len")
 
     def dims(self) -> Mapping[str, int]:
         if self.adapter_len is None:

@@ -28,6 +28,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -49,8 +50,7 @@ class BdLoraConfig:
         a, b = self.target_modules_bd_a or (), self.target_modules_bd_b or ()
         if both := sorted(set(a) & set(b)):
             raise ConfigError(f"use_bdlora: {both[0]!r} is in target_modules_bd_a and in target_modules_bd_b (HF PEFT refuses it too).")
-        if self.nblocks < 1:
-            raise ConfigError(f"use_bdlora: nblocks={self.nblocks}: at least one block is needed.")
+        positive(self, "nblocks")
 
     def diagonal_of(self, module_name: str) -> str:
         """Which factor is block-diagonal on a module: "A", "B", or "" for neither. A pattern may stand anywhere in the name."""
@@ -90,8 +90,7 @@ class BDLoRA(LowRank[Params]):
         check_rank(self)
         check_bias(self)
         object.__setattr__(self, "use_bdlora", as_submap(BdLoraConfig, "use_bdlora", self.use_bdlora))
-        if self.diagonal not in ("", "A", "B"):
-            raise ConfigError(f"diagonal={self.diagonal!r}: 'A', 'B', or '' where neither factor is block-diagonal.")
+        one_of(self, "diagonal", "", "A", "B")  # '' where neither factor is block-diagonal
 
     @property
     def scale(self) -> float:

@@ -23,8 +23,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, integers, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear"})
 INITS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
@@ -46,10 +47,8 @@ class C3A(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.block_size <= 0:
-            raise ConfigError(f"block_size={self.block_size}: a block has a positive number of rows.")
-        if self.init_weights not in INITS:
-            raise ConfigError(f"init_weights={self.init_weights!r} is no start of C3A.\n  There are {', '.join(map(repr, INITS))}.")
+        positive(self, "block_size")
+        one_of(self, "init_weights", *INITS)
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"b": self.block_size}

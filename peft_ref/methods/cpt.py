@@ -32,6 +32,7 @@ import numpy as np
 from peft_ref.arrays import Array, column, namespace, row_norm, to, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.prompts import EMBEDDING, IGNORED, NO_SOURCES, Context, Counted, Sources, Tensors, TypedPrompt
+from peft_ref.ranges import one_of
 
 DELTA = "delta_embedding.weight"
 LOSSES = ("none", "decay")
@@ -70,8 +71,7 @@ class CPT(TypedPrompt):
                 raise ConfigError(f"{name} has {len(values)} entries for {len(ids)} tokens (HF PEFT refuses it too).")
             if not all(isinstance(v, int) and not isinstance(v, bool) and (v >= 0 or name != "cpt_token_ids") for v in values):
                 raise ConfigError(f"{name}={values!r:.60}: whole numbers are needed, and of tokens none below 0.")
-        if self.opt_weighted_loss_type not in LOSSES:
-            raise ConfigError(f"opt_weighted_loss_type={self.opt_weighted_loss_type!r}: there are {', '.join(LOSSES)}.")
+        one_of(self, "opt_weighted_loss_type", *LOSSES)
 
     @property
     def types(self) -> list[int]:

@@ -28,9 +28,9 @@ from peft_ref.activations import relu, relu_vjp
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.normals import columns, diagonal_signs, orthonormal, orthonormal_vjp
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear", "transposed_linear"})
 DEVIATION = 0.02
@@ -57,10 +57,8 @@ class DEFT(Conditioned[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if self.decomposition_method not in ("relu", "qr"):
-            raise ConfigError(f"decomposition_method={self.decomposition_method!r}: 'relu' or 'qr' (HF PEFT refuses others too).")
+        positive(self, "r")
+        one_of(self, "decomposition_method", "relu", "qr")
 
     def scale(self, r: int) -> float:
         return self.alpha / r if self.alpha else 1.0

@@ -24,8 +24,8 @@ import numpy as np
 
 from peft_ref.arrays import Array, column, namespace, row_norm, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
+from peft_ref.ranges import positive, probability
 
 LEAST = 1e-4
 
@@ -52,10 +52,8 @@ class DeLoRA(LowRank[Params]):
     dropout: ClassVar[str | None] = "module_dropout"
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.module_dropout < 1:
-            raise ConfigError(f"module_dropout={self.module_dropout}: a probability from 0 to below 1.")
+        positive(self, "r")
+        probability(self, "module_dropout")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r}

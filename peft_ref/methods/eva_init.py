@@ -28,6 +28,7 @@ from peft_ref.layers import Layer
 from peft_ref.methods.dora import DoRA
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.methods.lora_init import Factored
+from peft_ref.ranges import share
 
 M = TypeVar("M", LoRA, DoRA)
 ROUNDS = 1000  # through all batches, before it is said that nothing settles
@@ -44,8 +45,9 @@ class Eva:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        if not self.rho >= 1 or not 0 <= self.tau <= 1:
-            raise ConfigError(f"rho={self.rho}, tau={self.tau}: rho is 1 or more, tau from 0 to 1 (HF PEFT refuses it too).")
+        share(self, "tau")
+        if not self.rho >= 1:
+            raise ConfigError(f"rho={self.rho}: a factor of 1 or more is needed.")
 
 
 class Components(NamedTuple):

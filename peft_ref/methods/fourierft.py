@@ -25,10 +25,11 @@ import numpy as np
 from peft_ref import dense
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.half_spectrum import waves, waves_vjp
 from peft_ref.methods.torch_draws import randperm
+from peft_ref.ranges import positive
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -60,8 +61,7 @@ class FourierFT(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.n_frequency <= 0:
-            raise ConfigError(f"n_frequency={self.n_frequency}: there is a positive number of frequencies.")
+        positive(self, "n_frequency")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"n": self.n_frequency}

@@ -33,6 +33,7 @@ from peft_ref.contracts import Delta, Key, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.frod_basis import basis, categories, places, solved
+from peft_ref.ranges import probability, share
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -63,10 +64,8 @@ class FRoD(Conditioned[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparse_rate <= 1:
-            raise ConfigError(f"sparse_rate={self.sparse_rate}: a share from 0 to 1 (HF PEFT refuses it too).")
-        if not 0 <= self.frod_dropout < 1:
-            raise ConfigError(f"frod_dropout={self.frod_dropout}: a probability below 1 is needed.")
+        share(self, "sparse_rate")
+        probability(self, "frod_dropout")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"nnz": self.count(layer.shape[1])}

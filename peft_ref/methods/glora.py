@@ -31,8 +31,8 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, sum_to, to, zeros_like
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Delta, Key, ParamSpec, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import not_negative, one_of, positive
 
 KINDS = frozenset({"linear"})
 FORMS = {
@@ -90,10 +90,8 @@ class GLoRA(Conditioned[Params]):
 
     def __post_init__(self) -> None:
         for name, forms in FORMS.items():
-            if getattr(self, name) not in forms:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: one of {', '.join(forms)} (HF PEFT refuses others too).")
-        if self.r < 0 or (self.r == 0 and "lora" in (self.config_A_B, self.config_C)):
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+            one_of(self, name, *forms)
+        (positive if "lora" in (self.config_A_B, self.config_C) else not_negative)(self, "r")
 
     def forms(self, layer: Layer) -> dict[str, str]:
         """The form of each of the five on this layer."""

@@ -26,6 +26,7 @@ from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import not_negative, positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -54,12 +55,11 @@ class GraLoRA(Additive[Params]):
     dropout: ClassVar[str | None] = "gralora_dropout"
 
     def __post_init__(self) -> None:
-        if self.r <= 0 or self.hybrid_r < 0:
-            raise ConfigError(f"r={self.r}, hybrid_r={self.hybrid_r}: the rank must be a positive integer, the other one not negative.")
-        if self.gralora_k <= 0 or self.r % self.gralora_k:
-            raise ConfigError(f"gralora_k={self.gralora_k}: a positive integer that divides r={self.r} is needed.")
-        if not 0 <= self.gralora_dropout < 1:
-            raise ConfigError(f"gralora_dropout={self.gralora_dropout}: a probability below 1 is needed.")
+        positive(self, "r", "gralora_k")
+        not_negative(self, "hybrid_r")
+        if self.r % self.gralora_k:
+            raise ConfigError(f"gralora_k={self.gralora_k} does not divide r={self.r}.")
+        probability(self, "gralora_dropout")
 
     @property
     def scale(self) -> float:

@@ -23,8 +23,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients, conv_key
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.ranges import one_of, positive, probability
 
 LINEAR = frozenset({"linear", "transposed_linear"})
 TABLE = frozenset({"embedding"})
@@ -49,12 +50,9 @@ class HiRA(Reweight[Params]):
     dropout: ClassVar[str | None] = "hira_dropout"
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.hira_dropout < 1:
-            raise ConfigError(f"hira_dropout={self.hira_dropout}: a probability below 1 is needed.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "gaussian":
-            raise ConfigError(f"init_weights={self.init_weights!r} is not known.\n  There are True, False and 'gaussian'.")
+        positive(self, "r")
+        probability(self, "hira_dropout")
+        one_of(self, "init_weights", True, False, "gaussian")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r}

@@ -24,9 +24,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, outer, to
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Conv, Layer
 from peft_ref.methods.normals import columns, orthonormal, orthonormal_vjp, unit, unit_vjp
+from peft_ref.ranges import positive
 
 KINDS = frozenset({"linear", "conv2d"})
 
@@ -48,8 +49,7 @@ class HRA(Reweight[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the number of reflections must be a positive integer.")
+        positive(self, "r")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r}

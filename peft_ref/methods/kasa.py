@@ -26,11 +26,12 @@ import numpy as np
 
 from peft_ref.arrays import Array, column, namespace, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.orthogonality import distance, distance_vjp
 from peft_ref.methods.submap import as_submap
+from peft_ref.ranges import not_negative
 
 KINDS = frozenset({"linear"})
 
@@ -48,9 +49,7 @@ class KasaConfig:
     gamma: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"kasa_config: {name}={getattr(self, name)}: a penalty cannot be negative (HF PEFT refuses it too).")
+        not_negative(self, "beta", "gamma")
 
 
 @final

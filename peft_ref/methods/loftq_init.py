@@ -27,6 +27,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora import Params
 from peft_ref.methods.lora_init import Factored
+from peft_ref.ranges import positive
 
 BLOCK = 64
 # fmt: off
@@ -50,8 +51,7 @@ class LoftQ:
         if self.loftq_bits != 4:
             more = "8 bits, bitsandbytes' rows of int8, are not built here" if self.loftq_bits == 8 else "HF PEFT refuses it too"
             raise ConfigError(f"loftq_bits={self.loftq_bits}: {more}.\n  Use 4.")
-        if self.loftq_iter < 1:
-            raise ConfigError(f"loftq_iter={self.loftq_iter}: at least one is needed (HF PEFT refuses it too).")
+        positive(self, "loftq_iter")
 
 
 def loftq_of(keys: Mapping[str, Any] | None) -> LoftQ:

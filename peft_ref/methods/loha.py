@@ -23,8 +23,8 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
+from peft_ref.ranges import positive
 
 KINDS = frozenset({"linear", "conv1d", "conv2d"})
 
@@ -50,8 +50,7 @@ class LoHa(Additive[Params]):
     by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        positive(self, "r")
 
     @property
     def scale(self) -> float:

@@ -25,10 +25,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start, WeightMap
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Layer
 from peft_ref.methods import loha
 from peft_ref.methods.loha import KINDS
+from peft_ref.ranges import positive
 
 CONV1D, CONV2D = frozenset({"conv1d"}), frozenset({"conv2d"})
 
@@ -80,8 +80,7 @@ class LoHaEffective(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        positive(self, "r")
 
     @property
     def scale(self) -> float:

@@ -25,8 +25,8 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Layer, Linear
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear", "conv1d", "conv2d"})
 LINEAR, CONVS, CONV1D, CONV2D = (frozenset(k) for k in (("linear",), ("conv1d", "conv2d"), ("conv1d",), ("conv2d",)))
@@ -63,10 +63,8 @@ class LoKr(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
-            raise ConfigError(f"init_weights={self.init_weights!r} is not known.\n  There are True, False and 'lycoris'.")
+        positive(self, "r")
+        one_of(self, "init_weights", True, False, "lycoris")
 
     @property
     def scale(self) -> float:

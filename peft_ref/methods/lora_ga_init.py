@@ -26,6 +26,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora import Params
 from peft_ref.methods.lora_init import Factored
+from peft_ref.ranges import one_of, positive
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -41,12 +42,9 @@ class LoraGA:
     stable_gamma: float = 16
 
     def __post_init__(self) -> None:
-        if self.direction not in DIRECTIONS or self.scale not in SCALES:
-            raise ConfigError(
-                f"direction={self.direction!r}, scale={self.scale!r}.\n  There are {', '.join(DIRECTIONS)} and {', '.join(SCALES)}."
-            )
-        if self.stable_gamma <= 0:
-            raise ConfigError(f"stable_gamma={self.stable_gamma}: a number above zero is needed.")
+        one_of(self, "direction", *DIRECTIONS)
+        one_of(self, "scale", *SCALES)
+        positive(self, "stable_gamma")
 
 
 class Spectrum(NamedTuple):

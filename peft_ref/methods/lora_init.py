@@ -23,6 +23,7 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.ranges import positive, probability
 
 NAMES = ("gaussian", "orthogonal", "pissa", "olora")
 NEEDS_MATRIX = ("orthogonal", "pissa", "olora")
@@ -52,10 +53,8 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def check_rank(method: _HasRank) -> None:
-    if method.r <= 0:
-        raise ConfigError(f"r={method.r}: the rank must be a positive integer.")
-    if not 0 <= method.lora_dropout < 1:
-        raise ConfigError(f"lora_dropout={method.lora_dropout}: a probability below 1 is needed.")
+    positive(method, "r")
+    probability(method, "lora_dropout")
     init = method.init_lora_weights
     if not isinstance(init, bool) and init not in (*NAMES, *FROM_DATA):
         raise ConfigError(f"init_lora_weights={init!r} is not built here.\n  There are True, False, {', '.join(map(repr, NAMES))}.")

@@ -20,10 +20,11 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
 from peft_ref.methods.lora_init import scaling
+from peft_ref.ranges import positive, probability
 
 KINDS = lora.LINEAR | lora.TABLE
 
@@ -56,10 +57,8 @@ class MiCA(LowRank[Params]):
     dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability below 1 is needed.")
+        positive(self, "r")
+        probability(self, "lora_dropout")
 
     @property
     def scale(self) -> float:

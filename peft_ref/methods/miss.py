@@ -23,8 +23,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, tile, tile_vjp, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import one_of, positive, probability
 
 KINDS = frozenset({"linear"})
 KEY = "miss_block"
@@ -48,9 +49,8 @@ class MiSS(Additive[Params]):
     dropout: ClassVar[str | None] = "miss_dropout"
 
     def __post_init__(self) -> None:
-        check_block(self.r, self.miss_dropout)
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"init_weights={self.init_weights!r}: MiSS knows True and False. 'bat' and 'mini' are MiSSBat and MiSSMini.")
+        check_block(self)
+        one_of(self, "init_weights", True, False)  # "bat" and "mini" are MiSSBat and MiSSMini
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r}
@@ -72,11 +72,9 @@ class MiSS(Additive[Params]):
         return Params(namespace(d.W).matrix_transpose(tile_vjp(d.W, (layer.shape[0], self.r))))
 
 
-def check_block(r: int, dropout: float) -> None:
-    if r <= 0:
-        raise ConfigError(f"r={r}: the rank must be a positive integer.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"miss_dropout={dropout}: a probability below 1 is needed.")
+def check_block(method: Any) -> None:
+    positive(method, "r")
+    probability(method, "miss_dropout")
 
 
 def check_fits(r: int, layer: Layer) -> None:

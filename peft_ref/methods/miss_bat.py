@@ -45,7 +45,7 @@ class MiSSBat(Reweight[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        check_block(self.r, self.miss_dropout)
+        check_block(self)
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r}

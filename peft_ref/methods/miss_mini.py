@@ -21,9 +21,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, tile, tile_vjp, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.miss import KEY, KINDS, check_block, check_fits
+from peft_ref.ranges import positive
 
 
 class Params(NamedTuple):
@@ -46,9 +47,8 @@ class MiSSMini(Additive[Params]):
     dropout: ClassVar[str | None] = "miss_dropout"
 
     def __post_init__(self) -> None:
-        check_block(self.r, self.miss_dropout)
-        if self.mini_r <= 0:
-            raise ConfigError(f"mini_r={self.mini_r}: a positive integer is needed.")
+        check_block(self)
+        positive(self, "mini_r")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r, "q": self.mini_r}

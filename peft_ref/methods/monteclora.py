@@ -26,11 +26,11 @@ import numpy as np
 
 from peft_ref.arrays import Array, eye_like, namespace, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
 from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
+from peft_ref.ranges import positive
 
 LEAST_VARIANCE, LEAST = 1e-3, 1e-6
 SAMPLER = "lora_monteclora_sampler."
@@ -64,8 +64,7 @@ class MontecloraConfig:
     buffer_size: int = 150
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ConfigError(f"monteclora_config: num_samples={self.num_samples}: at least one sample is needed.")
+        positive(self, "num_samples")
 
 
 @final

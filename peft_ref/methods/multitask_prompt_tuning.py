@@ -24,6 +24,7 @@ from peft_ref.arrays import Array, namespace, one_hot, to
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
 from peft_ref.methods.prompt_tuning import check_text, initial_rows
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, SAVED, Context, Prompt, Sources, Tensors
+from peft_ref.ranges import one_of, positive
 
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
@@ -48,12 +49,10 @@ class MultitaskPromptTuning(Prompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS and not self.inference_mode:
-            raise ConfigError(f"prompt_tuning_init={self.prompt_tuning_init!r}: there are {', '.join(INITS)}.")
+        if not self.inference_mode:
+            one_of(self, "prompt_tuning_init", *INITS)
         check_text(self.prompt_tuning_init, self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        positive(self, "num_ranks", "num_tasks")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         rows, dim = self.table_shape

@@ -25,6 +25,7 @@ from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Additive, Delta, Key, Start, WeightMap
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.ranges import positive
 
 
 class Params(NamedTuple):
@@ -53,8 +54,7 @@ class OSF(Additive[Params]):
         k = self.effective_rank
         if isinstance(k, bool) or not isinstance(k, int | float | None):
             raise ConfigError(f"effective_rank={k!r} is of type {type(k).__name__}, expected int, float or null.")
-        if k is not None and k <= 0:
-            raise ConfigError(f"effective_rank={k}: at least one direction is kept (HF PEFT refuses it too).")
+        positive(self, "effective_rank")
 
     def high(self, layer: Layer) -> int:
         """How many singular directions are kept: a number of them, a share of the smaller side, or half of it."""

@@ -21,10 +21,10 @@ from typing import ClassVar, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.errors import ConfigError
 from peft_ref.methods.dense import dense, dense_vjp, initial_dense, relu, relu_vjp
 from peft_ref.methods.lstm import initial_lstm, lstm, lstm_shapes, lstm_vjp
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, Context, Sources, TablePrompt, Tensors
+from peft_ref.ranges import one_of, positive, share
 
 ENCODERS = ("MLP", "LSTM")
 HEAD = "mlp_head"
@@ -44,17 +44,12 @@ class PTuning(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_reparameterization_type not in ENCODERS and not self.inference_mode:  # a saved prompt has no encoder
-            raise ConfigError(
-                f"encoder_reparameterization_type={self.encoder_reparameterization_type!r}: there are {', '.join(ENCODERS)}"
-                " (HF PEFT refuses it too)."
-            )
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size <= 0:
-            raise ConfigError(f"encoder_hidden_size={self.encoder_hidden_size}: a positive number is needed.")
-        if self.is_lstm and self.encoder_num_layers < 1:
-            raise ConfigError(f"encoder_num_layers={self.encoder_num_layers}: an LSTM has at least one layer.")
-        if not 0 <= self.encoder_dropout <= 1:
-            raise ConfigError(f"encoder_dropout={self.encoder_dropout}: a probability is needed.")
+        if not self.inference_mode:  # a saved prompt has no encoder
+            one_of(self, "encoder_reparameterization_type", *ENCODERS)
+        positive(self, "encoder_hidden_size")
+        if self.is_lstm:
+            positive(self, "encoder_num_layers")
+        share(self, "encoder_dropout")  # an LSTM may drop everything
 
     @property
     def is_lstm(self) -> bool:

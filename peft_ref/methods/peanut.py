@@ -29,6 +29,7 @@ from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Delta, Key, ParamSpec, Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear"})
 DEEPEST = 8
@@ -74,12 +75,10 @@ class PEANuT(Conditioned[Any]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        positive(self, "r")
         if not 0 <= self.depth <= DEEPEST:
             raise ConfigError(f"depth={self.depth}: from 0 to {DEEPEST} here; HF PEFT takes any that is not negative.")
-        if self.act_fn not in FUNCTIONS:
-            raise ConfigError(f"act_fn={self.act_fn!r} is not known here.\n  There are {', '.join(FUNCTIONS)}.")
+        one_of(self, "act_fn", *FUNCTIONS)
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r, **{f"depth > {i}": int(self.depth > i) for i in range(DEEPEST)}}

@@ -22,9 +22,9 @@ from typing import ClassVar, final
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
-from peft_ref.errors import ConfigError
 from peft_ref.methods.dense import dense, dense_vjp, initial_dense
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, Context, Sources, TablePrompt, Tensors
+from peft_ref.ranges import positive
 
 FIRST, SECOND = "transform.0", "transform.2"
 
@@ -43,8 +43,7 @@ class PrefixTuning(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size <= 0:
-            raise ConfigError(f"encoder_hidden_size={self.encoder_hidden_size}: a positive number is needed.")
+        positive(self, "encoder_hidden_size")
 
     @property
     def projects(self) -> bool:

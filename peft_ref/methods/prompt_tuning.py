@@ -22,6 +22,7 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.errors import ConfigError
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, Context, Sources, TablePrompt, Tensors
+from peft_ref.ranges import one_of
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
@@ -39,8 +40,8 @@ class PromptTuning(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS and not self.inference_mode:  # a newer PEFT's start does not matter once it is saved
-            raise ConfigError(f"prompt_tuning_init={self.prompt_tuning_init!r}: there are {', '.join(INITS)}.")
+        if not self.inference_mode:  # a newer PEFT's start does not matter once it is saved
+            one_of(self, "prompt_tuning_init", *INITS)
         check_text(self.prompt_tuning_init, self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

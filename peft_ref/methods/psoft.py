@@ -31,6 +31,7 @@ from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.cayley import cayley, cayley_vjp, neumann, neumann_vjp, skew, skew_vjp
+from peft_ref.ranges import one_of, positive, probability
 
 STARTS = ("psoft_init", "pissa_init")
 SOLVERS = ("full", "lowrank")
@@ -71,15 +72,10 @@ class PSOFT(LowRank[Params]):
     dropout: ClassVar[str | None] = "psoft_dropout"
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.psoft_dropout < 1:
-            raise ConfigError(f"psoft_dropout={self.psoft_dropout}: a probability from 0 to below 1.")
-        if self.ab_svd_init not in STARTS or self.psoft_svd not in SOLVERS:
-            raise ConfigError(
-                f"ab_svd_init={self.ab_svd_init!r} and psoft_svd={self.psoft_svd!r}: HF PEFT knows {' and '.join(STARTS)},"
-                f" {' and '.join(SOLVERS)}."
-            )
+        positive(self, "r")
+        probability(self, "psoft_dropout")
+        one_of(self, "ab_svd_init", *STARTS)
+        one_of(self, "psoft_svd", *SOLVERS)
         eps = self.cayley_neumann_eps
         if self.use_cayley_neumann and (self.num_cayley_neumann_terms <= 0 or (eps is not None and not 0 < eps < 1)):
             raise ConfigError(

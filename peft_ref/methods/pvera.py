@@ -22,10 +22,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, as_rows, column, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.vera import projections
 from peft_ref.methods.widths import check_widths, widest
+from peft_ref.ranges import positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -63,10 +63,8 @@ class PVeRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.pvera_dropout < 1:
-            raise ConfigError(f"pvera_dropout={self.pvera_dropout}: a probability below 1 is needed.")
+        positive(self, "r")
+        probability(self, "pvera_dropout")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         out, n_in = layer.shape

@@ -24,9 +24,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
-from peft_ref.errors import ConfigError, UnsupportedLayerError
+from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaling
+from peft_ref.ranges import positive
 
 KINDS = frozenset({"linear"})
 
@@ -58,8 +59,7 @@ class QALoRA(LowRank[Params]):
     def __post_init__(self) -> None:
         check_rank(self)
         check_bias(self)
-        if self.qalora_group_size < 1:
-            raise ConfigError(f"qalora_group_size={self.qalora_group_size}: a group has at least one input.")
+        positive(self, "qalora_group_size")
 
     @property
     def scale(self) -> float:

@@ -27,10 +27,10 @@ import numpy as np
 
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.torch_draws import Generator, Host, as_bfloat16
 from peft_ref.methods.widths import check_widths, widest
+from peft_ref.ranges import positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -69,10 +69,8 @@ class RandLoRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
-        if not 0 <= self.randlora_dropout < 1:
-            raise ConfigError(f"randlora_dropout={self.randlora_dropout}: a probability below 1 is needed.")
+        positive(self, "r")
+        probability(self, "randlora_dropout")
 
     @property
     def scale(self) -> float:

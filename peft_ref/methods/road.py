@@ -28,6 +28,7 @@ from peft_ref.arrays import Array, column, namespace, to
 from peft_ref.contracts import Key, Reweight, Start, WeightGradients
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import one_of, positive
 
 KINDS = frozenset({"linear"})
 SIZES = {"road_1": (1, 2), "road_2": (1, 1), "road_4": (2, 1)}  # of theta and alpha, as a fraction of out
@@ -51,9 +52,9 @@ class RoAd(Reweight[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.variant not in SIZES:
-            raise ConfigError(f"variant={self.variant!r} is unknown (HF PEFT refuses it too).\n  There are {', '.join(SIZES)}.")
-        if self.group_size <= 0 or self.group_size % 2:
+        one_of(self, "variant", *SIZES)
+        positive(self, "group_size")
+        if self.group_size % 2:
             raise ConfigError(f"group_size={self.group_size}: a group has two halves, so it must be even (HF PEFT refuses it too).")
 
     def dims(self, layer: Layer) -> dict[str, int]:

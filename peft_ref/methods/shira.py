@@ -23,6 +23,7 @@ from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.torch_draws import UNSEEDED, randperm
+from peft_ref.ranges import positive
 
 KINDS = frozenset({"linear"})
 
@@ -46,8 +47,7 @@ class SHiRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer.")
+        positive(self, "r")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"n": self.r * sum(layer.shape)}

@@ -25,6 +25,7 @@ from peft_ref.arrays import Array, namespace, scattered, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import positive, probability
 
 KINDS = frozenset({"linear"})
 
@@ -54,14 +55,11 @@ class SuperTuning(Additive[Params]):
     dropout: ClassVar[str | None] = "lora_dropout"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity={self.sparsity}: a part of the weight, from 0 to below 1 (HF PEFT refuses it too).")
-        if self.r is not None and self.r <= 0:
-            raise ConfigError(f"r={self.r}: the rank must be a positive integer, or null for none.")
+        probability(self, "sparsity")
+        positive(self, "r")
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError(f"lora_alpha={self.lora_alpha} without r: there is no low-rank part to scale (HF PEFT refuses it too).")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout}: a probability below 1 is needed (HF PEFT refuses it too).")
+        probability(self, "lora_dropout")
 
     @property
     def low_rank_scale(self) -> float:

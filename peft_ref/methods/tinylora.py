@@ -27,9 +27,9 @@ import numpy as np
 
 from peft_ref.arrays import Array, column, namespace, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods.torch_draws import Generator, Host
+from peft_ref.ranges import one_of, positive, probability, share
 
 KINDS = frozenset({"linear", "transposed_linear", "embedding"})
 
@@ -61,14 +61,10 @@ class TinyLoRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0 or self.u <= 0:
-            raise ConfigError(f"r={self.r}, u={self.u}: both must be positive integers.")
-        if not 0 <= self.weight_tying <= 1:
-            raise ConfigError(f"weight_tying={self.weight_tying}: from 0, no layers share a vector, to 1, all share one.")
-        if not 0 <= self.tinylora_dropout < 1:
-            raise ConfigError(f"tinylora_dropout={self.tinylora_dropout}: a probability below 1 is needed.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "uniform":
-            raise ConfigError(f"init_weights={self.init_weights!r} is not known.\n  There are True, False and 'uniform'.")
+        positive(self, "r", "u")
+        share(self, "weight_tying")
+        probability(self, "tinylora_dropout")
+        one_of(self, "init_weights", True, False, "uniform")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         rows, columns = layer.shape[::-1] if layer.kind == "embedding" else layer.shape

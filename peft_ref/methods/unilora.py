@@ -24,8 +24,8 @@ import numpy as np
 
 from peft_ref.arrays import Array, device, namespace, one_hot, to
 from peft_ref.contracts import Additive, Delta, Key, Start
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
+from peft_ref.ranges import positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear"})
 
@@ -57,10 +57,8 @@ class UniLoRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.r <= 0 or self.theta_d_length <= 0:
-            raise ConfigError(f"r={self.r}, theta_d_length={self.theta_d_length}: both must be positive integers.")
-        if not 0 <= self.unilora_dropout < 1:
-            raise ConfigError(f"unilora_dropout={self.unilora_dropout}: a probability below 1 is needed.")
+        positive(self, "r", "theta_d_length")
+        probability(self, "unilora_dropout")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"r": self.r, "length": self.theta_d_length}

@@ -28,6 +28,7 @@ from peft_ref.arrays import Array, namespace, to
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
+from peft_ref.ranges import positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear"})
 PLACES, WEIGHTS = "_topk_indices", "_topk_weights"
@@ -58,13 +59,10 @@ class VBLoRA(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: a positive integer is needed.")
+        positive(self, "r", "num_vectors", "vector_length", "topk")
         if self.topk > self.num_vectors:
             raise ConfigError(f"topk={self.topk} of num_vectors={self.num_vectors}: there are not as many.")
-        if not 0 <= self.vblora_dropout < 1:
-            raise ConfigError(f"vblora_dropout={self.vblora_dropout}: a probability below 1 is needed.")
+        probability(self, "vblora_dropout")
 
     def dims(self, layer: Layer) -> dict[str, int]:
         out, n_in = layer.shape

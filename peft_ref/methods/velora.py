@@ -27,11 +27,11 @@ import numpy as np
 
 from peft_ref.arrays import Array, as_rows, namespace, pad, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start, WeightMap
-from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
 from peft_ref.methods.lora_init import biased, check_bias, check_init, check_rank, initial_factors, scaled, scaling
 from peft_ref.methods.submap import as_submap
+from peft_ref.ranges import one_of, positive
 
 INIT_TYPES = ("batch_average", "batch_average_once", "random")
 
@@ -50,11 +50,8 @@ class VeloraConfig:
     init_type: str = "batch_average"
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "scale"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"velora_config: {name}={getattr(self, name)}: it must be positive (HF PEFT refuses it too).")
-        if self.init_type not in INIT_TYPES:
-            raise ConfigError(f"velora_config: init_type={self.init_type!r}: one of {', '.join(INIT_TYPES)} (HF PEFT refuses it too).")
+        positive(self, "num_groups", "scale")
+        one_of(self, "init_type", *INIT_TYPES)
 
 
 @final

@@ -30,6 +30,7 @@ from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.methods.torch_draws import randperm
 from peft_ref.methods.wavelets import LOW_PASS
+from peft_ref.ranges import positive
 
 Host: TypeAlias = np.ndarray[Any, Any]
 
@@ -60,8 +61,7 @@ class WaveFT(Additive[Params]):
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
-        if self.n_frequency <= 0:
-            raise ConfigError(f"n_frequency={self.n_frequency}: there is a positive number of coefficients.")
+        positive(self, "n_frequency")
         if self.wavelet_family not in NAMED:
             raise ConfigError(
                 f"wavelet_family={self.wavelet_family!r} is none of db1 to db38, sym2 to sym20, coif1 to coif17 (HF PEFT refuses it too).\n"

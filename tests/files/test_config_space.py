@@ -52,7 +52,7 @@ DIFFERENCES = (
     Difference("we", r"exclude_modules=(3|\(1,\)) is not understood", "a number among names: PEFT writes it out as text, or none asks"),
     Difference("we", r"modules_to_save='head' is not understood", "a text as a list: PEFT takes every letter for a name"),
     Difference("we", r"(rank|alpha)_pattern (of '|is a)", UNSEEN),
-    Difference("we", r"\br=.*(is of type|: the rank)", UNSEEN),
+    Difference("we", r"\br=.*(is of type|a positive number)", UNSEEN),
     Difference("we", r"(alpha|\w+_dropout|eps)=('|None|\[).* is of type", UNSEEN),
     Difference("we", r"layers_(to_transform|pattern)=.* is not understood", UNSEEN),
     Difference("PEFT", "No layers types compatible with", "it looks for the widest layer, and there is none"),
