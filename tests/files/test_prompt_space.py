@@ -47,7 +47,7 @@ DIFFERENCES = (
     Difference("we", r"=True is of type bool", "a truth value as a number: PEFT computes with 1"),
     Difference(
         "we",
-        r"(num_virtual_tokens|token_dim|num_transformer_submodules|encoder_hidden_size)=0: a pos|num_(ranks|tasks)=0: at least",
+        r"(num_virtual_tokens|token_dim|num_transformer_submodules|encoder_hidden_size|num_ranks|num_tasks)=0: a pos",
         "a size of nothing: PEFT builds an empty encoder, whose prompt is no prompt",
     ),
     Difference("we", r"modules_to_save='lm_head' is not understood", "a text as a list: PEFT takes every letter for a name"),
