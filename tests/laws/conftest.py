@@ -8,7 +8,9 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from peft_ref.backend import GROUP, Backend, BackendMissing, get_backend, installed
@@ -64,3 +66,16 @@ def backend(request: pytest.FixtureRequest) -> Backend:
             pytest.fail(str(found))  # asked for by name
         pytest.skip(found.reason)
     return found
+
+
+@pytest.fixture(autouse=True)
+def one_unknown_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard writes an unknown size of a shape as -1. NumPy takes any negative number for it, and other libraries do not."""
+    reshape = np.reshape
+
+    def strict(a: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        assert min(sizes, default=0) >= -1, f"np.reshape to {sizes}"
+        return reshape(a, shape, *args, **kwargs)
+
+    monkeypatch.setattr(np, "reshape", strict)

@@ -23,11 +23,12 @@ from tests.mutation.mutants import METHODS, ROOT
 
 # Laws by NumPy alone, live PEFT, the pages' numbers, files and configurations, starts, training. The judge's own oracle is the code that is
 # mutated, so what only asks the judge is no evidence: `check` stands here for its laws of starts and its exact twins.
-LAWS = ("gradients", "merging", "starting", "checkpoint", "inputs", "to_lora", "prompts", "prompt_refusals", "arrays")
+ELSEWHERE = {"test_on_backends", "test_starts_on_backends", "test_layers"}  # what other libraries do, and layers without a method
+LAWS = sorted(f"laws/{p.name}" for p in (ROOT / "tests" / "laws").glob("test_*.py") if p.stem not in ELSEWHERE)
 FOLDERS = (
-    *(f"laws/test_{law}.py" for law in LAWS),
+    *LAWS,
     *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py", "files/test_config_space.py"),
-    "check/test_init_laws.py",
+    *("check/test_init_laws.py", "model/test_sharing.py", "graph/test_live_order.py"),
 )
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-q", "--backend", "numpy", "-m", "not sweep"]
 Record = dict[str, Any]

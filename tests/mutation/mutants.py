@@ -1,10 +1,10 @@
 """The mutants of a file: what mutmut's operators make of each of its expressions, one change at a time.
 
 Of a text one mutant is made, not three (in other letters too): whoever sees one sees all.
-Not mutated: annotations and docstrings (nothing is computed with them), and messages: whatever stands in a `raise`, and texts of more than
-three words. mutmut leaves decorated functions and the bodies of classes alone, for the sake of its trampolines. There are none here
-(`running.py` puts the mutant's code into the function that is there), so a property, a cached function, a default and a table of a class
-are mutated like the rest.
+Not mutated: annotations, names of types and docstrings (nothing is computed with them), zip's `strict` (an assertion), and messages:
+whatever stands in a `raise`, and texts of more than three words. mutmut leaves decorated functions and the bodies of classes alone, for the
+sake of its trampolines. There are none here (`running.py` puts the mutant's code into the function that is there), so a property, a cached
+function, a default and a table of a class are mutated like the rest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Changes(cst.CSTVisitor):
         self.found: list[tuple[cst.CSTNode, cst.CSTNode, str, tuple[int, int], bool]] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, UNTOUCHED) or _is_text(node) or _is_type_checking(node):
+        if isinstance(node, UNTOUCHED) or _is_text(node) or _is_type_checking(node) or _names_a_type(node) or _is_strict(node):
             return False
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
             if not self.functions:  # one within another is a part of that one
@@ -89,6 +89,22 @@ def _is_text(node: cst.CSTNode) -> bool:
 
 def _is_type_checking(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.If) and isinstance(node.test, cst.Name) and node.test.value == "TYPE_CHECKING"
+
+
+def _names_a_type(node: cst.CSTNode) -> bool:
+    """`X: TypeAlias = ...`, `X = Literal[...]`, `X = TypeVar("X")`, and the text of `X = NamedTuple("X", ...)`."""
+    match node:
+        case cst.AnnAssign(annotation=cst.Annotation(annotation=cst.Name(value="TypeAlias"))):
+            return True
+        case cst.Assign(value=cst.Subscript(value=cst.Name(value="Literal")) | cst.Call(func=cst.Name(value="TypeVar"))):
+            return True
+        case cst.Arg(value=cst.SimpleString(value='"Params"')):
+            return True
+    return False
+
+
+def _is_strict(node: cst.CSTNode) -> bool:
+    return isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict"
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
