@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,11 +104,16 @@ class Evidence:
     def running(self, file: str, lines: tuple[int, int]) -> list[pytest.Item]:
         """The tests that run one of these lines of a method's file."""
         wanted = range(lines[0], lines[1] + 1)
-        return [
-            item
-            for name, item in self.items.items()
-            if (r := self.records[name])["passed"] and any(n in wanted for n in r["lines"].get(file, ()))
-        ]
+        return [item for item, ran in self._passing() if any(n in wanted for n in ran.get(file, ()))]
+
+    def using(self, file: str) -> list[pytest.Item]:
+        """The tests that run a method's file, or one that imports from it: what stands in a module runs when it is imported."""
+        name = re.compile(rf"peft_ref\.methods(\.{file}\b| import .*\b{file}\b)")
+        files = {file, *(p.stem for p in METHODS.glob("*.py") if name.search(p.read_text("utf-8")))}
+        return [item for item, ran in self._passing() if not files.isdisjoint(ran)]
+
+    def _passing(self) -> Iterator[tuple[pytest.Item, dict[str, list[int]]]]:
+        return ((item, r["lines"]) for name, item in self.items.items() if (r := self.records[name])["passed"])
 
 
 def runs(item: pytest.Item, following: pytest.Item | None) -> bool:

@@ -77,7 +77,13 @@ def _over(module: Any, code: CodeType) -> None:
             if value.__module__ == module.__name__:
                 old.__defaults__, old.__kwdefaults__ = value.__defaults__, value.__kwdefaults__
         elif not name.startswith("__"):
+            for holder in _importers(name, old) if name in vars(module) else ():
+                setattr(holder, name, value)
             setattr(module, name, value)
+
+
+def _importers(name: str, value: Any) -> list[Any]:
+    return [m for m in list(sys.modules.values()) if str(getattr(m, "__name__", "")).startswith("peft_ref.") and vars(m).get(name) is value]
 
 
 class Judge:
@@ -90,7 +96,7 @@ class Judge:
 
     def judge(self, mutant: Mutant) -> Result:
         records, begin = self.evidence.records, time.perf_counter()
-        items = self.evidence.running(mutant.file, mutant.lines if mutant.function else (0, sys.maxsize))
+        items = self.evidence.running(mutant.file, mutant.lines) if mutant.function else self.evidence.using(mutant.file)
         if not items:
             return Result(UNRUN)
         chosen, total = [], 0.0

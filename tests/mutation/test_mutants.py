@@ -73,6 +73,19 @@ def test_a_mutant_is_at_work_in_objects_that_were_made_before() -> None:
     assert (before.scale, LoKr().r, factors(7, 2)) == (0.5, 8, (1, 7))
 
 
+def test_a_table_is_changed_for_those_who_imported_it() -> None:
+    from peft_ref.methods import waveft
+
+    before = waveft.LOW_PASS["db1"]
+
+    def changed() -> bool:
+        install(one("wavelets", '"db1": (2.0, 1.0),'))
+        return waveft.LOW_PASS["db1"] == (2.0, 1.0)
+
+    assert in_a_child(changed)
+    assert waveft.LOW_PASS["db1"] == before == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("file", sorted({file for file, _, _ in equivalents()}))
 def test_every_equivalent_mutant_is_still_made(file: str) -> None:
     made = {m.key for m in mutants(METHODS / f"{file}.py")}
