@@ -104,58 +104,6 @@ def test_a_product_of_no_rank_adds_zeros() -> None:
     assert LowRankRows([nothing], first=None, exact=True)(W, 0).tolist() == [[0.0, 0.0, 3.0]]
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 16, 192, 193, 384, 385, 500])
-@pytest.mark.parametrize("shape", [(16, 12), (64, 33), (300, 77)])
-def test_torch_sums_a_product_as_the_chain(r: int, shape: tuple[int, int]) -> None:
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(r)
-    B, A = (rng.normal(size=size).astype(np.float32) for size in ((shape[0], r), (r, shape[1])))
-    B[:3], A[:, :3] = -1, 0  # sums of -0: they begin at +0
-    theirs: Any = (torch.from_numpy(B) @ torch.from_numpy(A)).numpy()
-    assert (product(B, A).view(np.uint32) == theirs.view(np.uint32)).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([BF16, F16, F32]), st.booleans(), st.sampled_from([1.0, 0.37, -1.3]), st.integers(-3, 3))
-def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype: Any, first: bool, scale: float, doublings: int) -> None:
-    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs. Those of a scale of 2^n come doubled."""
-    rng = np.random.default_rng(seed)
-    r = int(rng.integers(1, 40))
-    B, A = (rng.normal(size=size).astype(np.float32) * rng.choice([1e-3, 0.1, 1]) for size in ((9, r), (r, 13)))
-    W = (rng.normal(size=(9, 13)) * 0.1).astype(dtype)
-    ending = Ending((2.0**doublings,) if doublings else (scale,), () if doublings else (3.3,), dtype if first else None)
-    doubled = Doubled(doublings, ending._replace(times=()) if doublings else ending)
-    expected = W.copy()
-    ending.onto(expected, product(B, A))
-    terms = B[:, :, None] * A[None]
-    sums = [terms[:, ::-1].cumsum(axis=1)[:, -1], (B.astype(np.float64) @ A).astype(np.float32), np.sum(terms, axis=1)]
-    for anyhow in sums:
-        tile = W.copy()
-        Chain(B, A, ending).onto(tile, np.ldexp(anyhow.astype(np.float32), doublings), slice(0, 9), slice(0, 13), doubled)
-        assert (tile.view(np.uint8) == expected.view(np.uint8)).all()
-
-
-def test_the_chain_is_asked_for_few_numbers_of_a_16_bit_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else exact mode would be right and useless."""
-    import peft_ref.checkpoints.exact as exact
-
-    looked_up = []
-    one_by_one = exact.looked_up
-    monkeypatch.setattr(exact, "looked_up", lambda B, A: looked_up.append(B.shape[1]) or one_by_one(B, A))
-    rng = np.random.default_rng(0)
-    W = (rng.normal(size=(256, 512)) * 0.02).astype(BF16)
-    B, A = (rng.normal(size=size).astype(np.float32) * 0.02 for size in ((256, 16), (16, 512)))
-    LowRankRows([Product(B, A, (2.0,))], first=None, exact=True)(W, 0)
-    assert 0 < sum(looked_up) < 0.01 * W.size
-
-
-def test_a_product_of_no_rank_adds_zeros() -> None:
-    W = np.array([[0.0, -0.0, 3.0]], BF16)
-    assert LowRankRows([Product(np.zeros((1, 0), np.float32), np.zeros((0, 3), np.float32), (2.0,))], first=None, exact=True)(
-        W, 0
-    ).tolist() == [[0.0, 0.0, 3.0]]
-
-
 @pytest.mark.parametrize("r", [1, 2, 16, 193, 385])
 def test_numbers_looked_up_are_those_of_the_whole_product(r: int) -> None:
     rng = np.random.default_rng(r)
