@@ -67,10 +67,13 @@ def test_torch_sums_a_product_as_the_chain(r: int, shape: tuple[int, int]) -> No
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([BF16, F16, F32]), st.booleans(), st.sampled_from([1.0, 0.37, -1.3]), st.integers(-3, 3))
 def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype: Any, first: bool, scale: float, doublings: int) -> None:
-    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs. Those of a scale of 2^n come doubled."""
+    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs; and the worst that there may be, on both sides.
+
+    Those of a scale of 2^n come doubled."""
     rng = np.random.default_rng(seed)
     r = int(rng.integers(1, 40))
     B, A = (rng.normal(size=size).astype(np.float32) * rng.choice([1e-3, 0.1, 1]) for size in ((9, r), (r, 13)))
+    A *= np.geomspace(1, 30, 13, dtype=np.float32)  # columns of different lengths
     W = (rng.normal(size=(9, 13)) * 0.1).astype(dtype)
     ending = Ending((2.0**doublings,) if doublings else (scale,), () if doublings else (3.3,), dtype if first else None)
     doubled = Doubled(doublings, ending._replace(times=()) if doublings else ending)
@@ -78,7 +81,9 @@ def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype:
     ending.onto(expected, product(B, A))
     terms = B[:, :, None] * A[None]
     sums = [terms[:, ::-1].cumsum(axis=1)[:, -1], (B.astype(np.float64) @ A).astype(np.float32), np.sum(terms, axis=1)]
-    for anyhow in sums:
+    g = (r + 4) * 2.0**-24
+    worst = 1.99 * g * np.linalg.norm(B, axis=1)[:, None] * np.linalg.norm(A, axis=0)
+    for anyhow in (*sums, product(B, A) - worst, product(B, A) + worst):
         tile = W.copy()
         Chain(B, A, ending).onto(tile, np.ldexp(anyhow.astype(np.float32), doublings), slice(0, 9), slice(0, 13), doubled)
         assert (tile.view(np.uint8) == expected.view(np.uint8)).all()
