@@ -67,7 +67,7 @@ def test_torch_sums_a_product_as_the_chain(r: int, shape: tuple[int, int]) -> No
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([BF16, F16, F32]), st.booleans(), st.sampled_from([1.0, 0.37, -1.3]), st.integers(-3, 3))
 def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype: Any, first: bool, scale: float, doublings: int) -> None:
-    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs; and the worst that there may be, on both sides.
+    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs; and the worst there may be, on both sides.
 
     Those of a scale of 2^n come doubled."""
     rng = np.random.default_rng(seed)
