@@ -78,7 +78,7 @@ def pack(method: LoRA, embed_dim: int, p: BlockParams) -> dict[str, Array]:
     return {**method.pack(into, p.into), **{f"{OUT}{key}": tensor for key, tensor in method.pack(out, p.out).items()}}
 
 
-def unpack(method: LoRA, embed_dim: int, tensors: Mapping[str, Array], where: str = "") -> BlockParams:
+def unpack(method: LoRA, embed_dim: int, tensors: Mapping[str, Array], where: str) -> BlockParams:
     """Undoes `pack`."""
     into, out = projections(embed_dim)
     inner = {key.removeprefix(OUT): tensor for key, tensor in tensors.items() if key.startswith(OUT)}
