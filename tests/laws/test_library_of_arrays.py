@@ -1,7 +1,4 @@
-"""A method computes in the library that its arrays are of: tried on array-api-strict, whose arrays and NumPy's refuse to be mixed.
-
-One layer of each kind and one adapter: `test_on_backends` has the numbers of every library, and more of them.
-"""
+"""What a method has beside its layers is computed in the library of its arrays too: tried on array-api-strict, which refuses NumPy's."""
 
 from __future__ import annotations
 
@@ -9,18 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, settings
 
-from peft_ref import stack
-from peft_ref.errors import NotMergeableError
 from peft_ref.layers import Linear
-from peft_ref.methods import METHODS, AdaLoRA, PVeRA
+from peft_ref.methods import AdaLoRA, PVeRA
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
-from peft_ref.stack import Adapter
 from tests.laws.compare import assert_close
-from tests.laws.strategies import LAW_ON_BACKEND, PAIRS, Case, cases
-from tests.methods import small
+from tests.laws.strategies import LAW_ON_BACKEND
 
 strict = pytest.importorskip("array_api_strict")
 ONE = settings(LAW_ON_BACKEND, max_examples=1, phases=[Phase.generate], derandomize=True, database=None)
@@ -47,38 +39,6 @@ def assert_alike(got: Any, expected: Any, what: str) -> None:
         assert_close(np.from_dlpack(got).astype(float), expected.astype(float), what, rounding=1e-9)
     else:
         assert got == expected, what
-
-
-def done(case: Case, params: Any, W: Any, b: Any, x: Any, dy: Any) -> tuple[Any, ...]:
-    adapters = [Adapter(case.method, params)]
-    y, gradients = stack.forward(case.layer, W, b, adapters, x), stack.vjp(case.layer, W, b, adapters, x, dy)
-    try:
-        merged = stack.merge(case.layer, W, b, adapters)
-        back = stack.unmerge(case.layer, *merged, adapters, W, b)
-    except NotMergeableError:
-        merged = back = ()
-    return y, gradients.x, gradients.params[0], merged, back
-
-
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
-@given(data=st.data())
-@ONE
-def test_every_result_is_of_the_library_of_the_arguments(name: str, kind: str, data: st.DataObject) -> None:
-    case = data.draw(cases(name, kind, few=True))
-    given = case.params(), case.W, case.b, case.x, case.dy
-    assert_alike(done(case, *map(sent, given[:1]), *map(sent, given[1:])), done(case, *given), name)
-
-
-@pytest.mark.parametrize("name", [name for name, cls in METHODS.weights.items() if "linear" in cls.kinds])
-def test_every_start_is_of_the_library_of_the_weights(name: str) -> None:
-    method, layers = small(name), {f"layers.{i}.q": Linear(in_features=8, out_features=4) for i in range(2)}
-    weights = {layer: np.random.default_rng(i).normal(size=(4, 8)) for i, layer in enumerate(layers)}
-    for given in (weights, sent(weights)):
-        common = method.common(layers, given, np.random.default_rng(2))
-        for layer, W in given.items():
-            start = method.start(layers[layer], W, np.random.default_rng(3), common.get(layer))
-            for array in (*start.params, start.W):
-                assert array is None or type(array) is type(W), name
 
 
 def test_adaloras_allocator_computes_in_the_library_of_the_parameters() -> None:

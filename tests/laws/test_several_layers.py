@@ -56,9 +56,9 @@ def test_unilora_maps_its_numbers_onto_all_factors_without_changing_their_length
 
 
 def test_frod_refuses_a_category_of_two_widths_by_its_modules() -> None:
+    layers, weights = ({f"{i}.q": table[f"{word}.q"] for i, word in enumerate("ab")} for table in (LAYERS, WEIGHTS))
     with pytest.raises(ConfigError, match=r"'0.q' .. '1.q' share one V"):
-        layers = {"0.q": LAYERS["a.q"], "1.q": LAYERS["b.q"]}
-        FRoD().common(layers, {"0.q": WEIGHTS["a.q"], "1.q": WEIGHTS["b.q"]}, np.random.default_rng(0))
+        FRoD().common(layers, weights, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("method", "key", "rows"), [(VeRA(r=2), "vera", 2), (PVeRA(r=2), "pvera", 4)], ids=["vera", "pvera"])
