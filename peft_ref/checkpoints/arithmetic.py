@@ -49,6 +49,19 @@ class Ending(NamedTuple):
 
     def onto(self, tile: NDArray, delta: NDArray) -> None:
         """Adds to `tile`, in place. `delta` is in the dtype that is computed in, and is lost."""
+        if tile.dtype == delta.dtype:
+            self._changed(delta)
+            tile += delta
+        else:
+            self.sum(widened(tile), delta, tile)
+
+    def sum(self, wide: NDArray, delta: NDArray, out: NDArray) -> None:
+        """The same sum with a weight in the dtype that is computed in, stored in `out`. `delta` is lost."""
+        self._changed(delta)
+        delta += wide
+        np.copyto(out, delta, casting="unsafe")
+
+    def _changed(self, delta: NDArray) -> None:
         for factor in self.times:
             delta *= delta.dtype.type(factor)
         for divisor in self.over:
@@ -57,10 +70,10 @@ class Ending(NamedTuple):
             rounded = buffer("rounded", delta.shape, self.first)
             np.copyto(rounded, delta, casting="unsafe")
             np.copyto(delta, rounded, casting="unsafe")
-        if tile.dtype == delta.dtype:
-            tile += delta
-            return
-        wide = buffer("wide", delta.shape, delta.dtype)
-        np.copyto(wide, tile, casting="unsafe")
-        wide += delta
-        np.copyto(tile, wide, casting="unsafe")
+
+
+def widened(tile: NDArray) -> NDArray:
+    """A copy in the dtype that is computed in."""
+    wide = buffer("wide", tile.shape, computed_in(tile.dtype))
+    np.copyto(wide, tile, casting="unsafe")
+    return wide

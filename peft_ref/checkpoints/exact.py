@@ -18,11 +18,11 @@ columns go through other code there, whose order is not this one; so do convolut
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
-from peft_ref.checkpoints.arithmetic import Ending, buffer
+from peft_ref.checkpoints.arithmetic import Ending, buffer, widened
 from peft_ref.checkpoints.plan import NDArray
 
 UNIT = 2.0**-24
@@ -30,51 +30,71 @@ LOW, HALF = 2**29 - 1, 2**28  # the bits of a float64 that a float32 has not, an
 SMALLEST = 2.0**-126  # of the normal float32
 MOST = 192  # of what is summed in one chain
 FEW = 0.1  # of the numbers of a tile: so many are looked up one by one
+AT_ONCE = 2**16  # products of those: few calls, as each is a hand-over between threads
+
+
+class Doubled(NamedTuple):
+    """A sum that was doubled so often before, which changes no bit of a normal number, and what is left to do with it."""
+
+    times: int
+    ending: Ending
 
 
 @final
 class Chain:
     """B A as torch sums it, where a sum in any order does not tell."""
 
-    def __init__(self, B: NDArray, A: NDArray) -> None:
-        self._B, self._A = B, A
+    def __init__(self, B: NDArray, A: NDArray, ending: Ending) -> None:
+        self._B, self._A, self._ending = B, A, ending
         r = B.shape[1]
         g = (r + 4) * UNIT / (1 - (r + 4) * UNIT)
         self._rows = _up(_norms(B, 1) * 2 * (g + UNIT))
         self._columns = _up(_norms(A, 0))
         self._tiny = np.float32((r + 4) * 2.0**-149)
 
-    def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, ending: Ending) -> None:
-        """`ending.onto` with the chain; `delta` is the sum in any order, of these rows of B and columns of A."""
-        e = buffer("e", delta.shape, delta.dtype)
-        np.multiply(self._rows[across, None], self._columns[None, along], out=e)
-        e += self._tiny
-        e *= np.float32(1 + 2.0**-20)
-        low, high = (buffer(name, delta.shape, tile.dtype) for name in ("low", "high"))
-        np.copyto(low, tile)
-        np.copyto(high, tile)
-        e += delta  # d^ + e
-        ending.onto(high, e)
-        np.multiply(self._rows[across, None], self._columns[None, along], out=e)
-        e += self._tiny
-        e *= np.float32(1 + 2.0**-20)
-        delta -= e
-        ending.onto(low, delta)
-        bits = f"u{tile.dtype.itemsize}"
-        i, j = np.nonzero(low.view(bits) != high.view(bits))
-        B, A = self._B[across], self._A[:, along]
-        if len(i) > FEW * tile.size:
-            ending.onto(tile, chained(lambda k: B[:, k, None], lambda k: A[k, None, :], B.shape[1]))
+    def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, doubled: Doubled) -> None:
+        """Adds the chain to `tile`; `delta` is 2^n times the sum in any order, of these rows of B and columns of A."""
+        if not len(self._A):  # no products: nothing was rounded
+            self._ending.onto(tile, delta)
             return
-        if len(i):
-            there = tile[i, j][None]
-            ending.onto(there, chained(lambda k: B[i, k], lambda k: A[k, j], B.shape[1])[None])
-            low[i, j] = there[0]
-        np.copyto(tile, low)
+        e = self._rows[across, None] * self._columns[along].max()  # one for a row: a pass over the tile less, a few more to look up
+        e = np.ldexp((e + self._tiny) * np.float32(1 + 2.0**-20), doubled.times)
+        W, beyond, high = widened(tile), buffer("beyond", delta.shape, delta.dtype), buffer("high", tile.shape, tile.dtype)
+        np.add(delta, e, out=beyond)
+        np.subtract(delta, e, out=delta)
+        doubled.ending.sum(W, beyond, high)
+        doubled.ending.sum(W, delta, tile)
+        bits, apart = f"u{tile.dtype.itemsize}", buffer("apart", tile.shape, np.dtype(np.bool))
+        places = np.flatnonzero(np.not_equal(tile.view(bits), high.view(bits), out=apart))
+        B, A = self._B[across], self._A[:, along]
+        if len(places) > FEW * tile.size:
+            self._ending.sum(W, chained(lambda k: B[:, k, None], lambda k: A[k, None, :], len(A)), tile)
+            return
+        step = max(AT_ONCE // len(A), 1)
+        for some in (places[n : n + step] for n in range(0, len(places), step)):
+            i, j = np.divmod(some, tile.shape[1])
+            there = buffer("there", (1, len(some)), tile.dtype)
+            self._ending.sum(W.reshape(-1)[some][None], looked_up(B[i].T, A.take(j, axis=1))[None], there)
+            tile[i, j] = there[0]
+
+
+def looked_up(columns: NDArray, rows: NDArray) -> NDArray:
+    """The chains of the products of (r, n) numbers with as many others."""
+    totals = np.multiply(columns, rows, dtype=np.float64)
+    result: NDArray | None = None
+    for block in blocks(len(totals)):
+        part = totals[block[0]].astype(np.float32) + np.float32(0)
+        for total in totals[block[1] : block[-1] + 1] if len(block) > 1 else ():
+            total += part
+            part = total.astype(np.float32)
+        result = part if result is None else result + part
+    if result is None or len(totals) == 1 or _doubtful(totals).any():  # one in some hundred million
+        return chained(lambda k: columns[k], lambda k: rows[k], len(totals))
+    return result
 
 
 def chained(column: Callable[[int], NDArray], row: Callable[[int], NDArray], r: int) -> NDArray:
-    """The sum over k of column(k) row(k), which may be broadcast together."""
+    """The sum over k < r of column(k) row(k), which may be broadcast together. r is at least 1."""
     if r == 1:
         return column(0) * row(0)
     total: NDArray | None = None
@@ -83,7 +103,8 @@ def chained(column: Callable[[int], NDArray], row: Callable[[int], NDArray], r: 
         for k in block[1:]:
             part = fused(column(k), row(k), part)
         total = part if total is None else total + part
-    return column(0) * row(0) * 0 if total is None else total
+    assert total is not None
+    return total
 
 
 def blocks(r: int) -> Iterator[range]:
@@ -97,10 +118,15 @@ def fused(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     result = total.astype(np.float32)
-    doubtful = (total.view(np.int64) & LOW) == HALF
-    if doubtful.any() or bool((np.abs(result) < SMALLEST).any()):
+    if _doubtful(total).any():
         result = to_odd(product, c.astype(np.float64), total).astype(np.float32)
     return result
+
+
+def _doubtful(total: NDArray) -> NDArray:
+    """Where rounding to float32 what was rounded to float64 may differ from rounding once: half-way, or below the normal numbers."""
+    doubtful: NDArray = ((total.view(np.int64) & LOW) == HALF) | (np.abs(total) < 2 * SMALLEST)
+    return doubtful
 
 
 def to_odd(x: NDArray, y: NDArray, total: NDArray) -> NDArray:

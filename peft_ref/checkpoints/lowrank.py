@@ -4,7 +4,8 @@
     transposed, embedding   left = A^T, right = B^T     the same sums of the same products, so the same bits
     a stack of matrices     a left and a right for each of them
 
-PEFT multiplies the product by the scale. Where that is a power of two, B is multiplied here instead, which gives the same bits.
+PEFT multiplies the product by the scale. Where that is a power of two, B is multiplied here instead, which gives the same bits of what
+does not underflow; exact mode asks its chain, which is not folded, about that too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from peft_ref.checkpoints.arithmetic import Ending, buffer, computed_in, tiles
-from peft_ref.checkpoints.exact import Chain
+from peft_ref.checkpoints.exact import Chain, Doubled
 from peft_ref.checkpoints.plan import NDArray, Rows
 
 
@@ -37,10 +38,11 @@ class LowRankRows(Rows):
     """One product, or one for each matrix of a stack, whose rows follow one another."""
 
     def __init__(self, products: Sequence[Product], *, first: np.dtype[Any] | None, exact: bool) -> None:
-        self._factors = [_contiguous(p) if exact else _folded(p) for p in products]
-        self._ending = Ending(self._factors[0].times, self._factors[0].over, first)
-        self._chains = [Chain(p.left, p.right) for p in self._factors] if exact else None
-        self._height = len(self._factors[0].left)
+        products = [_contiguous(p) for p in products]
+        self._chains = [Chain(p.left, p.right, Ending(p.times, p.over, first)) for p in products] if exact else None
+        self._folded = [_folded(p) for p in products]
+        self._doubled = Doubled(_doublings(products[0]) or 0, Ending(self._folded[0].times, self._folded[0].over, first))
+        self._height = len(products[0].left)
 
     def __call__(self, rows: NDArray, first: int) -> NDArray:
         at, last = first, first + len(rows)
@@ -52,16 +54,16 @@ class LowRankRows(Rows):
         return rows
 
     def _add(self, rows: NDArray, which: int, first: int) -> None:
-        left, right, _, _ = self._factors[which]
+        left, right, _, _ = self._folded[which]
         for across, along in tiles(rows):
             tile = rows[across, along]
             delta = buffer("delta", tile.shape, computed_in(tile.dtype))
             here = slice(first + across.start, first + across.stop)
             np.matmul(left[here], right[:, along], out=delta)
             if self._chains is None:
-                self._ending.onto(tile, delta)
+                self._doubled.ending.onto(tile, delta)
             else:
-                self._chains[which].onto(tile, delta, here, along, self._ending)
+                self._chains[which].onto(tile, delta, here, along, self._doubled)
 
 
 def _contiguous(p: Product) -> Product:
@@ -69,7 +71,11 @@ def _contiguous(p: Product) -> Product:
 
 
 def _folded(p: Product) -> Product:
-    p = _contiguous(p)
-    if len(p.times) == 1 and abs(math.frexp(p.times[0])[0]) == 0.5:
-        return p._replace(left=p.left * p.left.dtype.type(p.times[0]), times=())
-    return p
+    doublings = _doublings(p)
+    return p if doublings is None else p._replace(left=np.ldexp(p.left, doublings), times=())
+
+
+def _doublings(p: Product) -> int | None:
+    """How often its scale doubles the product, where that is all that it does."""
+    mantissa, exponent = math.frexp(p.times[0]) if len(p.times) == 1 else (0.0, 0)
+    return exponent - 1 if mantissa == 0.5 else None

@@ -143,7 +143,7 @@ def commands(folder: Path, scenario: str, threads: int, mergekit: str | None) ->
     found["HF PEFT"] = [sys.executable, "-c", HF, str(base), str(adapter), str(out), str(threads)]
     if mergekit is not None:
         (folder / "merge.yaml").write_text(MERGEKIT.format(base=base, adapter=adapter))
-        found["mergekit"] = [mergekit, str(folder / "merge.yaml"), str(out)]
+        found["mergekit"] = [mergekit, str(folder / "merge.yaml"), str(out), "--lora-merge-cache", str(folder / "cache")]
     if scenario == "fsync":  # those that do not wait for the disk by themselves
         for name in found.keys() - {"merge", "merge --exact"}:
             found[name] = ["sh", "-c", '"$@" && sync "$0" "$0"/*', str(out), *found[name]]
@@ -152,7 +152,8 @@ def commands(folder: Path, scenario: str, threads: int, mergekit: str | None) ->
 
 def prepare(folder: Path, scenario: str, name: str) -> None:
     """What is there when the runner starts."""
-    shutil.rmtree(folder / "out", ignore_errors=True)
+    for left in ("out", "cache"):
+        shutil.rmtree(folder / left, ignore_errors=True)
     if scenario == "again" and name in ("merge", "merge --exact"):
         exact = "exact" if "exact" in name else "fast"
         killed = [sys.executable, "-c", KILLED, *(str(folder / part) for part in ("base", "adapter", "out")), exact]
@@ -251,16 +252,17 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         if not (folder / "base").exists():
             subprocess.run([sys.executable, __file__, "--make", str(folder), "--size", f"{options.size / 1e6}MB"], check=True)
+        size = sum(file.stat().st_size for file in (folder / "base").iterdir())
         found = measure(folder, options)
         shutil.rmtree(folder / "out", ignore_errors=True)
     core = os.environ.get("OPENBLAS_CORETYPE", "chosen by OpenBLAS")
-    print(f"{options.size / 1e9:g} GB, {options.threads} threads each, Python {sys.version.split()[0]}, OpenBLAS kernel: {core}\n")
+    print(f"{size / 1e9:.2g} GB, {options.threads} threads each, Python {sys.version.split()[0]}, OpenBLAS kernel: {core}\n")
     print(table(found))
     if options.json is not None:
         told = {
             scenario: {name: [s._asdict() for s in samples] for name, samples in runners.items()} for scenario, runners in found.items()
         }
-        options.json.write_text(json.dumps({"size": options.size, "threads": options.threads, "core": core, "samples": told}, indent=1))
+        options.json.write_text(json.dumps({"size": size, "threads": options.threads, "core": core, "samples": told}, indent=1))
     return None
 
 

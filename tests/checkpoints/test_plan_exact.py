@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ref.checkpoints.arithmetic import Ending
-from peft_ref.checkpoints.exact import Chain, fused, product
+from peft_ref.checkpoints.exact import Chain, Doubled, fused, looked_up, product
 from peft_ref.checkpoints.lowrank import LowRankRows, Product
 from peft_ref.files.safetensors import dtypes
 
@@ -65,21 +65,27 @@ def test_torch_sums_a_product_as_the_chain(r: int, shape: tuple[int, int]) -> No
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([BF16, F16, F32]), st.booleans(), st.sampled_from([1.0, 0.37, -1.3]), st.booleans())
-def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype: Any, first: bool, scale: float, divided: bool) -> None:
-    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs."""
+@given(st.integers(0, 2**32 - 1), st.sampled_from([BF16, F16, F32]), st.booleans(), st.sampled_from([1.0, 0.37, -1.3]), st.integers(-3, 3))
+def test_however_a_product_was_summed_the_same_bits_come_of_it(seed: int, dtype: Any, first: bool, scale: float, doublings: int) -> None:
+    """Sums of three other orders in the place of the BLAS's: backwards, in float64, in pairs; and the worst there may be, on both sides.
+
+    Those of a scale of 2^n come doubled."""
     rng = np.random.default_rng(seed)
     r = int(rng.integers(1, 40))
     B, A = (rng.normal(size=size).astype(np.float32) * rng.choice([1e-3, 0.1, 1]) for size in ((9, r), (r, 13)))
+    A *= np.geomspace(1, 30, 13, dtype=np.float32)  # columns of different lengths
     W = (rng.normal(size=(9, 13)) * 0.1).astype(dtype)
-    ending = Ending((scale,), (3.3,) if divided else (), dtype if first else None)
+    ending = Ending((2.0**doublings,) if doublings else (scale,), () if doublings else (3.3,), dtype if first else None)
+    doubled = Doubled(doublings, ending._replace(times=()) if doublings else ending)
     expected = W.copy()
     ending.onto(expected, product(B, A))
     terms = B[:, :, None] * A[None]
     sums = [terms[:, ::-1].cumsum(axis=1)[:, -1], (B.astype(np.float64) @ A).astype(np.float32), np.sum(terms, axis=1)]
-    for anyhow in sums:
+    g = (r + 4) * 2.0**-24
+    worst = 1.99 * g * np.linalg.norm(B, axis=1)[:, None] * np.linalg.norm(A, axis=0)
+    for anyhow in (*sums, product(B, A) - worst, product(B, A) + worst):
         tile = W.copy()
-        Chain(B, A).onto(tile, anyhow.astype(np.float32), slice(0, 9), slice(0, 13), ending)
+        Chain(B, A, ending).onto(tile, np.ldexp(anyhow.astype(np.float32), doublings), slice(0, 9), slice(0, 13), doubled)
         assert (tile.view(np.uint8) == expected.view(np.uint8)).all()
 
 
@@ -88,13 +94,35 @@ def test_the_chain_is_asked_for_few_numbers_of_a_16_bit_weight(monkeypatch: pyte
     import peft_ref.checkpoints.exact as exact
 
     looked_up = []
-    chained = exact.chained
-    monkeypatch.setattr(exact, "chained", lambda c, row, r: looked_up.append((c(0) * row(0)).size) or chained(c, row, r))
+    one_by_one = exact.looked_up
+    monkeypatch.setattr(exact, "looked_up", lambda B, A: looked_up.append(B.shape[1]) or one_by_one(B, A))
     rng = np.random.default_rng(0)
     W = (rng.normal(size=(256, 512)) * 0.02).astype(BF16)
     B, A = (rng.normal(size=size).astype(np.float32) * 0.02 for size in ((256, 16), (16, 512)))
     LowRankRows([Product(B, A, (2.0,))], first=None, exact=True)(W, 0)
     assert 0 < sum(looked_up) < 0.01 * W.size
+
+
+def test_a_product_of_no_rank_adds_zeros() -> None:
+    nothing = Product(np.zeros((1, 0), np.float32), np.zeros((0, 3), np.float32), (2.0,))
+    W = np.array([[0.0, -0.0, 3.0]], BF16)
+    assert LowRankRows([nothing], first=None, exact=True)(W, 0).tolist() == [[0.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("r", [1, 2, 16, 193, 385])
+def test_numbers_looked_up_are_those_of_the_whole_product(r: int) -> None:
+    rng = np.random.default_rng(r)
+    B, A = (rng.normal(size=size).astype(np.float32) for size in ((r, 40), (r, 40)))
+    whole = product(B.T, A)
+    assert (looked_up(B, A).view(np.uint32) == whole.diagonal().view(np.uint32)).all()
+
+
+def test_a_number_looked_up_beside_a_tie_is_rounded_once() -> None:
+    """c + a b as above: a b is half a last place of c but for 2^-46 of itself; c is even, so rounding twice would leave it."""
+    a, b, c = np.float32([(1 + 2.0**-23) / 2]), np.float32([1 - 2.0**-23]), np.float32([2**23 + 1])
+    exact = Fraction(float(a[0])) * Fraction(float(b[0])) + Fraction(float(c[0]))
+    assert looked_up(np.stack([c, a]), np.stack([np.float32([1]), b]))[0] == rounded(exact)
+    assert (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)[0] != rounded(exact)
 
 
 @settings(max_examples=30, deadline=None)

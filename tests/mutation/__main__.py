@@ -2,7 +2,7 @@
 
 Every mutant is asked of the tests that run its line until one fails. The results are appended to a file, so an interrupted run goes on
 where it was; a mutant is asked again when its file has changed, or with --again when it survived. What survives and is not in
-`equivalent.toml` is a hole in the tests: the exit status is 1.
+`equivalent/` is a hole in the tests: the exit status is 1.
 """
 
 from __future__ import annotations
