@@ -121,7 +121,7 @@ def pad(x: Array, axis: int, before: int, after: int) -> Array:
     if before == after == 0:
         return x
     shape = x.shape
-    parts = [zeros_like((*shape[:axis], n, *shape[axis + 1 :]), x) if n else None for n in (before, after)]
+    parts = [zeros_like((*shape[:axis], n, *shape[axis + 1 :]), x) if n > 0 else None for n in (before, after)]
     return namespace(x).concat([part for part in (parts[0], x, parts[1]) if part is not None], axis=axis)
 
 

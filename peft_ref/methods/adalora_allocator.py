@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from peft_ref.arrays import Array, namespace, zeros_like
+from peft_ref.arrays import Array, column, namespace, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.methods.adalora import AdaLoRA, Params
 
@@ -50,7 +50,7 @@ def after_step(
         state = _averaged(method, state, params, grads)
         if step <= method.tinit or step % method.deltaT:
             return state, dict(params)
-    if state.sensitivity is None or state.uncertainty is None:
+    if state.sensitivity is None:
         raise ConfigError(f"step {step} is the last allocation, and no step was before it.\n  Give every step once.")
     kept = _allocated(scores(state), pruned_at(method, params, step))
     averages = (None, None) if step == last else state[:2]
@@ -65,12 +65,8 @@ def last_allocation(method: AdaLoRA) -> int:
 def budget(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
     """How many triplets all modules together may have after step `step`."""
     init, target, last = all_ranks(params), method.target_r * len(params), last_allocation(method)
-    if step <= method.tinit:
-        return init
-    if step > last:
-        return target
-    rest = 1 - (step - method.tinit) / (last - method.tinit)
-    return int((init - target) * rest**3 + target)
+    spent = min(max(step - method.tinit, 0) / (last - method.tinit), 1)
+    return int((init - target) * (1 - spent) ** 3 + target)
 
 
 def pruned_at(method: AdaLoRA, params: Mapping[str, Params], step: int) -> int:
@@ -97,8 +93,7 @@ def masked(params: Mapping[str, Params], kept: Mapping[str, Array]) -> dict[str,
     """The parameters with E zero where a triplet is pruned."""
 
     def mask(p: Params, keep: Array) -> Params:
-        xp = namespace(p.E, keep)
-        return p._replace(E=xp.where(xp.expand_dims(keep, axis=1), p.E, zeros_like(p.E.shape, p.E)))
+        return p._replace(E=namespace(p.E).where(column(keep), p.E, zeros_like(p.E.shape, p.E)))
 
     return {name: mask(p, kept[name]) for name, p in params.items()}
 

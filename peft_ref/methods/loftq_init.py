@@ -49,8 +49,7 @@ class LoftQ:
 
     def __post_init__(self) -> None:
         if self.loftq_bits != 4:
-            more = "8 bits, bitsandbytes' rows of int8, are not built here" if self.loftq_bits == 8 else "HF PEFT refuses it too"
-            raise ConfigError(f"loftq_bits={self.loftq_bits}: {more}.\n  Use 4.")
+            raise ConfigError(f"loftq_bits={self.loftq_bits}: only 4 bits are built here; HF PEFT has 8 too, bitsandbytes' rows of int8.")
         positive(self, "loftq_iter")
 
 

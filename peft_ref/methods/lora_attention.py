@@ -9,7 +9,7 @@ outputs. In a file the output projection is one "base_layer" further in.
 HF      peft.tuners.lora.MultiheadAttention. It merges before every call and unmerges after it, so that lora_dropout does nothing.
         Followed: it merges the output projection twice, once by itself and once through the layer, whose part has no gradient. So what acts
         is twice the delta, and its gradient that of one; right is once, for both. It refuses DoRA, mixed rows, and keys of another size
-        than the queries; "pissa" and its like find no weight: refused here
+        than the queries; "pissa", "orthogonal" and their like find no weight: refused here
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def projections(embed_dim: int) -> Projections:
 
 def check(method: LoRA) -> None:
     """Raise `ConfigError` for what HF PEFT does not do on such a block."""
-    if not isinstance(method.init_lora_weights, bool) and method.init_lora_weights not in ("gaussian", "orthogonal"):
+    if not isinstance(method.init_lora_weights, bool) and method.init_lora_weights != "gaussian":
         raise ConfigError(f"init_lora_weights={method.init_lora_weights!r} on a MultiheadAttention: HF PEFT finds no weight there.")
 
 
@@ -78,7 +78,7 @@ def pack(method: LoRA, embed_dim: int, p: BlockParams) -> dict[str, Array]:
     return {**method.pack(into, p.into), **{f"{OUT}{key}": tensor for key, tensor in method.pack(out, p.out).items()}}
 
 
-def unpack(method: LoRA, embed_dim: int, tensors: Mapping[str, Array], where: str = "") -> BlockParams:
+def unpack(method: LoRA, embed_dim: int, tensors: Mapping[str, Array], where: str) -> BlockParams:
     """Undoes `pack`."""
     into, out = projections(embed_dim)
     inner = {key.removeprefix(OUT): tensor for key, tensor in tensors.items() if key.startswith(OUT)}

@@ -87,12 +87,13 @@ class OFT(Reweight[Params]):
             )
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
-        ((key, (rows, elements)),) = shapes.items() if len(shapes) == 1 else ((("", (1, 0))),)
-        b = (1 + math.isqrt(1 + 8 * elements)) // 2
-        n = b * (self.r if self.block_share and self.r else rows)
+        if len(shapes) != 1:
+            return None
+        ((key, (rows, elements)),) = shapes.items()
+        n = (math.isqrt(2 * elements) + 1) * (self.r if self.block_share and self.r else rows)
         if key == "oft_embedding_R.weight":
             return Embedding(num_embeddings=1, embedding_dim=n)
-        return Linear(in_features=n, out_features=1) if key else None
+        return Linear(in_features=n, out_features=1)
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         shape = tuple(self.dims(layer).values())
@@ -129,7 +130,7 @@ class OFT(Reweight[Params]):
 
     def acting(self, layer: Layer, p: Params) -> Params:
         """The numbers that act: with coft, those of Q e / |Q| where |Q| is larger than e."""
-        if not self.coft or p.R.shape[1] == 0:
+        if not self.coft:
             return p
         xp, limit = namespace(p.R), self.eps / math.sqrt(p.R.shape[0])
         norm = xp.sqrt(2.0 * xp.sum(p.R * p.R, axis=1, keepdims=True))

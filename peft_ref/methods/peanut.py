@@ -56,7 +56,6 @@ class Layers(NamedTuple):
 
     seen: list[Array]
     before: list[Array]  # X M^T, before f
-    skipped: list[Array]  # Z_0 .. Z_(d-1)
     out: Array
 
 
@@ -98,12 +97,11 @@ class PEANuT(Conditioned[Any]):
         mT, run, names = namespace(W0).matrix_transpose, self._run(p, W0), self._names()
         grads = {"B": self.scaling * (d.W @ run.out)}
         dY = self.scaling * (mT(d.W) @ p.B)
-        skips: list[Array] = []  # of Z_0, Z_1, ...: the last decoder's comes first
+        skips: list[Array] = []  # of every layer's output, the last layer's first: Z_i was added to the one that is i before the last
         for i in reversed(range(len(names))):
-            if i > self.depth:
-                skips.append(dY)
-            elif i < self.depth:
+            if i < self.depth:
                 dY = dY + skips[i]
+            skips.append(dY)
             U = FUNCTIONS[self.act_fn].vjp(run.before[i], dY)
             grads[names[i]] = mT(U) @ run.seen[i]
             dY = U @ getattr(p, names[i])
@@ -115,13 +113,11 @@ class PEANuT(Conditioned[Any]):
 
     def _run(self, p: Any, W0: Array) -> Layers:
         mT, f, d = namespace(W0).matrix_transpose, FUNCTIONS[self.act_fn].f, self.depth
-        seen, before, skipped, out = [], [], [], mT(W0)
+        seen, before, out = [], [], mT(W0)
         for i, name in enumerate(self._names()):
             seen.append(out)
             before.append(out @ mT(getattr(p, name)))
             out = f(before[-1])
-            if i < d:
-                skipped.append(out)
-            elif i > d:
-                out = out + skipped[2 * d - i]
-        return Layers(seen, before, skipped, out)
+            if i > d:
+                out = out + seen[2 * d - i + 1]  # what came out of layer 2 d - i
+        return Layers(seen, before, out)

@@ -85,7 +85,8 @@ def initial_rows(init: str, text: str | None, shape: tuple[int, int], like: Arra
 def _tokens(text: str | None, sources: Sources) -> np.ndarray[Any, np.dtype[np.int64]]:
     if sources.tokenize is None:
         raise ConfigError("prompt_tuning_init='TEXT' needs a tokenizer.\n  Pass Sources(words=..., tokenize=lambda text: ids).")
-    ids = np.asarray(list(sources.tokenize(text or "")), dtype=np.int64)
+    assert text is not None  # refused when the method was made
+    ids = np.asarray(list(sources.tokenize(text)), dtype=np.int64)
     if not ids.size:
         raise ConfigError(f"prompt_tuning_init_text={text!r} has no tokens.\n  Give another text.")
     return ids

@@ -80,7 +80,7 @@ class PVeRA(Additive[Params]):
     def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         if not {"pvera_A", "pvera_B"} <= shapes.keys():
             return self
-        return replace(self, widest_in=shapes["pvera_A"][-1], widest_out=shapes["pvera_B"][0])
+        return replace(self, widest_in=shapes["pvera_A"][1], widest_out=shapes["pvera_B"][0])
 
     def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Params]:
         if not layers:

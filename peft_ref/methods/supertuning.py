@@ -15,6 +15,8 @@ HF      peft.SupertuningConfig, on linear layers. A lora_alpha that is missing i
 from __future__ import annotations
 
 import math
+import sys
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, final
@@ -64,18 +66,21 @@ class SuperTuning(Additive[Params]):
     @property
     def low_rank_scale(self) -> float:
         """s; a missing lora_alpha is 2 r."""
-        return 0.0 if self.r is None else 2.0 if self.lora_alpha is None else self.lora_alpha / self.r
+        return 2.0 if self.lora_alpha is None or self.r is None else self.lora_alpha / self.r
 
     def dims(self, layer: Layer) -> dict[str, int]:
-        return {"n": int(math.prod(layer.shape) * (1 - self.sparsity)), "r": self.r or 0}
+        return {"n": self.count(math.prod(layer.shape)), "r": self.r or 0}
+
+    def count(self, entries: int) -> int:
+        """How many of them are tuned."""
+        return int(entries * (1 - self.sparsity))
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """n tells how many entries a weight has, up to a few, and nothing of its sides: with a low-rank part that tells them."""
         (n,) = shapes.get("supertuning_values", (0,))
         if n == 0 or self.r is not None:
             return None
-        entries = next(size for size in range(math.floor(n / (1 - self.sparsity)), 10**15) if int(size * (1 - self.sparsity)) >= n)
-        return Linear(in_features=entries, out_features=1)
+        return Linear(in_features=bisect_left(range(sys.maxsize), n, key=self.count), out_features=1)
 
     def check_geometry(self, layer: Layer) -> None:
         if self.dims(layer)["n"] < 1:
@@ -107,7 +112,7 @@ class SuperTuning(Additive[Params]):
 
     def apart(self, params: Params) -> tuple[Params, Params]:
         """The sparse part, which has no dropout, and the low-rank one."""
-        return params._replace(A=None, B=None), params._replace(v=0 * params.v)
+        return params._replace(A=None, B=None), params._replace(v=zeros_like(params.v.shape, params.v))
 
     def together(self, kept: Params, dropped: Params) -> Params:
         return dropped._replace(v=kept.v)

@@ -27,7 +27,7 @@ Host: TypeAlias = np.ndarray[Any, Any]
 Float: TypeAlias = type[np.float32] | type[np.float64]
 
 UNSEEDED = 67280421310721  # the seed of a torch.Generator() that nobody seeded
-LARGEST = (2**32 - 1) // 20 - 1
+LARGEST = 214_748_363  # below (2^32 - 1) / 20, rounded down
 
 
 class Generator:
@@ -49,8 +49,8 @@ class Generator:
         numbers = self._unit(math.prod(shape), dtype).astype(np.float64) * float(last - first) + float(first)
         return numbers.astype(dtype).reshape(shape)
 
-    def normal(self, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0, dtype: Float = np.float32) -> Host:
-        """torch.empty(shape, dtype=dtype).normal_(mean, std, generator=self); with the defaults torch.randn."""
+    def normal(self, shape: tuple[int, ...], mean: float, std: float, dtype: Float = np.float32) -> Host:
+        """torch.empty(shape, dtype=dtype).normal_(mean, std, generator=self); of 0 and 1 torch.randn."""
         n = math.prod(shape)
         if n < 16:
             return (np.asarray([self._one() for _ in range(n)]) * std + mean).astype(dtype).reshape(shape)
@@ -100,7 +100,7 @@ class Generator:
 def randperm(n: int, seed: int, first: int | None = None) -> Host:
     """The first draw of a fresh generator, remembered. Do not write into it."""
     places = Generator(seed).randperm(n, first)
-    places.flags.writeable = False
+    places.setflags(write=False)
     return places
 
 

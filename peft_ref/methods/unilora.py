@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, device, namespace, one_hot, to
+from peft_ref.arrays import Array, integers, namespace, one_hot, to
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.layers import Layer
 from peft_ref.ranges import positive, probability
@@ -78,7 +78,7 @@ class UniLoRA(Additive[Params]):
             for shape in pair:
                 parts.append(places[at : at + math.prod(shape)].reshape(shape))
                 at += math.prod(shape)
-            indices, factors = [_places(i, like) for i in parts], [to(scales[i], like) for i in parts]
+            indices, factors = [integers(i, like) for i in parts], [to(scales[i], like) for i in parts]
             made[name] = Params(theta, *indices, *factors)
         return made
 
@@ -102,17 +102,10 @@ class UniLoRA(Additive[Params]):
 def dealt(count: int, length: int, seed: int) -> np.ndarray[Any, Any]:
     """Which of `length` numbers each of `count` places gets: all equally often, some chosen ones once more, and then shuffled."""
     rng = np.random.default_rng(seed)
-    every = np.repeat(np.arange(length), count // length)
-    if count % length:
-        every = np.concatenate([every, rng.choice(length, size=count % length, replace=False)])
+    each, rest = divmod(count, length)
+    every = np.concat([np.repeat(np.arange(length), each), rng.choice(length, size=rest, replace=False)])
     rng.shuffle(every)
     return every
-
-
-def _places(indices: np.ndarray[Any, Any], like: Array) -> Array:
-    xp = namespace(like)
-    whole = indices.astype(np.int64)
-    return whole if xp is np else xp.asarray(whole, dtype=xp.int64, device=device(like))
 
 
 def _picked(theta: Array, indices: Array, scales: Array) -> Array:

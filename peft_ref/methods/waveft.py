@@ -136,7 +136,8 @@ class WaveFT(Additive[Params]):
 
 def _half(at: Host, size: int, more: int) -> tuple[Host, Host]:
     """Where a place stands in its half of a widened axis, and whether that is the second half."""
-    wide = size + more + (size + more) % 2
+    wide = size + more
+    wide += wide % 2
     second, k = np.divmod(at + (wide - size) // 2, wide // 2)
     return k, second == 1
 
@@ -144,6 +145,6 @@ def _half(at: Host, size: int, more: int) -> tuple[Host, Host]:
 def pulses(low: Host, size: int, k: Host, high: Host) -> Host:
     """Of every coefficient what it adds along one axis: the filter, 2 k places on, its first L - 2 places cut off."""
     L = len(low)
-    filters = np.stack([low, low[::-1] * np.where(np.arange(L) % 2, -1.0, 1.0)])
+    filters = np.stack([low, np.where(np.arange(L) % 2, -low[::-1], low[::-1])])
     t = np.arange(size)[:, None] + (L - 2) - 2 * k
     return np.where((t >= 0) & (t < L), filters[high.astype(int), np.clip(t, 0, L - 1)], 0.0)

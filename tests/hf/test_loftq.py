@@ -141,7 +141,7 @@ def test_four_bits_are_the_nearest_levels_block_by_block_in_stored_order() -> No
 def test_what_loftq_cannot_is_refused() -> None:
     W = np.ones((2, 3))
     for kind, ask in {
-        "8 bits": lambda: LoftQ(loftq_bits=8),
+        "loftq_bits=8": lambda: LoftQ(loftq_bits=8),
         "loftq_bits=3": lambda: LoftQ(loftq_bits=3),
         "loftq_iter=0": lambda: LoftQ(loftq_iter=0),
         "It has loftq_bits": lambda: loftq_of({"bits": 4}),
@@ -152,6 +152,16 @@ def test_what_loftq_cannot_is_refused() -> None:
         with pytest.raises((ConfigError, UnsupportedLayerError), match=kind):
             ask()
     assert loftq_of(None) == LoftQ()
+    assert correct(LoRA(r=2), Linear(in_features=3, out_features=2), W, 2 * W).B.shape == (2, 2)
+
+
+def test_a_block_of_zeros_is_not_divided_by_its_largest_number_and_halfway_is_the_lower_level() -> None:
+    """As bitsandbytes, which goes up where a number is above the middle of two levels."""
+    with np.errstate(all="raise"):
+        assert not np.any(nf4(np.zeros(70)))
+        assert not np.any(nf4(np.concat([np.ones(64), np.zeros(64)]))[64:])
+    halfway = (np.asarray(LEVELS[1:]) + np.asarray(LEVELS[:-1])) / 2
+    np.testing.assert_array_equal(nf4(np.array([1.0, *halfway]))[1:], LEVELS[:-1])
 
 
 def test_loftq_needs_no_data_and_quantises_again_where_it_is_added() -> None:

@@ -130,10 +130,11 @@ def test_a_fresh_block_starts_as_pefts(start: Any) -> None:
 
 
 def test_what_such_a_block_does_not_take_is_refused_as_in_peft() -> None:
-    with pytest.raises(AttributeError, match="weight"):
-        peft.get_peft_model(net().float(), peft.LoraConfig(r=2, target_modules=["attn"], init_lora_weights="olora"))
-    with pytest.raises(ConfigError, match="olora"):
-        check(LoRA(init_lora_weights="olora"))
+    for start in ("olora", "pissa", "orthogonal"):
+        with pytest.raises(AttributeError, match="weight"):
+            peft.get_peft_model(net().float(), peft.LoraConfig(r=2, target_modules=["attn"], init_lora_weights=start))
+        with pytest.raises(ConfigError, match=start):
+            check(LoRA(init_lora_weights=start))
     with pytest.raises(ValueError, match="same embed"):
         peft.get_peft_model(net(kdim=4), peft.LoraConfig(r=2, target_modules=["attn"]))
     method = LoRA(r=2)

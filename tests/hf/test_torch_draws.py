@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from peft_ref.errors import ConfigError  # noqa: E402
-from peft_ref.methods.torch_draws import LARGEST, UNSEEDED, Generator  # noqa: E402
+from peft_ref.methods.torch_draws import LARGEST, UNSEEDED, Generator, as_bfloat16, randperm  # noqa: E402
 
 pytestmark = pytest.mark.hf
 SEEDS = (0, 1, 42, 2**32 - 1, 2**33 + 5)
@@ -49,7 +49,7 @@ def test_normal_numbers_of_every_size_one_draw_after_the_other(seed: int, dtype:
         got = ours.normal(shape, 0.5, 2.0, DTYPES[dtype])
         assert got.dtype == DTYPES[dtype]
         np.testing.assert_allclose(got, want, rtol=0, atol=np.spacing(DTYPES[dtype](8 if dtype == "float32" else 4)))
-        assert np.array_equal(ours.normal((4,)), torch.randn(4, generator=generator).numpy())  # in float64, whatever the dtype
+        assert np.array_equal(ours.normal((4,), 0.0, 1.0), torch.randn(4, generator=generator).numpy())  # in float64, whatever the dtype
 
 
 def test_every_small_permutation_and_every_edge_of_a_seed() -> None:
@@ -99,3 +99,23 @@ def test_raw_numbers_are_torchs() -> None:
 def test_what_torch_shuffles_in_another_way_is_refused() -> None:
     with pytest.raises(ConfigError, match="not reproduced"):
         Generator(0).randperm(LARGEST + 1, 3)
+
+
+def test_half_of_the_last_of_sixteen_bits_is_rounded_to_the_even_one() -> None:
+    """And what is one more or one less than half is not, in torch's own rounding."""
+    high = np.arange(0x3F80, 0x4080, dtype=np.uint32) << 16
+    bits = np.concat([high + low for low in (0x7FFF, 0x8000, 0x8001, 0, 1, 0xFFFF)]).astype(np.uint32)
+    x = bits.view(np.float32)
+    assert np.array_equal(as_bfloat16(x), torch.tensor(x).to(torch.bfloat16).float().numpy())
+
+
+def test_the_last_size_that_is_shuffled_so_is_the_largest_below_a_twentieth_of_the_largest_of_32_bits() -> None:
+    """torch asks n < 4294967295 / 20; as many numbers as that are too many to draw here, so it is not asked."""
+    assert Generator(1).randperm(214_748_363, first=1).shape == (1,)
+    with pytest.raises(ConfigError, match="214748364 numbers"):
+        Generator(1).randperm(214_748_364, first=1)
+
+
+def test_a_remembered_permutation_cannot_be_written_into() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        randperm(5, 0)[0] = 3

@@ -126,6 +126,7 @@ def test_a_start_says_what_it_is_made_of(cls: Any, start: dict[str, Any], source
         {"prompt_tuning_init": "TEXT"},
         {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "words"},
         {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "any"},
+        {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "words", "tokenizer_name_or_path": ""},
         {"tokenizer_kwargs": {"use_fast": True}},
     ],
 )
@@ -153,7 +154,7 @@ TYPED = CPT(cpt_token_ids=[1, 4], cpt_tokens_type_mask=[1, 4], token_dim=3)
         (lambda: CPT(cpt_token_ids=[1, 2], cpt_mask=[1]), ConfigError, "cpt_mask has 1 entries for 2 tokens"),
         (lambda: CPT(cpt_token_ids=[1], cpt_tokens_type_mask=[1, 2]), ConfigError, "cpt_tokens_type_mask has 2 entries for 1 tokens"),
         (lambda: CPT(cpt_token_ids=[-1]), ConfigError, "of tokens none below 0"),
-        (lambda: CPT(opt_weighted_loss_type="linear"), ConfigError, "there are none, decay"),
+        (lambda: CPT(opt_weighted_loss_type="linear"), ConfigError, "There are 'none', 'decay'"),
         (lambda: TYPED.init(np.zeros(()), np.random.default_rng(0)), ConfigError, r"Sources\(words="),
         (lambda: TYPED.init(np.zeros(()), np.random.default_rng(0), Sources(WORDS[:4])), ConfigError, "the token 4, and the model has 4"),
         (lambda: TYPED.counted(np.ones((2, 3), int), np.ones((2, 4), int), np.ones(1)), ShapeError, r"input_type_mask is \(2, 4\)"),

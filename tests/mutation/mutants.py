@@ -92,13 +92,13 @@ def _is_type_checking(node: cst.CSTNode) -> bool:
 
 
 def _names_a_type(node: cst.CSTNode) -> bool:
-    """`X: TypeAlias = ...`, `X = Literal[...]`, `X = TypeVar("X")`, and the text of `X = NamedTuple("X", ...)`."""
+    """`X: TypeAlias = ...`, `X = Literal[...]`, `X = TypeVar("X")`, `Annotated[...]`, and the text of `X = NamedTuple("X", ...)`."""
     match node:
         case cst.AnnAssign(annotation=cst.Annotation(annotation=cst.Name(value="TypeAlias"))):
             return True
         case cst.Assign(value=cst.Subscript(value=cst.Name(value="Literal")) | cst.Call(func=cst.Name(value="TypeVar"))):
             return True
-        case cst.Arg(value=cst.SimpleString(value='"Params"')):
+        case cst.Subscript(value=cst.Name(value="Annotated")) | cst.Arg(value=cst.SimpleString(value='"Params"')):
             return True
     return False
 

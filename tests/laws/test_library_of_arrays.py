@@ -1,0 +1,66 @@
+"""What a method has beside its layers is computed in the library of its arrays too: tried on array-api-strict, which refuses NumPy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+
+from peft_ref.layers import Linear
+from peft_ref.methods import AdaLoRA, PVeRA
+from peft_ref.methods.adalora_allocator import State, after_step, sliced
+from tests.laws.compare import assert_close
+from tests.laws.strategies import LAW_ON_BACKEND
+
+strict = pytest.importorskip("array_api_strict")
+ONE = settings(LAW_ON_BACKEND, max_examples=1, phases=[Phase.generate], derandomize=True, database=None)
+
+
+def sent(value: Any) -> Any:
+    """NumPy's arrays as strict ones, within tuples and maps."""
+    if isinstance(value, dict):
+        return {name: sent(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*map(sent, value))
+    return strict.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def assert_alike(got: Any, expected: Any, what: str) -> None:
+    """The same numbers in strict arrays, within tuples and maps."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+    if isinstance(expected, dict | tuple):
+        for name in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_alike(got[name], expected[name], f"{what}, {name}")
+    elif isinstance(expected, np.ndarray):
+        assert type(got) is type(strict.asarray(0)), f"{what} is a {type(got)}"
+        assert_close(np.from_dlpack(got).astype(float), expected.astype(float), what, rounding=1e-9)
+    else:
+        assert got == expected, what
+
+
+def test_adaloras_allocator_computes_in_the_library_of_the_parameters() -> None:
+    method = AdaLoRA(init_r=3, target_r=1, total_step=4, deltaT=1)
+    layer, rng = Linear(in_features=5, out_features=4), np.random.default_rng(0)
+    params, grads = ({n: method.init(layer, rng.normal(size=(4, 5)), rng).params for n in "ab"} for _ in range(2))
+    params = {n: p._replace(E=rng.normal(size=(3, 1)), B=rng.normal(size=(4, 3))) for n, p in params.items()}
+    grads = {n: p._replace(A=rng.normal(size=(3, 5)), E=rng.normal(size=(3, 1)), B=rng.normal(size=(4, 3))) for n, p in grads.items()}
+    ours: Any = State(), params
+    theirs: Any = State(), sent(params)
+    for step in range(6):
+        ours, theirs = after_step(method, *ours, grads, step), after_step(method, *theirs, sent(grads), step)
+        assert_alike(theirs, ours, f"step {step}")
+    kept = [True, False, True]
+    assert_alike(sliced(method, sent(params["a"]), kept)[1], sliced(method, params["a"], kept)[1], "a slice")
+
+
+def test_pveras_noise_acts_in_the_library_of_the_input() -> None:
+    layer, rng = Linear(in_features=5, out_features=4), np.random.default_rng(0)
+    method = PVeRA(r=2, widest_in=6, widest_out=7)
+    p = method.to_params(b=rng.normal(size=4), d=rng.normal(size=4), A=rng.normal(size=(4, 6)), B=rng.normal(size=(7, 2)))
+    x, noise, dy = rng.normal(size=(3, 5)), rng.normal(size=(3, 2)), rng.normal(size=(3, 4))
+    assert_alike(method.sampled(layer, sent(p), sent(x), sent(noise)), method.sampled(layer, p, x, noise), "y")
+    got = method.sampled_vjp(layer, sent(p), sent(x), sent(noise), sent(dy))
+    assert_alike(got, method.sampled_vjp(layer, p, x, noise, dy), "gradients")

@@ -1,0 +1,56 @@
+"""The layer that the sizes of stored tensors tell, where those are not plainly the layer's: the smallest with tensors of these sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peft_ref.contracts import WeightMethod
+from peft_ref.layers import Embedding, Layer, Linear
+from peft_ref.methods import OFT, FourierFT, SuperTuning, WaveFT
+
+
+def linear(n_in: int, out: int = 1) -> Linear:
+    return Linear(in_features=n_in, out_features=out)
+
+
+def shapes(method: WeightMethod[Any], layer: Layer) -> dict[str, tuple[int, ...]]:
+    return {s.key: s.stored_shape for s in method.spec(layer)}
+
+
+TABLE = Embedding(num_embeddings=9, embedding_dim=12)
+TOLD: list[tuple[Any, Layer, Layer]] = [
+    *((OFT(oft_block_size=b), linear(12, 7), linear(12)) for b in range(1, 13)),
+    *((OFT(oft_block_size=0, r=r), linear(12, 7), linear(12)) for r in (1, 2, 3, 4, 6, 12)),
+    *((OFT(oft_block_size=0, r=r, block_share=True), linear(24, 7), linear(24)) for r in (1, 2, 3, 24)),
+    (OFT(oft_block_size=4, block_share=True), linear(12, 7), linear(4)),  # how many blocks share the numbers, none of them says
+    (OFT(oft_block_size=4), TABLE, Embedding(num_embeddings=1, embedding_dim=12)),
+    *((SuperTuning(sparsity=0.75), linear(n), linear(n - n % 4)) for n in (4, 5, 8, 57, 131)),
+    *((SuperTuning(sparsity=0.0), linear(n), linear(n)) for n in (1, 2, 9)),
+    *((method(n_frequency=n), linear(6, 7), linear(n)) for n in (1, 2, 9) for method in (FourierFT, WaveFT)),
+]
+
+
+@pytest.mark.parametrize(("method", "layer", "told"), TOLD)
+def test_the_smallest_layer_with_tensors_of_these_sizes_is_told(method: Any, layer: Layer, told: Layer) -> None:
+    given = shapes(method, layer)
+    assert method.measured(given) == told
+    assert shapes(method, told) == given
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.75, 0.9, 0.99, 48 / 49, 0.999])
+def test_of_super_tunings_places_the_least_number_of_entries_is_told(sparsity: float) -> None:
+    method = SuperTuning(sparsity=sparsity)
+    for n in (*range(1, 60), 1000, 10**6, 123_456_789):
+        entries = method.measured({"supertuning_values": (n,)}).in_features  # type: ignore[union-attr]
+        assert (method.count(entries), method.count(entries - 1)) == (n, n - 1)
+
+
+@pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT()])
+def test_without_such_a_tensor_nothing_is_told(method: Any) -> None:
+    assert method.measured({}) is None
+
+
+def test_with_a_low_rank_part_the_places_tell_nothing() -> None:
+    assert SuperTuning(r=2).measured(shapes(SuperTuning(r=2), linear(30, 10))) is None
