@@ -30,7 +30,7 @@ LOW, HALF = 2**29 - 1, 2**28  # the bits of a float64 that a float32 has not, an
 SMALLEST = 2.0**-126  # of the normal float32
 MOST = 192  # of what is summed in one chain
 FEW = 0.1  # of the numbers of a tile: so many are looked up one by one
-AT_ONCE = 2**14  # products of those
+AT_ONCE = 2**16  # products of those: few calls, as each is a hand-over between threads
 
 
 class Doubled(NamedTuple):
@@ -45,7 +45,7 @@ class Chain:
     """B A as torch sums it, where a sum in any order does not tell."""
 
     def __init__(self, B: NDArray, A: NDArray, ending: Ending) -> None:
-        self._B, self._A, self._ending = np.ascontiguousarray(B.T), A, ending
+        self._B, self._A, self._ending = B, A, ending
         r = B.shape[1]
         g = (r + 4) * UNIT / (1 - (r + 4) * UNIT)
         self._rows = _up(_norms(B, 1) * 2 * (g + UNIT))
@@ -59,25 +59,23 @@ class Chain:
             return
         e = self._rows[across, None] * self._columns[along].max()  # one for a row: a pass over the tile less, a few more to look up
         e = np.ldexp((e + self._tiny) * np.float32(1 + 2.0**-20), doubled.times)
-        W, beyond = widened(tile), buffer("beyond", delta.shape, delta.dtype)
-        low, high = (buffer(name, tile.shape, tile.dtype) for name in ("low", "high"))
+        W, beyond, high = widened(tile), buffer("beyond", delta.shape, delta.dtype), buffer("high", tile.shape, tile.dtype)
         np.add(delta, e, out=beyond)
         np.subtract(delta, e, out=delta)
         doubled.ending.sum(W, beyond, high)
-        doubled.ending.sum(W, delta, low)
-        bits = f"u{tile.dtype.itemsize}"
-        places = np.flatnonzero(low.view(bits) != high.view(bits))
-        B, A = self._B[:, across], self._A[:, along]
+        doubled.ending.sum(W, delta, tile)
+        bits, apart = f"u{tile.dtype.itemsize}", buffer("apart", tile.shape, np.dtype(np.bool))
+        places = np.flatnonzero(np.not_equal(tile.view(bits), high.view(bits), out=apart))
+        B, A = self._B[across], self._A[:, along]
         if len(places) > FEW * tile.size:
-            self._ending.sum(W, chained(lambda k: B[k, :, None], lambda k: A[k, None, :], len(A)), tile)
+            self._ending.sum(W, chained(lambda k: B[:, k, None], lambda k: A[k, None, :], len(A)), tile)
             return
         step = max(AT_ONCE // len(A), 1)
         for some in (places[n : n + step] for n in range(0, len(places), step)):
             i, j = np.divmod(some, tile.shape[1])
             there = buffer("there", (1, len(some)), tile.dtype)
-            self._ending.sum(W.reshape(-1)[some][None], looked_up(B.take(i, axis=1), A.take(j, axis=1))[None], there)
-            low.reshape(-1)[some] = there[0]
-        np.copyto(tile, low)
+            self._ending.sum(W.reshape(-1)[some][None], looked_up(B[i].T, A.take(j, axis=1))[None], there)
+            tile[i, j] = there[0]
 
 
 def looked_up(columns: NDArray, rows: NDArray) -> NDArray:

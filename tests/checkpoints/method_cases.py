@@ -16,9 +16,9 @@ BITS = frozenset(
 )
 # What others may differ by: in 16 bits, in last places of the largest number that meets there; in float32, in parts of the largest number
 # of the tensor, since there PEFT's own numbers are those of a solved equation, a transform or a norm, each some roundings from exact.
-PLACES, PART = 1.0, 2.0**-17
+PLACES, PART = 2.0, 2.0**-17
 # PEFT puts OSF's weight together again from singular vectors that it rounded to 16 bits; here it is added to.
-MORE_PLACES = {"OSF": 4.0}
+MORE_PLACES = {"OSF": 8.0}
 MORE_PART = {"OSF": 2.0**-14}
 SELDOM = 1e-3  # of the numbers that a 16-bit merge changes
 OFTEN = {"OSF": 0.05, "KaSA": 2e-3}  # of a decomposition that two libraries make
