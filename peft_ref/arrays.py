@@ -110,6 +110,12 @@ def row_norm(V: Array) -> Array:
     return xp.sqrt(xp.sum(V * V, axis=1))
 
 
+def thin_svd(W: Array) -> tuple[Array, Array, Array]:
+    """U (out, n), S (n,) and V^T (n, in) with W = U S V^T, n the smaller of W's sizes. The signs are the library's own."""
+    U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
+    return U, S, Vh
+
+
 def pad(x: Array, axis: int, before: int, after: int) -> Array:
     """`x` with zeros put before and after it along `axis`."""
     if before == after == 0:

@@ -24,22 +24,21 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, device, namespace, to, zeros_like
+from peft_ref.arrays import Array, column, integers, namespace, thin_svd, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
 from peft_ref.ranges import one_of, positive
 
-KINDS = frozenset({"linear"})
 MOST = 16  # subspaces
 
 _NAMED: Any = NamedTuple  # mypy reads no list that is not written out: to it the fields are not known
 Params: Any = _NAMED(
     "Params",
     [
-        ("N", Annotated[Array, "r columns", Key("adamss_newB", kinds=KINDS, trained=False)]),
+        ("N", Annotated[Array, "r columns", Key("adamss_newB", trained=False)]),
         *(
-            (f"{end}{i}", Annotated[Array, shape.format(i), Key(f"adamss_{end}.{i}", kinds=KINDS, when=f"subspaces > {i}")])
+            (f"{end}{i}", Annotated[Array, shape.format(i), Key(f"adamss_{end}.{i}", when=f"subspaces > {i}")])
             for end, shape in (("A", "rank{0} r"), ("B", "rows{0} rank{0}"))
             for i in range(MOST)
         ),
@@ -70,7 +69,7 @@ class AdaMSS(Additive[Any]):
 
     peft_type: ClassVar[str] = "ADAMSS"
     tuner_prefix: ClassVar[str] = "adamss_"
-    kinds: ClassVar[frozenset[str]] = KINDS
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
 
     def __post_init__(self) -> None:
@@ -80,7 +79,8 @@ class AdaMSS(Additive[Any]):
         if self.num_subspaces > MOST:
             raise ConfigError(f"num_subspaces={self.num_subspaces}: at most {MOST} here.")
         one_of(self, "init_weights", "orthogonal", None, False)
-        if set(self.clusters) != set(range(max(self.clusters, default=-1) + 1)) or max(self.clusters, default=0) >= MOST:
+        there = set(self.clusters)
+        if there != set(range(len(there))) or len(there) > MOST:
             raise ConfigError(f"clusters={self.clusters}: the subspaces are numbered from 0, none is empty, and there are at most {MOST}.")
         if self.use_asa:
             self._check_schedule()
@@ -133,13 +133,13 @@ class AdaMSS(Additive[Any]):
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Any]:
         xp, rows, r = namespace(W), self.rows(layer), self.dims(layer)["r"]
         seen = xp.concat([W, zeros_like((W.shape[0], 1), W)], axis=1) if layer.bias else W
-        U, _, V = xp.linalg.svd(seen, full_matrices=False)
+        U, _, V = thin_svd(seen)
         signs = _upright(V)
-        U, V = U * xp.permute_dims(signs, (1, 0)), V * signs
+        U, V = U * xp.matrix_transpose(signs), V * signs
         values = {"N": V[:r, :]}
         for i, own in enumerate(rows):
             rank = self.dims(layer)[f"rank{i}"]
-            directions = xp.linalg.svd(_take(U[:, :r], own), full_matrices=False)[2]
+            directions = thin_svd(_take(U[:, :r], own))[2]
             values[f"A{i}"] = (directions * _upright(directions))[:rank, :]
             zero = self.init_weights == "orthogonal"
             values[f"B{i}"] = zeros_like((len(own), rank), W) if zero else to(0.01 * rng.normal(size=(len(own), rank)), W)
@@ -149,7 +149,7 @@ class AdaMSS(Additive[Any]):
         rows = self.rows(layer)
         parts = [getattr(p, f"B{i}") @ (getattr(p, f"A{i}") @ p.N) for i in range(len(rows))]
         order = [row for own in rows for row in own]
-        whole = _take(namespace(p.N).concat(parts, axis=0), [order.index(row) for row in range(len(order))])
+        whole = _take(namespace(p.N).concat(parts), [order.index(row) for row in range(len(order))])
         return Delta(whole[:, :-1], whole[:, -1]) if layer.bias else Delta(whole)
 
     def delta_vjp(self, layer: Layer, p: Any, d: Delta) -> Any:
@@ -172,6 +172,4 @@ def _upright(V: Array) -> Array:
 
 
 def _take(X: Array, rows: Sequence[int]) -> Array:
-    xp = namespace(X)
-    at = np.asarray(rows, dtype=np.int64)
-    return xp.take(X, at if xp is np else xp.asarray(at, device=device(X)), axis=0)
+    return namespace(X).take(X, integers(np.asarray(rows), X), axis=0)

@@ -149,15 +149,13 @@ class BDLoRA(LowRank[Params]):
 
 def spread_out(V: Array, n: int) -> Array:
     """`V` (rows, columns), n blocks one under the other, as a block-diagonal matrix (rows, n columns)."""
-    if n == 1:
-        return V
     wide = tile(V, (V.shape[0], n * V.shape[1]))
     return namespace(V).where(_within(wide, n), wide, 0 * wide)
 
 
 def collected(d: Array, n: int) -> Array:
     """The gradient of `spread_out`: the blocks of d (rows, n columns), one under the other."""
-    return d if n == 1 else tile_vjp(namespace(d).where(_within(d, n), d, 0 * d), (d.shape[0], d.shape[1] // n))
+    return tile_vjp(namespace(d).where(_within(d, n), d, 0 * d), (d.shape[0], d.shape[1] // n))
 
 
 def _within(V: Array, n: int) -> Array:

@@ -60,7 +60,7 @@ class Cartridge(TablePrompt):
 
     def table(self, p: Tensors, ctx: Context) -> Array:
         parts = [p[name] for name in self.shapes()]
-        return parts[0] if len(parts) == 1 else namespace(*parts).concat(parts, axis=0)
+        return namespace(*parts).concat(parts)
 
     def table_vjp(self, p: Tensors, ctx: Context, d: Array) -> Tensors:
         if self.inference_mode:
@@ -95,5 +95,5 @@ def rows_of_cache(cache: Array, tokens: int) -> Array:
 
 def composed(method: Cartridge, tables: Sequence[Array]) -> tuple[Cartridge, Array]:
     """Several saved cartridges one behind the other: one longer table, with the first one's frozen rows.  `method` is the first's."""
-    table = namespace(*tables).concat(list(tables), axis=0)
+    table = namespace(*tables).concat(list(tables))
     return replace(method, num_virtual_tokens=int(table.shape[0])), table

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, final
 
-from peft_ref.arrays import Array, as_rows, column, namespace, zeros_like
+from peft_ref.arrays import Array, as_rows, column, namespace, thin_svd, zeros_like
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
@@ -73,8 +73,8 @@ def seen(before: Components | None, x: Array, n: int) -> Components:
         total = (before.rows * before.mean + rows * mean) / count
         squares = before.squares + squares + (before.rows * rows / count) * shift * shift
         step = (before.rows * rows / count) ** 0.5 * shift
-        stacked = xp.concat([column(before.S) * before.Vh, centred, xp.expand_dims(step, axis=0)], axis=0)
-    _, S, Vh = xp.linalg.svd(stacked, full_matrices=False)
+        stacked = xp.concat([column(before.S) * before.Vh, centred, xp.expand_dims(step, axis=0)])
+    _, S, Vh = thin_svd(stacked)
     S, Vh = S[:n], _upright(Vh[:n, :])
     return Components(Vh, S, S * S / xp.sum(squares), total, squares, count)
 
@@ -131,8 +131,7 @@ def deal(shares: Mapping[str, Array], same: Mapping[str, str], budget: int) -> d
     for _, name in ranked[:budget]:
         counts[name] += 1
     for name, first in same.items():
-        if counts[first] < counts[name]:
-            counts[first], counts[name] = counts[name], counts[first]
+        counts[name], counts[first] = sorted((counts[name], counts[first]))
     return counts
 
 
@@ -142,7 +141,7 @@ def _kept(found: Mapping[str, Components], same: Mapping[str, str], dealt: Mappi
         if config.whiten and r:
             first = _first(same, name)
             xp, V = namespace(rows[first]), rows[first]
-            rows[first] = xp.concat([V[:r, :] / column(xp.sqrt(found[first].S[:r])), V[r:, :]], axis=0)
+            rows[first] = xp.concat([V[:r, :] / column(xp.sqrt(found[first].S[:r])), V[r:, :]])
     return {name: rows[_first(same, name)][:r, :] for name, r in dealt.items()}
 
 
@@ -166,14 +165,13 @@ def _same_inputs(batch: Mapping[str, Array], names: Mapping[str, Any]) -> dict[s
 
 
 def _alike(V: Array, before: Array, tau: float) -> list[bool]:
-    """Which rows' cosines with those of before are at least tau."""
-    xp = namespace(V)
-    cosines = xp.sum(V * before, axis=1) / xp.sqrt(xp.sum(V * V, axis=1) * xp.sum(before * before, axis=1))
+    """Which rows' cosines with those of before are at least tau; all are of length 1."""
+    cosines = namespace(V).sum(V * before, axis=1)
     return [float(cosines[i]) >= tau for i in range(V.shape[0])]
 
 
 def _upright(Vh: Array) -> Array:
     """Every row with the sign that makes its largest entry positive."""
     xp = namespace(Vh)
-    signs = xp.where(xp.max(Vh, axis=1) >= -xp.min(Vh, axis=1), xp.ones_like(Vh[:, 0]), -xp.ones_like(Vh[:, 0]))
-    return column(signs) * Vh
+    upright = xp.max(Vh, axis=1) >= -xp.min(Vh, axis=1)
+    return xp.where(column(upright), Vh, -Vh)

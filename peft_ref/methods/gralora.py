@@ -83,14 +83,14 @@ class GraLoRA(Additive[Params]):
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         (out, n_in), r, k, h = layer.shape, self.r, self.gralora_k, self.hybrid_r
 
-        def uniform(shape: tuple[int, ...], fan_in: int) -> Array:
-            return to(rng.uniform(-1, 1, shape) / math.sqrt(fan_in), W)
+        def uniform(*shape: int) -> Array:
+            return to(rng.uniform(-1, 1, shape) / math.sqrt(shape[1]), W)  # the fan in stands there in all four
 
-        def upper(shape: tuple[int, ...], fan_in: int) -> Array:
-            return zeros_like(shape, W) if self.init_weights else uniform(shape, fan_in)
+        def upper(*shape: int) -> Array:
+            return zeros_like(shape, W) if self.init_weights else uniform(*shape)
 
-        A, B = uniform((k, n_in // k, r), n_in // k), upper((k, r, out // k), r)
-        return Start(Params(A, B, *((uniform((h, n_in), n_in), upper((out, h), h)) if h else ())), W)
+        A, B = uniform(k, n_in // k, r), upper(k, r, out // k)
+        return Start(Params(A, B, *((uniform(h, n_in), upper(out, h)) if h else ())), W)
 
     def delta(self, layer: Layer, p: Params) -> Delta:
         A, B = self._blocks(p)

@@ -10,11 +10,11 @@ at a time:  D_i = irfft(Y_i).   Back, with F_i = rfft(G_i):   dc_k = sum_i Re e^
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-Host = np.ndarray[Any, Any]
+Host: TypeAlias = np.ndarray[Any, Any]
 TILE = 64  # rows
 
 
@@ -23,7 +23,7 @@ def waves(c: Host, u: Host, v: Host, shape: tuple[int, int]) -> Host:
     out, n_in = shape
     u, v = _mirrored(u, v, shape)
     alone = 2 * v % n_in == 0  # irfft takes every other column twice, once for its mirror image, and divides by its length
-    weights, (first, *more) = np.where(alone, n_in, n_in / 2).astype(c.dtype) * c, _apart(v)
+    weights, (first, *more) = np.where(alone, n_in * c, n_in / 2 * c), _apart(v)
     D, Y = np.empty(shape, c.dtype), np.zeros((TILE, n_in // 2 + 1), np.result_type(c, np.complex64))
     for rows, E in _tiles(u, out, weights):
         here = Y[: E.shape[0]]
@@ -53,7 +53,7 @@ def _mirrored(u: Host, v: Host, shape: tuple[int, ...]) -> tuple[Host, Host]:
 
 def _apart(v: Host) -> list[Host]:
     """Which k, in groups without two at one column; every column is in the first."""
-    order = np.argsort(v, kind="stable")
+    order = np.argsort(v)
     ordered = v[order]
     rank = np.arange(len(v)) - np.searchsorted(ordered, ordered)
     return [order[rank == i] for i in range(int(rank.max()) + 1)]

@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, namespace, to
+from peft_ref.arrays import Array, column, namespace, thin_svd, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
@@ -124,6 +124,6 @@ class KaSA(LowRank[Params]):
 
 def truncated(W: Array, r: int) -> Array:
     """W (out, in) without its r smallest singular values."""
-    U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
+    U, S, Vh = thin_svd(W)
     kept = S.shape[0] - r
     return (U[:, :kept] * S[:kept]) @ Vh[:kept, :]

@@ -21,7 +21,7 @@ from typing import Any, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, namespace, pad, to
+from peft_ref.arrays import Array, column, namespace, pad, thin_svd, to
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
@@ -79,9 +79,8 @@ def correct(method: Factored, layer: Layer, W: Array, Q: Array) -> Params:
         raise UnsupportedLayerError(f"init_lora_weights='loftq' on a {layer.kind} layer: HF PEFT breaks there.\n  Use a linear layer.")
     if method.r > min(layer.shape):
         raise UnsupportedLayerError(f"init_lora_weights='loftq' with r={method.r}: a weight {layer.shape} has {min(layer.shape)} ranks.")
-    xp = namespace(W)
-    U, S, Vh = xp.linalg.svd(W - Q, full_matrices=False)
-    root = xp.sqrt(S[: method.r])
+    U, S, Vh = thin_svd(W - Q)
+    root = S[: method.r] ** 0.5
     return Params(column(root) * Vh[: method.r, :], U[:, : method.r] * root)
 
 

@@ -89,7 +89,7 @@ class LoHaEffective(Additive[Params]):
     def dims(self, layer: Layer) -> dict[str, int]:
         (out, n_in), k, r = layer.shape, math.prod(layer.kernel_size), self.r
         core = any(n != 1 for n in layer.kernel_size)
-        return {"r": r, "k": k, "core": core, "a0": r if core else out, "a1": out if core else r, "b1": n_in // k if core else n_in}
+        return {"r": r, "k": k, "core": core, "a0": r if core else out, "a1": out if core else r, "b1": n_in // k}
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         if not {"hada_t1", "hada_w1_a", "hada_w1_b"} <= shapes.keys():

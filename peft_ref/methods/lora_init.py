@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, to, zeros_like
+from peft_ref.arrays import Array, namespace, thin_svd, to, zeros_like
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.ranges import positive, probability
@@ -145,7 +145,7 @@ def _orthogonal(out: int, fan_in: int, r: int, rng: np.random.Generator, like: A
 
 def _pissa(W: Array, r: int, scale: float) -> tuple[Array, Array, Array]:
     xp = namespace(W)
-    U, S, Vh = xp.linalg.svd(W, full_matrices=False)
+    U, S, Vh = thin_svd(W)
     root = xp.sqrt(S[:r] / scale)
     A = xp.expand_dims(root, axis=1) * Vh[:r, :]
     B = U[:, :r] * root

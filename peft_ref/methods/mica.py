@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, zeros_like
+from peft_ref.arrays import Array, thin_svd, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import UnsupportedLayerError
 from peft_ref.layers import Layer
@@ -75,7 +75,7 @@ class MiCA(LowRank[Params]):
             )
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
-        U, _, _ = namespace(W).linalg.svd(W, full_matrices=False)
+        U, _, _ = thin_svd(W)
         return Start(Params(A=zeros_like((self.r, layer.shape[1]), W), B=U[:, U.shape[1] - self.r :]), W)
 
     def factors(self, p: Params) -> Factors:

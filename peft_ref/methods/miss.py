@@ -59,7 +59,7 @@ class MiSS(Additive[Params]):
         check_fits(self.r, layer)
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
-        return Linear(in_features=self.r, out_features=shapes[KEY][-1]) if KEY in shapes else None
+        return Linear(in_features=self.r, out_features=shapes[KEY][1]) if KEY in shapes else None
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         shape, bound = (self.r, layer.shape[0]), 1 / math.sqrt(layer.shape[0])

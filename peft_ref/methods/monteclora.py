@@ -143,7 +143,7 @@ class MonteCLoRA(LowRank[Params]):
 
     def _weights(self, p: Params, noise: Noise) -> Array:
         xp = namespace(p.p)
-        u = self._deviations(p) * noise.zeta + p.p - xp.mean(p.p)
+        u = self._deviations(p) * noise.zeta + p.p  # the mean of log a is the same for all: it cancels
         e = xp.exp(u - xp.max(u))
         return e / xp.sum(e)
 
@@ -158,4 +158,4 @@ class MonteCLoRA(LowRank[Params]):
         inverse = xp.exp(-p.p)
         spread = inverse * (1 - 2 / n) + xp.sum(inverse) / n**2
         dspread = du * noise.zeta / (2 * self._deviations(p)) * xp.astype(spread > LEAST, p.p.dtype)
-        return du - xp.mean(du) - inverse * (dspread * (1 - 2 / n) + xp.sum(dspread) / n**2)
+        return du - inverse * (dspread * (1 - 2 / n) + xp.sum(dspread) / n**2)

@@ -100,35 +100,35 @@ class OFT(Reweight[Params]):
         return Start(Params(to(np.zeros(shape) if self.init_weights else rng.normal(0, 0.1, shape), W)), W)
 
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        return self._turned(layer, W, self._factor(layer, self.acting(layer, p))), b
+        return self._turned(layer, W, self._factor(layer, self.acting(p))), b
 
     def weight_vjp(
         self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array, dW: Array, db: Array | None
     ) -> WeightGradients[Params]:
-        mT, acting = namespace(dW).matrix_transpose, self.acting(layer, p)
+        mT, acting = namespace(dW).matrix_transpose, self.acting(p)
         dF = mT(self._rows(layer, W)) @ self._rows(layer, dW)
         return WeightGradients(self._factor_vjp(layer, acting, dF), self._turned(layer, dW, mT(self._factor(layer, acting))), db)
 
     def product(self, layer: Layer, p: Params, W0: Array) -> Turned:
-        F, (n, b) = self._factor(layer, self.acting(layer, p)), self.blocks(layer)
+        F, (n, b) = self._factor(layer, self.acting(p)), self.blocks(layer)
         return Turned(namespace(F).broadcast_to(F, (n, b, b)))
 
     def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
         assert isinstance(d, Turned)
-        return self._factor_vjp(layer, self.acting(layer, p), d.blocks)
+        return self._factor_vjp(layer, self.acting(p), d.blocks)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
-        F = self._factor(layer, self.acting(layer, p))
+        F = self._factor(layer, self.acting(p))
         back = namespace(F).matrix_transpose(F)
         if self.use_cayley_neumann:  # no longer orthogonal, but F and F^T commute
             back = +(inverse(+(F @ back)) @ back)
         return self._turned(layer, W, back), b
 
     def differentiated(self, layer: Layer, p: Params, W0: Array) -> WeightMap[Params]:
-        moved = self.acting(layer, p).R - p.R
+        moved = self.acting(p).R - p.R
         return lambda q, W, b: (self._turned(layer, W, self._factor(layer, Params(q.R + moved))), b)
 
-    def acting(self, layer: Layer, p: Params) -> Params:
+    def acting(self, p: Params) -> Params:
         """The numbers that act: with coft, those of Q e / |Q| where |Q| is larger than e."""
         if not self.coft:
             return p

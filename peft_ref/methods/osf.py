@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, to
+from peft_ref.arrays import Array, namespace, thin_svd, to
 from peft_ref.contracts import Additive, Delta, Key, Start, WeightMap
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
@@ -77,7 +77,7 @@ class OSF(Additive[Params]):
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         (out, n_in), k = layer.shape, self.high(layer)
-        U, S, V = namespace(W).linalg.svd(W, full_matrices=False)
+        U, S, V = thin_svd(W)
         low, n = (U[:, k:], S[k:], V[k:, :]), S.shape[0] - k
         if not self.init_weights:
             drawn = rng.normal(size=(out, n)), rng.normal(size=n), rng.normal(size=(n, n_in))

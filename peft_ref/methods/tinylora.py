@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, namespace, to, zeros_like
+from peft_ref.arrays import Array, column, namespace, thin_svd, to, zeros_like
 from peft_ref.contracts import Additive, Delta, Key, Start
 from peft_ref.layers import Layer
 from peft_ref.methods.torch_draws import Generator, Host
@@ -101,7 +101,7 @@ class TinyLoRA(Additive[Params]):
     def start(self, layer: Layer, W: Array, rng: np.random.Generator, common: Params | None) -> Start[Params]:
         assert common is not None
         xp, r = namespace(W), self.dims(layer)["r"]
-        U, S, V = xp.linalg.svd(_stored(layer, W), full_matrices=False)
+        U, S, V = thin_svd(_stored(layer, W))
         root = xp.sqrt(S[:r])
         return Start(common._replace(A=column(root) * V[:r, :], B=U[:, :r] * root), W)
 

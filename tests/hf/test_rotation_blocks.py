@@ -51,5 +51,5 @@ def test_coft_bounds_every_block_as_peft_does(rows: int, b: int) -> None:
     numbers = np.linspace(0.1, 1.0, rows)[:, None] * RNG.normal(size=(rows, b * (b - 1) // 2))
     module = OFTRotationModule(rows, numbers.shape[1], b, rows * b, coft=True, eps=0.9)
     projected = module._project_batch(torch.tensor(numbers), eps=0.9).numpy()
-    method, layer = OFT(oft_block_size=b, coft=True, eps=0.9), Linear(in_features=rows * b, out_features=2)
-    np.testing.assert_allclose(method.acting(layer, Params(numbers)).R, projected, rtol=0, atol=1e-7)  # its root is of float32
+    method = OFT(oft_block_size=b, coft=True, eps=0.9)
+    np.testing.assert_allclose(method.acting(Params(numbers)).R, projected, rtol=0, atol=1e-7)  # its root is of float32

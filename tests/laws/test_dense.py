@@ -283,6 +283,28 @@ def test_waves_are_sums_of_cosines_and_their_gradient_is_the_transpose(shape: tu
     assert np.max(abs(dc - [np.sum(G * wave) for wave in each])) <= unit * np.sum(abs(G))
 
 
+def test_waves_are_computed_in_the_precision_of_their_numbers() -> None:
+    """In float32 every tile and every transform is of float32, which is what they are fast by."""
+    seen, tiles, irfft = set(), half_spectrum._tiles, np.fft.irfft
+    c, u, v = np.ones(3, np.float32), np.array([0, 1, 2]), np.array([1, 2, 2])
+
+    def watched(*given: Any) -> Any:
+        for rows, E in tiles(*given):
+            seen.add(E.dtype)
+            yield rows, E
+
+    def transformed(here: Any, **options: Any) -> Any:
+        seen.add(here.dtype)
+        return irfft(here, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(half_spectrum, "_tiles", watched)
+        patch.setattr(np.fft, "irfft", transformed)
+        D = half_spectrum.waves(c, u, v, (5, 6))
+        half_spectrum.waves_vjp(D, u, v)
+    assert seen == {np.dtype(np.complex64)}
+
+
 def test_fourierft_of_a_large_weight_is_transformed() -> None:
     layer, method = Linear(in_features=6, out_features=5), FourierFT(n_frequency=7)
     params = method.init(layer, np.zeros((5, 6)), np.random.default_rng(0)).params

@@ -107,10 +107,13 @@ class Evidence:
         return [item for item, ran in self._passing() if any(n in wanted for n in ran.get(file, ()))]
 
     def using(self, file: str) -> list[pytest.Item]:
-        """The tests that run a method's file, or one that imports from it: what stands in a module runs when it is imported."""
+        """The tests that run a method's file, or one that imports from it: what stands in a module runs when it is imported.
+
+        And those that run none: they look at the classes themselves.
+        """
         name = re.compile(rf"peft_ref\.methods(\.{file}\b| import .*\b{file}\b)")
         files = {file, *(p.stem for p in METHODS.glob("*.py") if name.search(p.read_text("utf-8")))}
-        return [item for item, ran in self._passing() if not files.isdisjoint(ran)]
+        return [item for item, ran in self._passing() if not ran or not files.isdisjoint(ran)]
 
     def _passing(self) -> Iterator[tuple[pytest.Item, dict[str, list[int]]]]:
         return ((item, r["lines"]) for name, item in self.items.items() if (r := self.records[name])["passed"])

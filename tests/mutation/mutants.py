@@ -62,7 +62,9 @@ class _Changes(cst.CSTVisitor):
             if isinstance(node, kind):
                 changes = islice(operator(node), 1) if operator is operator_string else operator(node)
                 self.found.extend(
-                    (node, changed, self._function(node), self._lines(node), operator is operator_arg_removal) for changed in changes
+                    (node, changed, self._function(node), self._lines(node), operator is operator_arg_removal)
+                    for changed in changes
+                    if _stricts(node) == _stricts(changed)
                 )
         return not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value in ("len", "isinstance"))
 
@@ -105,6 +107,11 @@ def _names_a_type(node: cst.CSTNode) -> bool:
 
 def _is_strict(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict"
+
+
+def _stricts(node: cst.CSTNode) -> list[str]:
+    """The `strict` of a call and what it is."""
+    return [cst.Module([]).code_for_node(arg.value) for arg in node.args if _is_strict(arg)] if isinstance(node, cst.Call) else []
 
 
 def mutants(path: Path) -> Iterator[Mutant]:

@@ -95,7 +95,7 @@ def rotation(a: Adapter, Q: Array) -> Array:
 def acting(a: Adapter, layer: Layer) -> Array:
     """The numbers that act, the projection held constant."""
     R = a.params.R
-    return R + constant(a.method.acting(layer, a.params).R - R) if a.method.coft else R  # type: ignore[attr-defined]
+    return R + constant(a.method.acting(a.params).R - R) if a.method.coft else R  # type: ignore[attr-defined]
 
 
 def turning(
@@ -198,7 +198,7 @@ def _transposed(case: Case) -> Answer:
     W = p.merged_W
     for a in reversed(p.adapters):
         m: Any = a.method
-        F = m._factor(p.layer, m.acting(p.layer, a.params))
+        F = m._factor(p.layer, m.acting(a.params))
         W = m._turned(p.layer, W, F.swapaxes(1, 2))
     return stored(p.layer, W, p.merged_b)
 
