@@ -103,7 +103,9 @@ def compare(got: Any, want: Any, what: str) -> None:
 
 
 RNG = np.random.default_rng(3)
-HEADS = {name: RNG.normal(size=size) for name, size in {"q": (2, 4, 3, 5), "k": (1, 2, 6, 5), "v": (1, 2, 6, 5), "dy": (2, 4, 3, 5)}.items()}
+HEADS = {
+    name: RNG.normal(size=size) for name, size in {"q": (2, 4, 3, 5), "k": (1, 2, 6, 5), "v": (1, 2, 6, 5), "dy": (2, 4, 3, 5)}.items()
+}
 PROMPT, LAYER = AdaptionPrompt(adapter_len=6, adapter_layers=1), Linear(in_features=6, out_features=5)
 CARTRIDGE = Cartridge(num_virtual_tokens=3, num_layers=2, token_dim=4, num_attention_heads=2)
 
@@ -131,9 +133,7 @@ BESIDE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "scores of subspaces": (
         scored,
-        tuple(
-            {"a": AdaMSS(r=3, num_subspaces=2, init_weights=None).init(LAYER, RNG.normal(size=(5, 6)), RNG).params} for _ in range(2)
-        ),
+        tuple({"a": AdaMSS(r=3, num_subspaces=2, init_weights=None).init(LAYER, RNG.normal(size=(5, 6)), RNG).params} for _ in range(2)),
     ),
     "cartridges": (tables, (RNG.normal(size=(3, 16)), RNG.normal(size=(2, 2, 1, 2, 4, 2)))),
 }
