@@ -29,7 +29,7 @@ def mean_square(x: Any) -> float:
 
 
 def test_an_orthogonal_start_is_half_of_standard_normal_numbers_over_a_hundred() -> None:
-    """Q's rows are of length 1: n r numbers of B or A have the sum of squares of n r / 2 normal ones, over 100. Of 40,000: five deviations."""
+    """Q's rows are of length 1: n r numbers of B or A have the sum of squares of n r / 2 normal ones by 100. Of 40,000: five deviations."""
     method, n = LoRA(r=4, init_lora_weights="orthogonal"), 20_000
     A, B = of(method, Linear(in_features=n, out_features=1)).A, of(method, Linear(in_features=1, out_features=n)).B
     for factor in (A, B):

@@ -116,7 +116,7 @@ MOST = tuple(range(adamss.MOST))
 def test_clusters_are_numbered_from_zero_without_a_gap(clusters: tuple[int, ...]) -> None:
     assert AdaMSS(clusters=clusters).clusters == clusters
     for wrong in ((1, *(n + 1 for n in clusters)), (*clusters, len({*clusters}) + 1), (*MOST, adamss.MOST)):
-        with pytest.raises(ConfigError, match="^clusters="):
+        with pytest.raises(ConfigError, match=r"^clusters="):
             AdaMSS(clusters=wrong)
 
 
