@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref import dense, large
-from peft_ref.arrays import Array, column, is_integer, namespace, zeros_like
+from peft_ref.arrays import Array, as_rows, column, is_integer, namespace, zeros_like
 from peft_ref.conditioned import Conditioned
 from peft_ref.contracts import Additive, Factors, LowRank, Reweight, Scaled, Turned, WeightGradients, WeightMethod
 from peft_ref.errors import ConfigError, NotMergeableError
@@ -192,6 +192,7 @@ class _SetUp(NamedTuple):
     bs: list[Array | None]
     is_large: bool  # whether it is a linear layer with a large matrix in NumPy, and all numbers are of one precision
     product: Scaled | Turned | None  # what acts on the weight, where that is one adapter of a large layer and a product
+    turns_input: bool  # x (W F)^T is (x F^T) W^T: what has fewer rows is turned, and an input's is not in Ws
 
 
 def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter], x: Array) -> _SetUp:
@@ -203,9 +204,10 @@ def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
     product = None
     if is_large and len(folded) == 1 and isinstance(folded[0].method, Reweight):
         product = folded[0].method.product(layer, folded[0].params, W)
+    turns_input = isinstance(product, Turned) and as_rows(x).shape[0] < W.shape[0]
     Ws, bs = [W], [b]
     for a, side in zip(adapters, sides, strict=True):
-        if side:
+        if side or turns_input:
             after = Ws[-1], bs[-1]
         elif product is not None:
             after = large.folded(product, W, b)
@@ -215,7 +217,7 @@ def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
             after = step(layer, a, Ws[-1], bs[-1], W, b)
         Ws.append(after[0])
         bs.append(after[1])
-    return _SetUp(layer, adapters, sides, Ws, bs, is_large, product)
+    return _SetUp(layer, adapters, sides, Ws, bs, is_large, product, turns_input)
 
 
 def _output(at: _SetUp, x: Array, u: Array | None = None) -> Array:
@@ -227,7 +229,8 @@ def _output(at: _SetUp, x: Array, u: Array | None = None) -> Array:
     elif at.is_large:
         low = [(a, a.method.factors(a.params)) for a in beside if isinstance(a.method, LowRank)]
         narrow = [(dense.product(_drop(a, x), f.A.T), f.B.T) for a, f in low]
-        y = dense.sum_of_products([(x, W.T), *narrow], [c for c in (b, *(f.b for _, f in low)) if c is not None])
+        seen = dense.turned(x, at.product.blocks.mT) if at.turns_input and isinstance(at.product, Turned) else x
+        y = dense.sum_of_products([(seen, W.T), *narrow], [c for c in (b, *(f.b for _, f in low)) if c is not None])
         beside = [a for a in beside if not isinstance(a.method, LowRank)]
     else:
         y = at.layer.apply(x, W, b)

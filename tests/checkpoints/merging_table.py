@@ -29,8 +29,7 @@ def row(name: str) -> str:
     held = "a tile" if tiles else "some rows of a linear layer" if cls.by_rows else "the tensor"
     if method in BITS:
         return f"| {method} | {rounded} | {held} | equal | equal |"
-    places = MORE_PLACES.get(method, 1)
-    half = f"seldom {places:.0f} last place" if places == 1 else f"up to {places:.0f} last places"
+    half = f"up to {MORE_PLACES[method]:.0f} last places" if method in MORE_PLACES else "seldom 1 last place, or 2"
     return f"| {method} | {rounded} | {held} | {half} | float32 arithmetic in another order |"
 
 

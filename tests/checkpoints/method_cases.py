@@ -16,11 +16,13 @@ BITS = frozenset(
 )
 # What others may differ by: in 16 bits, in last places of the largest number that meets there; in float32, in parts of the largest number
 # of the tensor, since there PEFT's own numbers are those of a solved equation, a transform or a norm, each some roundings from exact.
+# Two places: one place of a rounded delta moves a sum from one tie to the next, and ties go to the even one.
 PLACES, PART = 2.0, 2.0**-17
 # PEFT puts OSF's weight together again from singular vectors that it rounded to 16 bits; here it is added to.
 MORE_PLACES = {"OSF": 8.0}
 MORE_PART = {"OSF": 2.0**-14}
-SELDOM = 1e-3  # of the numbers that a 16-bit merge changes
+SELDOM = 1e-3  # of the numbers that a bfloat16 merge changes
+FINER = {"BF16": 1, "F16": 8}  # places in one of bfloat16's: so much more often does the same error cross one
 OFTEN = {"OSF": 0.05, "KaSA": 2e-3}  # of a decomposition that two libraries make
 UNMERGED = {
     "PSOFT": "its file leaves out the singular vectors, whose signs are the library's choice: refused",

@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="the extra `hf` is not installed")
 
 from tests.checkpoints import method_cases
 from tests.checkpoints.beside_peft import array_of, carried_out, differing, merged_by_peft, saved_adapter, steps
-from tests.checkpoints.method_cases import BITS, MORE_PART, MORE_PLACES, OFTEN, PART, PLACES, SELDOM, UNMERGED, folders
+from tests.checkpoints.method_cases import BITS, FINER, MORE_PART, MORE_PLACES, OFTEN, PART, PLACES, SELDOM, UNMERGED, folders
 
 pytestmark = pytest.mark.usefixtures("quiet")
 CASES = method_cases.cases()
@@ -49,7 +49,7 @@ def check(tmp_path: Path, label: str, dtype: str, rounding: Rounding) -> None:
         else:
             assert steps(theirs[name], ours[name], before[name]) <= MORE_PLACES.get(method, PLACES), name
     if dtype != "F32":
-        assert sum(found.values()) <= OFTEN.get(method, SELDOM) * changed
+        assert sum(found.values()) <= OFTEN.get(method, SELDOM) * FINER[dtype] * changed
 
 
 def test_every_method_on_weights_is_here_or_is_said_to_be_unmerged() -> None:
