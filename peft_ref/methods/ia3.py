@@ -65,10 +65,10 @@ class IA3(Reweight[Params]):
         return WeightGradients(Params(dl), column(p.l) * dW, None if db is None else p.l * db)
 
     def product(self, layer: Layer, p: Params, W0: Array) -> Scaled | Turned:
-        return Turned(namespace(p.l).reshape(p.l, (-1, 1, 1))) if self.is_feedforward else Scaled(p.l, bias=True)
+        return Turned(column(column(p.l))) if self.is_feedforward else Scaled(p.l, bias=True)
 
     def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
-        return Params(d.rows if isinstance(d, Scaled) else namespace(d.blocks).reshape(d.blocks, (-1,)))
+        return Params(d.rows if isinstance(d, Scaled) else d.blocks[:, 0, 0])
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         if self.is_feedforward:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace
+from peft_ref.arrays import Array, integers, namespace
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
@@ -69,10 +69,10 @@ def lora_ga(
     xp, r, (U, S, Vh) = namespace(W), method.r, gradient
     if S.shape[0] < 2 * r:
         raise UnsupportedLayerError(f"init_lora_weights='lora_ga' with r={r} takes {2 * r} directions of a gradient that has {S.shape[0]}.")
-    a, b = _chosen(r, config.direction, rng)
-    A = xp.take(Vh, xp.asarray(a), axis=0)
-    S_b = xp.take(S, xp.asarray(b), axis=0)
-    B = xp.take(U, xp.asarray(b), axis=1) * S_b
+    a, b = (integers(np.asarray(places), U) for places in _chosen(r, config.direction, rng))
+    A = xp.take(Vh, a, axis=0)
+    S_b = xp.take(S, b, axis=0)
+    B = xp.take(U, b, axis=1) * S_b
     if config.scale == "stable":
         B = B * (layer.weight_shape[0] ** 0.25 / config.stable_gamma**0.5)
     elif config.scale == "weight_svd" and float(S_b[0]) > 0:
