@@ -78,7 +78,7 @@ def initial_rows(init: str, text: str | None, shape: tuple[int, int], like: Arra
     words = sources.words
     ids = np.resize(_tokens(text, sources), shape[0]) if init == "TEXT" else rng.integers(0, words.shape[0], shape[0])
     xp = namespace(words)
-    picked = xp.concat([words[int(i) : int(i) + 1, :] for i in ids], axis=0)
+    picked = xp.concat([words[int(i) : int(i) + 1, :] for i in ids])
     return xp.astype(picked, like.dtype)
 
 
@@ -86,7 +86,7 @@ def _tokens(text: str | None, sources: Sources) -> np.ndarray[Any, np.dtype[np.i
     if sources.tokenize is None:
         raise ConfigError("prompt_tuning_init='TEXT' needs a tokenizer.\n  Pass Sources(words=..., tokenize=lambda text: ids).")
     assert text is not None  # refused when the method was made
-    ids = np.asarray(list(sources.tokenize(text)), dtype=np.int64)
+    ids = np.asarray(list(sources.tokenize(text)))
     if not ids.size:
         raise ConfigError(f"prompt_tuning_init_text={text!r} has no tokens.\n  Give another text.")
     return ids

@@ -40,7 +40,7 @@ class Generator:
 
     def raw(self, count: int) -> Host:
         """The next `count` draws of 32 bits."""
-        return np.asarray(self._bits.random_raw(count), dtype=np.int64)
+        return np.asarray(self._bits.random_raw(count))
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float, dtype: Float = np.float32) -> Host:
         """torch.empty(shape, dtype=dtype).uniform_(low, high, generator=self)."""
@@ -55,7 +55,7 @@ class Generator:
         if n < 16:
             return (np.asarray([self._one() for _ in range(n)]) * std + mean).astype(dtype).reshape(shape)
         given, whole = self._unit(n, dtype), n - n % 16
-        numbers = _box_muller(given[:whole].reshape(-1, 2, 8))
+        numbers = _box_muller(given[:whole].reshape(whole // 16, 2, 8))
         if whole < n:  # the last 16 are drawn anew
             numbers = np.concat([numbers[: n - 16], _box_muller(self._unit(16, dtype).reshape(1, 2, 8))])
         return (numbers * std + mean).astype(dtype).reshape(shape)
@@ -108,7 +108,7 @@ def _box_muller(pairs: Host) -> Host:
     """Normal numbers of blocks (n, 2, 8) of u and v, flat; in steps of their dtype, as in torch."""
     u, v = 1 - pairs[:, 0], pairs[:, 1]
     radius, angle = np.sqrt(-2 * np.log(u)), v * v.dtype.type(2 * math.pi)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
 
 
 def as_bfloat16(x: Any) -> Host:

@@ -70,7 +70,7 @@ class UniLoRA(Additive[Params]):
         theta = to(rng.uniform(-bound, bound, self.theta_d_length) if self.init_weights else rng.normal(size=self.theta_d_length), like)
         shapes = {name: ((self.r, layer.shape[1]), (layer.shape[0], self.r)) for name, layer in layers.items()}
         places = dealt(sum(math.prod(shape) for pair in shapes.values() for shape in pair), self.theta_d_length, self.proj_seed)
-        used = np.bincount(places, minlength=self.theta_d_length)
+        used = np.bincount(places)
         scales = 1 / np.sqrt(np.maximum(used, 1).astype(np.float32))
         made, at = {}, 0
         for name, pair in shapes.items():
@@ -110,7 +110,7 @@ def dealt(count: int, length: int, seed: int) -> np.ndarray[Any, Any]:
 
 def _picked(theta: Array, indices: Array, scales: Array) -> Array:
     xp = namespace(theta)
-    return xp.reshape(xp.take(theta, xp.reshape(indices, (-1,)), axis=0), tuple(indices.shape)) * scales
+    return xp.reshape(xp.take(theta, xp.reshape(indices, (-1,))), tuple(indices.shape)) * scales
 
 
 def _put_back(theta: Array, indices: Array, d: Array) -> Array:

@@ -141,5 +141,7 @@ def test_what_such_a_block_does_not_take_is_refused_as_in_peft() -> None:
     fresh = pack(method, E, init(method, E, *weights(net()["attn"]), np.random.default_rng(0)))
     with pytest.raises(KeyMismatchError, match="both projections"):
         unpack(method, E, {key: tensor for key, tensor in fresh.items() if "out_proj" not in key}, "attn")
+    with pytest.raises(ShapeError, match=r"at 'attn'"):
+        unpack(method, E, {**fresh, "lora_B.weight": np.zeros((E, 2))}, "attn")
     with pytest.raises(ShapeError, match=r"attn.base_layer.out_proj"):
         unpack(method, E, {**fresh, "base_layer.out_proj.lora_B.weight": np.zeros((3 * E, 2))}, "attn")

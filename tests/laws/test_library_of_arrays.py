@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, settings
 
 from peft_ref.layers import Linear
-from peft_ref.methods import AdaLoRA, PVeRA
+from peft_ref.methods import AdaLoRA, KaSA, PrefixTuning, PromptTuning, PVeRA
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
+from peft_ref.prompts import Context, Sources
 from tests.laws.compare import assert_close
-from tests.laws.strategies import LAW_ON_BACKEND
 
 strict = pytest.importorskip("array_api_strict")
-ONE = settings(LAW_ON_BACKEND, max_examples=1, phases=[Phase.generate], derandomize=True, database=None)
 
 
 def sent(value: Any) -> Any:
@@ -54,6 +52,26 @@ def test_adaloras_allocator_computes_in_the_library_of_the_parameters() -> None:
         assert_alike(theirs, ours, f"step {step}")
     kept = [True, False, True]
     assert_alike(sliced(method, sent(params["a"]), kept)[1], sliced(method, params["a"], kept)[1], "a slice")
+
+
+def test_prompts_are_of_the_library_of_the_words_and_of_their_table() -> None:
+    sizes, rng = {"num_virtual_tokens": 4, "token_dim": 3, "num_transformer_submodules": 1}, np.random.default_rng(0)
+    words, method = rng.normal(size=(5, 3)), PromptTuning(**sizes, prompt_tuning_init="SAMPLE_VOCAB")
+    for given in (words, sent(words)):
+        rows = method.init(given, np.random.default_rng(1), Sources(given))["embedding.weight"]
+        assert type(rows) is type(given)
+    prefix, ctx = PrefixTuning(**sizes, num_layers=2, encoder_hidden_size=5, prefix_projection=True), Context(2)
+    p = prefix.init(words, rng)
+    table = prefix.table(p, ctx)
+    assert_alike(prefix.table(sent(p), ctx), table, "the table")
+    assert_alike(prefix.table_vjp(sent(p), ctx, sent(table)), prefix.table_vjp(p, ctx, table), "gradients")
+
+
+def test_kasas_penalty_is_of_the_library_of_the_factors() -> None:
+    method, rng = KaSA(r=2), np.random.default_rng(0)
+    params = {"q": method.to_params(A=rng.normal(size=(2, 5)), B=rng.normal(size=(4, 2)), d=rng.normal(size=2))}
+    assert_alike(method.penalty(sent(params)), np.asarray(method.penalty(params)), "the penalty")
+    assert_alike(method.penalty_vjp(sent(params), 1.0), method.penalty_vjp(params, 1.0), "its gradients")
 
 
 def test_pveras_noise_acts_in_the_library_of_the_input() -> None:

@@ -29,3 +29,4 @@ def test_a_text_starts_with_the_rows_of_its_tokens_cut_or_repeated(cls: Any, tex
     sources = Sources(WORDS, lambda said: [" abcdefgh".index(letter) for letter in said])
     got = method.init(np.zeros(()), np.random.default_rng(0), sources)["embedding.weight"]
     np.testing.assert_array_equal(got, WORDS[rows])
+    assert method.init(np.zeros((), np.float32), np.random.default_rng(0), sources)["embedding.weight"].dtype == np.float32

@@ -13,7 +13,7 @@ from peft_ref.layers import Layer, Linear
 from peft_ref.methods import AdaLoRA, FRoD, KaSA, PVeRA, UniLoRA, VeRA, WaveFT
 from peft_ref.methods.adalora_allocator import State, after_step, budget, last_allocation
 from peft_ref.methods.unilora import dealt
-from tests.laws.compare import assert_close
+from tests.laws.compare import assert_close, assert_same_bits
 
 SIZES = {"a.q": (3, 5), "b.q": (4, 2), "c.q": (6, 3)}
 LAYERS: dict[str, Layer] = {name: Linear(in_features=n_in, out_features=out) for name, (out, n_in) in SIZES.items()}
@@ -50,6 +50,7 @@ def test_unilora_maps_its_numbers_onto_all_factors_without_changing_their_length
     assert where.shape == (2 * sum(sum(size) for size in SIZES.values()),)
     squares = np.bincount(where, weights=scale**2, minlength=length)
     assert_close(squares, (np.bincount(where, minlength=length) > 0).astype(float), "the length of a number's images", rounding=1e-6)
+    assert_same_bits(scale, scale.astype(np.float32).astype(float), "scales, which PEFT counts in float32")
     assert sorted(where) == sorted(dealt(len(where), length, method.proj_seed))
     for p in common.values():
         assert p.theta is common["a.q"].theta
@@ -78,7 +79,8 @@ def test_waveft_shares_its_coefficients_out_by_entries_and_gives_every_layer_one
     method = WaveFT(n_frequency=2, proportional_parameters=True).spanning({**LAYERS, "large": Linear(in_features=40, out_features=40)})
     entries = sum(out * n_in for out, n_in in SIZES.values()) + 1600
     assert {name: method.count(layer) for name, layer in LAYERS.items()} == dict.fromkeys(SIZES, 1)
-    assert method.count(Linear(in_features=40, out_features=40)) == round(8 * 1600 / entries)
+    large = Linear(in_features=40, out_features=40)
+    assert method.count(large) == method.spec(large)[0].shape[0] == round(8 * 1600 / entries)
 
 
 def test_adaloras_last_allocation_takes_place_though_one_was_before_it() -> None:
