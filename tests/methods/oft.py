@@ -56,7 +56,6 @@ FACTS = Facts(
         "oft-coft": OFT(oft_block_size=6, coft=True, eps=0.5, block_share=True),
         "oft-coft-apart": OFT(oft_block_size=2, coft=True, eps=0.1, num_cayley_neumann_terms=4),
         "oft-two-terms": OFT(oft_block_size=5, num_cayley_neumann_terms=2),
-        "oft-one-term": OFT(oft_block_size=5, num_cayley_neumann_terms=1),
     },
     numbers=lambda name, values: values / 8,  # the series is nearly orthogonal only near zero
     chained_backwards=lambda layer: layer.kind != "embedding",  # OFT-Q3
