@@ -66,7 +66,7 @@ class SuperTuning(Additive[Params]):
     @property
     def low_rank_scale(self) -> float:
         """s; a missing lora_alpha is 2 r."""
-        return 2.0 if self.lora_alpha is None or self.r is None else self.lora_alpha / self.r
+        return 0.0 if self.r is None else 2.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
     def dims(self, layer: Layer) -> dict[str, int]:
         return {"n": self.count(math.prod(layer.shape)), "r": self.r or 0}

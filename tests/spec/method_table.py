@@ -97,6 +97,7 @@ def needs(name: str) -> str:
     """The extensions of the array API that the method's own file calls."""
     source = Path(str(sys.modules[METHODS[name].__module__].__file__)).read_text("utf-8")
     called = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    called |= {"linalg"} if "thin_svd" in source else set()  # of `arrays`
     return ", ".join(sorted(called & {"linalg", "fft"}))
 
 

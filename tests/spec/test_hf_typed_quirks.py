@@ -164,7 +164,7 @@ def test_cpt_q11_an_unknown_loss_is_none() -> None:
     made, unknown = cpt(opt_loss_decay_factor=0.5), cpt(opt_weighted_loss_type="linear", opt_loss_decay_factor=0.5)
     unknown.load_state_dict(made.state_dict())
     assert torch.equal(made(input_ids=IDS, labels=IDS).loss, unknown(input_ids=IDS, labels=IDS).loss)
-    with pytest.raises(ConfigError, match="there are none, decay"):
+    with pytest.raises(ConfigError, match="is not known"):
         CPT(opt_weighted_loss_type="linear")
 
 
