@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from peft_ref.arrays import Array, as_rows, column, eye_like, namespace
+from peft_ref.arrays import Array, as_rows, column, eye_like, namespace, thin_svd
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
@@ -54,7 +54,7 @@ def corda(method: Factored, layer: Layer, W: Array, C: Array, corda_method: Mode
         raise UnsupportedLayerError(f"init_lora_weights='corda' with r={method.r}: a weight {layer.shape} has {min(layer.shape)} ranks.")
     xp = namespace(W)
     damped, inverse = _inverted(C)
-    U, S, Vh = xp.linalg.svd(W @ damped, full_matrices=False)
+    U, S, Vh = thin_svd(W @ damped)
     first = 0 if corda_method == "ipm" else S.shape[0] - method.r
     kept = slice(first, first + method.r)
     root = xp.sqrt(S[kept] / method.scale)

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, integers, namespace
+from peft_ref.arrays import Array, integers, namespace, thin_svd
 from peft_ref.contracts import Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
@@ -57,7 +57,7 @@ class Spectrum(NamedTuple):
 
 def spectrum(G: Array) -> Spectrum:
     """The singular value decomposition of a gradient G (out, in)."""
-    return Spectrum(*namespace(G).linalg.svd(G, full_matrices=False))
+    return Spectrum(*thin_svd(G))
 
 
 def lora_ga(
@@ -76,7 +76,7 @@ def lora_ga(
     if config.scale == "stable":
         B = B * (layer.weight_shape[0] ** 0.25 / config.stable_gamma**0.5)
     elif config.scale == "weight_svd" and float(S_b[0]) > 0:
-        B = B * (xp.linalg.svd(W, full_matrices=False)[1][0] / S_b[0])
+        B = B * (thin_svd(W)[1][0] / S_b[0])
     elif config.scale == "gd_scale":
         A, B = A / method.scale, B / method.scale
     return Start(Params(A, B), W - method.scale * (B @ A))

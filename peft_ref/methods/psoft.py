@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, eye_like, namespace, to
+from peft_ref.arrays import Array, column, eye_like, namespace, thin_svd, to
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
@@ -116,7 +116,7 @@ class PSOFT(LowRank[Params]):
     def parts(self, W: Array) -> tuple[Array, Array]:
         """A and B of a frozen weight, with the signs that its library gives."""
         xp = namespace(W)
-        U, S, Vh = xp.linalg.svd(W, full_matrices=False)
+        U, S, Vh = thin_svd(W)
         U, S, Vh = U[:, : self.r], S[: self.r] / self.scale, Vh[: self.r, :]
         if self.ab_svd_init == "psoft_init":
             return Vh, U * S
