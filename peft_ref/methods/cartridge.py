@@ -21,7 +21,6 @@ import numpy as np
 from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.errors import ConfigError, ShapeError
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, Context, Sources, TablePrompt, Tensors
-from peft_ref.ranges import not_negative
 
 FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
 
@@ -37,7 +36,8 @@ class Cartridge(TablePrompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        not_negative(self, "num_frozen_tokens")
+        if self.num_frozen_tokens < 0:
+            raise ConfigError(f"num_frozen_tokens={self.num_frozen_tokens}: 0 or more is needed (HF PEFT refuses it too).")
         if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
             raise ConfigError(
                 f"num_frozen_tokens={self.num_frozen_tokens} with num_virtual_tokens={self.num_virtual_tokens}:"
