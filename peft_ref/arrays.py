@@ -110,6 +110,16 @@ def row_norm(V: Array) -> Array:
     return xp.sqrt(xp.sum(V * V, axis=1))
 
 
+def at_least(x: Array, least: float) -> Array:
+    """Each number of x, or `least` where it is less."""
+    return namespace(x).where(x < least, 0 * x + least, x)
+
+
+def at_least_vjp(x: Array, least: float, dy: Array) -> Array:
+    """The gradient of x: at `least` itself that of what is above, as torch has it."""
+    return namespace(dy).where(x < least, 0 * dy, dy)
+
+
 def thin_svd(W: Array) -> tuple[Array, Array, Array]:
     """U (out, n), S (n,) and V^T (n, in) with W = U S V^T, n the smaller of W's sizes. The signs are the library's own."""
     U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref.arrays import Array, namespace
 from peft_ref.methods.adamss import MOST, AdaMSS
 
-Averages = Mapping[str, Mapping[str, Array]]  # by module, then by the parameter's field: A0, B0, ...
+Averages: TypeAlias = Mapping[str, Mapping[str, Array]]  # by module, then by the parameter's field: A0, B0, ...
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -65,7 +65,7 @@ class AdaptionPrompt(AttentionMethod[Params]):
         return p.g * attention(q, k, v, None, q.shape[-1] ** -0.5)
 
     def added_vjp(self, p: Params, q: Array, k: Array, v: Array, dy: Array) -> AddedGradients[Params]:
-        xp = namespace(q, k)
+        xp = namespace(q)
         k, v = (shared_by_all(part, q.shape[0]) for part in (k, v))
         scale = q.shape[-1] ** -0.5
         dg = xp.reshape(xp.sum(dy * attention(q, k, v, None, scale)), (1,))

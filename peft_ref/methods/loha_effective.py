@@ -158,7 +158,7 @@ class LoHaEffective(Additive[Params]):
         return first.product(), second.product()
 
     def _plain(self) -> loha.LoHa:
-        return loha.LoHa(r=self.r, alpha=self.alpha, init_weights=self.init_weights)
+        return loha.LoHa(r=self.r, alpha=self.alpha)
 
 
 def _products(p: Params) -> tuple[Product, Product]:

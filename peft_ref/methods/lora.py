@@ -53,8 +53,8 @@ class Params(NamedTuple):
 
 def transposed(p: Params) -> Params:
     """The factors of the transposed delta: those of a head that is tied to a table, from the table's."""
-    xp = namespace(p.A, p.B)
-    return Params(A=xp.matrix_transpose(p.B), B=xp.matrix_transpose(p.A), c=None)
+    xp = namespace(p.A)
+    return Params(A=xp.matrix_transpose(p.B), B=xp.matrix_transpose(p.A))
 
 
 @final

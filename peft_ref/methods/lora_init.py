@@ -132,7 +132,7 @@ def initial_factors(layer: Layer, W: Array, r: int, scale: float, init: bool | s
 
 def initial_bias(layer: Layer, W: Array, r: int, init: bool | str, rng: np.random.Generator) -> Array:
     """c (out,), the bias of B: torch's default for a layer of r / groups inputs where nothing is to start as the identity."""
-    bound = 1 / math.sqrt(r // layer.groups) if init is False else 0.0
+    bound = 1 / math.sqrt(r / layer.groups) if init is False else 0.0
     return to(rng.uniform(-bound, bound, (layer.shape[0],)), W)
 
 

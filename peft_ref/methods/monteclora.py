@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, eye_like, namespace, to, zeros_like
+from peft_ref.arrays import Array, at_least, at_least_vjp, eye_like, namespace, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.layers import Layer
 from peft_ref.methods import lora
@@ -111,7 +111,8 @@ class MonteCLoRA(LowRank[Params]):
         return Factors(B=self.scale * p.B, A=p.A, b=scaled(self.scale, p.c))
 
     def factors_vjp(self, p: Params, d: Factors) -> Params:
-        return self.to_params(A=d.A, B=self.scale * d.B, sigma=0 * p.sigma, p=0 * p.p, c=scaled(self.scale, d.b))
+        sigma, logits = (zeros_like(tuple(of.shape), of) for of in (p.sigma, p.p))
+        return self.to_params(A=d.A, B=self.scale * d.B, sigma=sigma, p=logits, c=scaled(self.scale, d.b))
 
     def noisy(self, p: Params, noise: Noise) -> Params:
         """What acts in training: A~ in the place of A, and the variances and weights that PEFT keeps of this draw."""
@@ -127,8 +128,7 @@ class MonteCLoRA(LowRank[Params]):
         variances, w, D = self._variances(p, noise), self._weights(p, noise), xp.matrix_transpose(d.A)
         l = xp.sqrt(variances)
         mixed = xp.sum(noise.z * xp.reshape(w, (w.shape[0], 1, 1)), axis=0)
-        above = xp.astype(self._raw_variances(p, noise) > LEAST_VARIANCE, p.A.dtype)
-        dsigma = t * xp.sum(D * mixed, axis=0) * l * above
+        dsigma = at_least_vjp(self._raw_variances(p, noise), LEAST_VARIANCE, t * xp.sum(D * mixed, axis=0) * l)
         dw = t * xp.sum(noise.z * (D * l), axis=(1, 2))
         du = w * (dw - xp.sum(w * dw))  # through the softmax
         return d._replace(sigma=d.sigma + dsigma, p=d.p + self._logits_vjp(p, noise, du))
@@ -138,8 +138,7 @@ class MonteCLoRA(LowRank[Params]):
         return xp.exp(2 * p.sigma) * xp.sum(noise.Z * eye_like(self.r, noise.Z), axis=1)
 
     def _variances(self, p: Params, noise: Noise) -> Array:
-        raw = self._raw_variances(p, noise)
-        return namespace(raw).where(raw > LEAST_VARIANCE, raw, LEAST_VARIANCE + 0 * raw)
+        return at_least(self._raw_variances(p, noise), LEAST_VARIANCE)
 
     def _weights(self, p: Params, noise: Noise) -> Array:
         xp = namespace(p.p)
@@ -148,14 +147,14 @@ class MonteCLoRA(LowRank[Params]):
         return e / xp.sum(e)
 
     def _deviations(self, p: Params) -> Array:
-        xp, n = namespace(p.p), self.monteclora_config.num_samples
-        inverse = xp.exp(-p.p)
-        spread = inverse * (1 - 2 / n) + xp.sum(inverse) / n**2
-        return xp.sqrt(xp.where(spread > LEAST, spread, LEAST + 0 * spread) + LEAST)
+        return namespace(p.p).sqrt(at_least(self._spread(namespace(p.p).exp(-p.p)), LEAST) + LEAST)
 
     def _logits_vjp(self, p: Params, noise: Noise, du: Array) -> Array:
-        xp, n = namespace(p.p), self.monteclora_config.num_samples
-        inverse = xp.exp(-p.p)
-        spread = inverse * (1 - 2 / n) + xp.sum(inverse) / n**2
-        dspread = du * noise.zeta / (2 * self._deviations(p)) * xp.astype(spread > LEAST, p.p.dtype)
-        return du - inverse * (dspread * (1 - 2 / n) + xp.sum(dspread) / n**2)
+        inverse = namespace(p.p).exp(-p.p)
+        dspread = at_least_vjp(self._spread(inverse), LEAST, du * noise.zeta / (2 * self._deviations(p)))
+        return du - inverse * self._spread(dspread)
+
+    def _spread(self, x: Array) -> Array:
+        """How 1/a makes the variances of the logarithms: a symmetric map, so its own transpose."""
+        n = self.monteclora_config.num_samples
+        return x * (1 - 2 / n) + namespace(x).sum(x) / n**2

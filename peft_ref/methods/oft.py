@@ -154,10 +154,10 @@ class OFT(Reweight[Params]):
     def _rows(self, layer: Layer, W: Array) -> Array:
         """What is turned, as blocks (n, m, b)."""
         xp, (n, b) = namespace(W), self.blocks(layer)
-        V = xp.permute_dims(W, (1, 0)) if layer.kind == "embedding" else W
+        V = xp.matrix_transpose(W) if layer.kind == "embedding" else W
         return xp.permute_dims(xp.reshape(V, (V.shape[0], n, b)), (1, 0, 2))
 
     def _turned(self, layer: Layer, W: Array, F: Array) -> Array:
         xp, V = namespace(W), self._rows(layer, W) @ F
         flat = xp.reshape(xp.permute_dims(V, (1, 0, 2)), (V.shape[1], V.shape[0] * V.shape[2]))
-        return xp.permute_dims(flat, (1, 0)) if layer.kind == "embedding" else flat
+        return xp.matrix_transpose(flat) if layer.kind == "embedding" else flat

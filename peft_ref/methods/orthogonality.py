@@ -17,7 +17,8 @@ def distance_vjp(V: Array) -> Array:
     """The gradient of `distance` for V. HF's is zero too where the norm has none."""
     M = _excess(V)
     size = _norm(M)
-    return 2 * ((M / (size + namespace(M).astype(size == 0, M.dtype))) @ V)
+    xp = namespace(M)
+    return 2 * ((M / xp.where(size == 0, xp.ones_like(size), size)) @ V)
 
 
 def _excess(V: Array) -> Array:
@@ -26,4 +27,4 @@ def _excess(V: Array) -> Array:
 
 def _norm(M: Array) -> Array:
     xp = namespace(M)
-    return xp.sqrt(xp.sum(M * M, axis=(0, 1), keepdims=True))
+    return xp.sqrt(xp.sum(M * M, keepdims=True))

@@ -295,6 +295,18 @@ def test_components_followed_batch_by_batch_are_those_of_all_rows_where_none_are
     assert np.all(np.max(found.Vh, axis=1) == np.max(np.abs(found.Vh), axis=1))
 
 
+def test_a_layer_that_sees_too_few_rows_is_passed_over_and_the_next_is_not() -> None:
+    """"many" is settled by the first two calls, in which "few" has too few rows; what both see later points elsewhere."""
+    rng, config = np.random.default_rng(0), Eva(rho=1.0, tau=0.5)
+    many = [rng.normal(size=(50, 5)) * np.geomspace(99, 1, 5) for _ in range(2)]
+    later = [rng.normal(size=(50, 5)) * np.geomspace(1, 99, 5) for _ in range(2)]
+    calls = [{"few": y[:1, :4], "many": y} for y in many] + [{"few": y[:, :4], "many": y} for y in later]
+    found = directions(calls, {"few": 2, "many": 2}, config)["many"]
+    alone = directions([{"many": y} for y in many], {"many": 2}, config)["many"]
+    assert found.shape[0] >= 1
+    np.testing.assert_allclose(found[:2], alone[: len(found)], rtol=1e-12)
+
+
 def test_ranks_go_to_the_largest_shares_and_the_first_of_equals_keeps_the_most() -> None:
     shares = {"a": np.array([0.5, 0.1]), "b": np.array([0.9, 0.4]), "c": np.array([0.9, 0.4])}
     assert deal(shares, {"c": "b"}, 3) == {"a": 1, "b": 1, "c": 1}

@@ -9,23 +9,25 @@ import pytest
 
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Linear
-from peft_ref.methods import OSF, PEANuT, SuperTuning, WaveFT
+from peft_ref.methods import OSF, AdaMSS, PEANuT, SuperTuning, WaveFT
 from tests.laws.compare import assert_same_bits
 
 FAMILIES = {"db": (1, 38), "sym": (2, 20), "coif": (1, 17)}
-ENDS: list[tuple[Any, str, tuple[Any, Any]]] = [
-    (PEANuT, "depth", (-1, 9)),
-    *((WaveFT, "wavelet_family", (f"{family}{first - 1}", f"{family}{last + 1}")) for family, (first, last) in FAMILIES.items()),
+ENDS: list[tuple[Any, str, str, int, int]] = [
+    (PEANuT, "depth", "", 0, 8),
+    (AdaMSS, "num_subspaces", "", 1, 16),
+    *((WaveFT, "wavelet_family", family, first, last) for family, (first, last) in FAMILIES.items()),
 ]
 
 
-@pytest.mark.parametrize(("cls", "field", "beyond"), ENDS)
-def test_the_ends_are_taken_and_what_is_beyond_them_is_refused(cls: Any, field: str, beyond: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(("cls", "field", "word", "first", "last"), ENDS)
+def test_the_ends_are_taken_and_what_is_beyond_them_is_refused(cls: Any, field: str, word: str, first: int, last: int) -> None:
     options = {"use_idwt": False} if cls is WaveFT else {}
-    for value in beyond:
+    at: Any = (lambda n: f"{word}{n}") if word else (lambda n: n)
+    for value in (at(first - 1), at(last + 1)):
         with pytest.raises(ConfigError, match=rf"{field}='?{value}\b"):
             cls(**options, **{field: value})
-    for value in (0, 8) if cls is PEANuT else [f"{family}{n}" for family, ends in FAMILIES.items() for n in ends]:
+    for value in (at(first), at(last)):
         assert getattr(cls(**options, **{field: value}), field) == value
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from peft_ref.layers import Linear
-from peft_ref.methods import AdaLoRA, KaSA, PrefixTuning, PromptTuning, PVeRA
+from peft_ref.methods import OFT, AdaLoRA, KaSA, MonteCLoRA, PrefixTuning, PromptTuning, PVeRA, VeLoRA, lora
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
+from peft_ref.methods.monteclora import Noise
 from peft_ref.prompts import Context, Sources
 from tests.laws.compare import assert_close
 
@@ -72,6 +73,32 @@ def test_kasas_penalty_is_of_the_library_of_the_factors() -> None:
     params = {"q": method.to_params(A=rng.normal(size=(2, 5)), B=rng.normal(size=(4, 2)), d=rng.normal(size=2))}
     assert_alike(method.penalty(sent(params)), np.asarray(method.penalty(params)), "the penalty")
     assert_alike(method.penalty_vjp(sent(params), 1.0), method.penalty_vjp(params, 1.0), "its gradients")
+
+
+def test_montecloras_noise_acts_in_the_library_of_the_factors() -> None:
+    method, rng = MonteCLoRA(r=2, monteclora_config={"num_samples": 3}), np.random.default_rng(0)  # type: ignore[arg-type]
+    p = method.init(Linear(in_features=5, out_features=4), rng.normal(size=(4, 5)), rng).params
+    noise = Noise(rng.normal(size=(3, 5, 2)), rng.uniform(1, 2, size=(2, 2)), rng.normal(size=3))
+    acting = method.noisy(p, noise)
+    assert_alike(method.noisy(sent(p), sent(noise)), acting, "what acts")
+    assert_alike(method.noisy_vjp(sent(p), sent(noise), sent(acting)), method.noisy_vjp(p, noise, acting), "gradients")
+
+
+def test_what_velora_keeps_of_an_input_is_of_the_inputs_library() -> None:
+    method, x = VeLoRA(r=2, velora_config={"num_groups": 2}), np.random.default_rng(0).normal(size=(3, 5))  # type: ignore[arg-type]
+    for seen in (x, 0 * x):
+        assert_alike(method.projection(sent(seen)), method.projection(seen), "the direction")
+
+
+def test_factors_of_a_tied_head_are_of_the_library_of_the_tables() -> None:
+    p = lora.Params(A=np.ones((2, 5)), B=np.ones((4, 2)))
+    assert_alike(lora.transposed(sent(p)), lora.transposed(p), "factors")
+
+
+def test_ofts_blocks_are_of_the_library_of_its_numbers() -> None:
+    layer, method = Linear(in_features=6, out_features=4), OFT(oft_block_size=3)
+    p = method.to_params(R=np.random.default_rng(0).normal(size=(2, 3)))
+    assert_alike(method.product(layer, sent(p), strict.zeros((4, 6))), method.product(layer, p, np.zeros((4, 6))), "blocks")
 
 
 def test_pveras_noise_acts_in_the_library_of_the_input() -> None:

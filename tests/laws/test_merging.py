@@ -70,6 +70,16 @@ def test_unmerge_undoes_merge(name: str, kind: str, data: st.DataObject) -> None
             assert_close(b, case.b, "the bias", rounding=1e-8)
 
 
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.weights.items() if cls.replaces])
+def test_what_takes_the_weights_place_is_undone_to_what_stood_there_before(name: str) -> None:
+    layer, rng = Embedding(num_embeddings=5, embedding_dim=3), np.random.default_rng(0)
+    W, replacing, lora = rng.normal(size=layer.shape), made(name), LoRA(r=2)
+    first = Adapter(lora, lora.to_params(A=rng.normal(size=(2, 5)), B=rng.normal(size=(3, 2))))
+    second = Adapter(replacing, replacing.init(layer, rng.normal(size=layer.shape), rng).params)
+    merged_W, b = stack.merge(layer, W, None, [first, second])
+    assert_close(stack.unmerge(layer, merged_W, b, [first, second], W, None)[0], W, "the weight")
+
+
 @pytest.mark.parametrize(("name", "kind"), ADDITIVE)
 @given(data=st.data())
 @LAW

@@ -11,7 +11,7 @@ import pytest
 
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Conv, Linear
-from peft_ref.methods import METHODS, AdaMSS, LoRA, VeLoRA, lora_parameter
+from peft_ref.methods import METHODS, AdaMSS, BDLoRA, LoRA, MonteCLoRA, QALoRA, VeLoRA, lora_parameter
 from peft_ref.methods.lora_init import FROM_DATA
 from peft_ref.methods.lora_parameter import Stack
 from tests.laws.compare import assert_close
@@ -54,14 +54,24 @@ def test_a_bias_of_lora_is_that_of_a_layer_of_as_many_inputs_as_a_group_has_rank
             assert_uniform(c, bound)
 
 
+@pytest.mark.parametrize("cls", [BDLoRA, MonteCLoRA, QALoRA, VeLoRA])
+def test_a_bias_of_loras_relatives_is_that_of_a_layer_of_as_many_inputs_as_there_are_ranks(cls: Any) -> None:
+    layer = Linear(in_features=32, out_features=4000)
+    assert_uniform(of(cls(r=4, lora_bias=True, init_lora_weights=False), layer).c, 1 / 2)
+    assert not of(cls(r=4, lora_bias=True), layer).c.any()
+
+
 STACK = Stack(in_features=20, out_features=30, experts=40)
 
 
 def test_the_factors_of_a_stack_start_as_those_of_one_layer_with_all_the_ranks() -> None:
-    A, B, _ = lora_parameter.init(LoRA(r=5, init_lora_weights=False), STACK, np.zeros(STACK.shape), RNG(0)).params
+    W = RNG(1).normal(size=STACK.shape)
+    start = lora_parameter.init(LoRA(r=5, init_lora_weights=False), STACK, W, RNG(0))
+    assert start.W is W
+    A, B, _ = start.params
     assert_uniform(A, 1 / math.sqrt(20))
     assert_uniform(B, 1 / math.sqrt(200))
-    A, B, _ = lora_parameter.init(LoRA(r=5, init_lora_weights="gaussian"), STACK, np.zeros(STACK.shape), RNG(0)).params
+    A, B, _ = lora_parameter.init(LoRA(r=5, init_lora_weights="gaussian"), STACK, W, RNG(0)).params
     assert abs(np.mean(A)) < 5 / 5 / math.sqrt(A.size)
     assert mean_square(A) == pytest.approx(1 / 25, rel=5 * math.sqrt(2 / A.size))
     assert not B.any()

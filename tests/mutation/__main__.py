@@ -59,7 +59,8 @@ def results(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(evidence: Any, wanted: dict[str, list[Mutant]], given: argparse.Namespace) -> None:
-    judge, known = Judge(evidence, given.limit), results(given.results)
+    known = results(given.results)
+    judge = Judge(evidence, given.limit, {(row["file"], row["old"], row["new"]): row["by"] for row in known.values() if row.get("by")})
     with given.results.open("a") as out:
         for calls, stem in product((False, True), wanted):  # calls that lack an argument are the most, and say the least
             begin, counts = time.perf_counter(), Counter[str]()

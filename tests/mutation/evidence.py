@@ -83,18 +83,19 @@ class Evidence:
                     if name in lines:
                         lines[name].setdefault(Path(file).stem, []).append(line)
         for name in names:
-            self.records[name] |= {"lines": lines[name], "of": {str(p): self.digest(p) for p in self.sources(name, lines[name])}}
+            self.records[name] |= {"lines": lines[name], "of": {p: self.digest(p) for p in self.sources(name, lines[name])}}
         self.file.write_text(json.dumps(self.records))
 
-    def sources(self, name: str, files: Any) -> Iterator[Path]:
-        yield ROOT / name.partition("::")[0]
-        yield from (METHODS / f"{stem}.py" for stem in files)
+    def sources(self, name: str, files: Any) -> Iterator[str]:
+        """Below the repository's root, so that another checkout may go on from the same file."""
+        yield name.partition("::")[0]
+        yield from (f"{METHODS.relative_to(ROOT)}/{stem}.py" for stem in files)
 
     def known(self, name: str) -> bool:
-        return name in self.records and all(self.digest(Path(path)) == was for path, was in self.records[name].get("of", {"": "-"}).items())
+        return name in self.records and all(self.digest(path) == was for path, was in self.records[name].get("of", {"": "-"}).items())
 
-    def digest(self, path: Path) -> str:
-        return self.digests.setdefault(str(path), digest(path))
+    def digest(self, path: str) -> str:
+        return self.digests.setdefault(path, digest(ROOT / path))
 
     def forget(self) -> None:
         """What a cache holds was computed by the sound code, or by a mutant."""

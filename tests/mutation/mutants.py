@@ -48,6 +48,7 @@ class _Changes(cst.CSTVisitor):
         super().__init__()
         self.names: list[str] = []
         self.functions = 0  # how deep in functions
+        self.lambdas = 0
         self.found: list[tuple[cst.CSTNode, cst.CSTNode, str, tuple[int, int], bool]] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
@@ -58,6 +59,7 @@ class _Changes(cst.CSTVisitor):
                 self.names.append(node.name.value)
             self.functions += isinstance(node, cst.FunctionDef)
             return True
+        self._step(node, 1)
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 changes = islice(operator(node), 1) if operator is operator_string else operator(node)
@@ -73,6 +75,14 @@ class _Changes(cst.CSTVisitor):
             self.functions -= isinstance(node, cst.FunctionDef)
             if not self.functions:
                 self.names.pop()
+        self._step(node, -1)
+
+    def _step(self, node: cst.CSTNode, into: int) -> None:
+        """A default is computed where its function is defined, and not by who calls it; a lambda's are a part of what is around it."""
+        if isinstance(node, cst.Lambda):
+            self.lambdas += into
+        elif isinstance(node, cst.Parameters) and not self.lambdas:
+            self.functions -= into
 
     def _function(self, node: cst.CSTNode) -> str:
         return ".".join(self.names) if self.functions else ""

@@ -87,10 +87,11 @@ def _importers(name: str, value: Any) -> list[Any]:
 
 
 class Judge:
-    """Which tests to ask first is learnt: those that killed before, per second."""
+    """Which tests to ask first is learnt: the one that killed this mutant in an earlier run, then those that killed others, per second."""
 
-    def __init__(self, evidence: Evidence, limit: float) -> None:
-        self.evidence, self.limit, self.kills = evidence, limit, defaultdict[str, Counter[str]](Counter)
+    def __init__(self, evidence: Evidence, limit: float, killers: dict[tuple[str, str, str], str]) -> None:
+        self.evidence, self.limit, self.killers = evidence, limit, killers
+        self.kills = defaultdict[str, Counter[str]](Counter)
         gc.collect()
         gc.freeze()
 
@@ -100,7 +101,7 @@ class Judge:
         if not items:
             return Result(UNRUN)
         chosen, total = [], 0.0
-        items = self._ordered(mutant.file, items)
+        items = self._ordered(mutant, items)
         for item in items:
             total += records[item.nodeid]["seconds"]
             if total < self.limit or not chosen:
@@ -115,15 +116,16 @@ class Judge:
             self.kills[mutant.file][by] += 1
         return Result(outcome, by, spent, n, len(items))
 
-    def _ordered(self, file: str, items: list[Any]) -> list[Any]:
+    def _ordered(self, mutant: Mutant, items: list[Any]) -> list[Any]:
         """First those that killed, by kills a second; then one test of every function, the next one of each, and so on."""
-        seconds, kills, nth = {i.nodeid: self.evidence.records[i.nodeid]["seconds"] for i in items}, self.kills[file], Counter[str]()
+        seconds, kills, nth = {i.nodeid: self.evidence.records[i.nodeid]["seconds"] for i in items}, self.kills[mutant.file], Counter[str]()
+        killer = self.killers.get(mutant.key)
         ranks = {}
         for item in sorted(items, key=lambda item: seconds[item.nodeid]):
             function = item.nodeid.partition("[")[0]
             ranks[item.nodeid] = (nth[function], seconds[item.nodeid])
             nth[function] += 1
-        return sorted(items, key=lambda i: (-kills[i.nodeid] / (seconds[i.nodeid] + 0.01), ranks[i.nodeid]))
+        return sorted(items, key=lambda i: (i.nodeid != killer, -kills[i.nodeid] / (seconds[i.nodeid] + 0.01), ranks[i.nodeid]))
 
     def _forked(self, mutant: Mutant, chosen: list[Any]) -> tuple[int, str]:
         read, write = os.pipe()
