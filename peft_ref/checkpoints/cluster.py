@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from peft_ref.checkpoints.blas import one_thread
 from peft_ref.checkpoints.copying import Stamps
-from peft_ref.checkpoints.engine import Merged, Progress, Todo, execute
+from peft_ref.checkpoints.engine import Merged, execute
 from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.moving import fetch, fetch_folder, filesystem, hollow, is_address, moved
 from peft_ref.checkpoints.plan import Plan, Shard, Source
+from peft_ref.checkpoints.todo import Progress, Todo
 from peft_ref.checkpoints.work import Bench, total
 from peft_ref.errors import ConfigError, MergeError, PeftRefError
 from peft_ref.graph.checkpoint import INDEX
@@ -191,7 +192,7 @@ def _to_address(plan: Plan, out: str, overwrite: bool, crew: _Crew, tell: Tell) 
     sizes = {shard.name: total(shard) for shard in plan.shards}
     if system.exists(f"{path}/{INDEX}"):  # an older one would make it look whole
         system.rm_file(f"{path}/{INDEX}")
-    written = crew.deal(Todo(plan.shards, sizes, Path(), 0, tell), None, out)
+    written = crew.deal(Todo(plan.shards, sizes, Path(), 0, tell, lock=-1), None, out)
     last = [p for p in plan.along if p.name == INDEX]
     for along in (*(p for p in plan.along if p.name != INDEX), *last):
         system.put_file(str(along), f"{path}/{along.name}")

@@ -1,8 +1,9 @@
 """Executes a plan: workers that share the shards' tasks, and an output that appears when all of them are done.
 
-A worker takes a shard of its own as long as there is one, since writes into one file wait for one another, and then helps with others'.
-Nothing is held but a block of rows for every worker and the adapters' tensors of what is being changed; a change that needs all rows
-at once holds its tensor. A finished shard is synced and gets its name. What a killed run has finished is kept.
+The workers are processes where that may be (`forked`), else the threads here. One takes a shard of its own as long as there is one, since
+writes into one file wait for one another, and then helps with others'. Nothing is held but a block of rows for every worker and the
+adapters' tensors of what is being changed; a change that needs all rows at once holds its tensor. A finished shard is synced and gets its
+name. What a killed run has finished is kept.
 """
 
 from __future__ import annotations
@@ -12,28 +13,19 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_ref.checkpoints.blas import one_thread
 from peft_ref.checkpoints.copying import Stamps, copy, write
+from peft_ref.checkpoints.forked import Forked, alone
 from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.output import Output
-from peft_ref.checkpoints.plan import Plan, Shard
+from peft_ref.checkpoints.plan import Plan
+from peft_ref.checkpoints.todo import TELL_EVERY, Progress, Todo
 from peft_ref.checkpoints.work import Bench, Task, total
 from peft_ref.errors import MergeError
-
-TELL_EVERY = 0.1  # seconds
-
-
-@dataclass(frozen=True)
-class Progress:
-    written: int  # bytes, in this run
-    total: int  # bytes that are to be written in this run
-    shards: int  # that are finished, those that an earlier run finished among them
-    of: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -44,17 +36,6 @@ class Merged:
     written: int  # bytes
     kept: tuple[str, ...]  # shards that an earlier run, which was killed, had finished
     seconds: float
-
-
-@dataclass(frozen=True)
-class Todo:
-    """The shards that are to be written into a folder."""
-
-    shards: Sequence[Shard]
-    sizes: Mapping[str, int]
-    folder: Path
-    kept: int  # shards that need not be
-    tell: Callable[[Progress], None]
 
 
 def execute(
@@ -69,7 +50,7 @@ def execute(
 ) -> Merged:
     """Write what was planned to the folder `out`: all of it, or a MergeError and nothing. `tell` is called now and then, from here.
 
-    `run` writes the shards and returns how many bytes those are; by default threads of this process do.
+    `run` writes the shards and returns how many bytes those are; by default as many workers do as `threads` says, or as there are cores.
     """
     began = time.monotonic()
     try:
@@ -81,8 +62,9 @@ def execute(
             sizes = {shard.name: total(shard) for shard in plan.shards}
             kept = output.finished(sizes)
             _check_space(plan, output, sum(sizes.values()) - sum(sizes[name] for name in kept))
-            todo = Todo([shard for shard in plan.shards if shard.name not in kept], sizes, output.folder, len(kept), tell)
-            written = run(todo) if run is not None else _Workers(todo, threads or cores(), fsync).run()
+            left = [shard for shard in plan.shards if shard.name not in kept]
+            todo = Todo(left, sizes, output.folder, len(kept), tell, output.handle)
+            written = run(todo) if run is not None else _workers(todo, threads or cores(), fsync).run()
             _write_small(plan, output)
             stamps.check(stamps.files)
             output.publish()
@@ -117,7 +99,11 @@ def fingerprint(plan: Plan, stamps: Stamps) -> str:
     return mark.hexdigest()
 
 
-class _Workers:
+def _workers(todo: Todo, count: int, fsync: bool) -> Forked | _Threads:
+    return Forked(todo, count, fsync) if count > 1 and alone() else _Threads(todo, count, fsync)
+
+
+class _Threads:
     def __init__(self, todo: Todo, threads: int, fsync: bool) -> None:
         jobs = [Job(shard, todo.sizes[shard.name], todo.folder, fsync) for shard in todo.shards]
         self._waiting, self._begun = list(reversed(jobs)), list[Job]()

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft_ref.checkpoints.copying import copy, write
 from peft_ref.checkpoints.output import PART
 from peft_ref.checkpoints.plan import Shard
-from peft_ref.checkpoints.work import Bench, Range, Task, start, tasks
+from peft_ref.checkpoints.work import Bench, Range, Task, pieces, start, tasks
 from peft_ref.errors import MergeError
 
 
@@ -32,7 +32,7 @@ class Job:
         """The next task; None when there are no more."""
         with self._lock:
             if self._left is None:
-                self._left = self._begin()
+                self._left = (task for piece in pieces(self.shard, self.begin()) for task in tasks(piece))
             task = None if self.dealt_out else next(self._left, None)
             if task is None:
                 self.dealt_out = True
@@ -81,7 +81,8 @@ class Job:
                 os.close(handle)
         self._target, self._opened = -1, {}
 
-    def _begin(self) -> Iterator[Task]:
+    def begin(self) -> int:
+        """Opens the files; returns where the tensors' bytes start. The same bytes are written whoever else begins it, and when."""
         for path in sorted(self.shard.sources):
             self._opened[path] = os.open(path, os.O_RDONLY)
         # Not emptied first: the blocks that a killed run wrote are taken over, and every byte is written again.
@@ -91,4 +92,4 @@ class Job:
         if isinstance(begin, bytes):
             write(begin, self._target, 0)
             begin = len(begin)
-        return tasks(self.shard, begin)
+        return begin

@@ -41,7 +41,7 @@ class Output:
         self._old = self.folder.with_name(self.folder.name + ".old")
         self._lock = self.folder.with_name(self.folder.name + ".lock")
         self._reads = [Path(os.path.realpath(path)) for path in reads]
-        self._handle = -1
+        self.handle = -1  # of the lock file, which is held
         self._made: list[Path] = []  # folders above OUT that were not there
         self.done = False  # whether OUT is complete
 
@@ -49,7 +49,7 @@ class Output:
         self._refuse_itself()
         self._make_parents()
         try:
-            self._handle = _locked(self._lock, self.out)
+            self.handle = _locked(self._lock, self.out)
             try:
                 self._begin()
             except BaseException as error:
@@ -57,7 +57,7 @@ class Output:
                     shutil.rmtree(self.folder, ignore_errors=True)
                 if not self.folder.exists():
                     self._lock.unlink()
-                os.close(self._handle)
+                os.close(self.handle)
                 raise
         except BaseException:
             self._unmake_parents()
@@ -73,7 +73,7 @@ class Output:
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             self._lock.unlink()
-        os.close(self._handle)
+        os.close(self.handle)
         if not self.done:
             self._unmake_parents()
 
@@ -112,7 +112,7 @@ class Output:
 
     def _begin(self) -> None:
         """Puts right what a killed run left, and makes the folder."""
-        paper = _read(self._handle)
+        paper = _read(self.handle)
         ours, same = paper.get("folder"), {key: paper.get(key) for key in self._paper} == self._paper
         if self._old.exists():
             if self.out.exists():
@@ -129,7 +129,7 @@ class Output:
         if self.folder.exists() and not same:
             shutil.rmtree(self.folder)
         self.folder.mkdir(exist_ok=True)
-        _write(self._handle, {**self._paper, "folder": _identity(self.folder), "process": os.getpid()}, self.fsync)
+        _write(self.handle, {**self._paper, "folder": _identity(self.folder), "process": os.getpid()}, self.fsync)
 
     def _remove_old(self) -> None:
         for rest in (self.folder, self._old):

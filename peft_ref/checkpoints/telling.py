@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import TextIO, final
 
-from peft_ref.checkpoints.engine import Progress
+from peft_ref.checkpoints.todo import Progress
 
 CELLS = 16
 

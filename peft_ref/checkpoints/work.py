@@ -1,8 +1,9 @@
-"""A shard as tasks that any worker may do, in any order: ranges that are copied, and blocks of rows that are changed.
+"""A shard as pieces, and those as tasks that any worker may do, in any order: ranges that are copied, blocks of rows that are changed.
 
     Range    bytes as they are: the header of a shard that keeps it, and every run of neighbours that nothing touches. All of an
-             untouched shard is one, cut only so that several workers share it
-    Block    some rows of a tensor that changes, or is stored in another dtype than it gets; all rows where a change needs them all
+             untouched shard is one, cut only so that several workers share it. A piece and a task
+    Remade   a tensor that changes, or is stored in another dtype than it gets. A piece, of which nothing has been read
+    Block    some rows of it, once its adapters have been; all rows where a change needs them all. A task
 
 A change is made in the wider of the two dtypes: the stored rows are widened before, or what became of them is narrowed after.
 """
@@ -33,6 +34,11 @@ class Range(NamedTuple):
     length: int
 
 
+class Remade(NamedTuple):
+    tensor: Planned
+    at: int  # in the file that is written
+
+
 @dataclass(frozen=True)
 class Opened:
     """A tensor whose changes have read their adapters. All its blocks share it, the last one lets go of it."""
@@ -52,6 +58,7 @@ class Block(NamedTuple):
     rows: int
 
 
+Piece: TypeAlias = Range | Remade
 Task: TypeAlias = Range | Block
 
 
@@ -79,7 +86,7 @@ def total(shard: Shard) -> int:
     return (begin if isinstance(begin, int) else len(begin)) + sum(map(size, shard.tensors))
 
 
-def tasks(shard: Shard, begin: int, block: int = BLOCK) -> Iterator[Task]:
+def pieces(shard: Shard, begin: int) -> Iterator[Piece]:
     """All of the file but a header of its own, in the order in which it lies there; its tensors' bytes start at `begin`."""
     at, run = begin, None if shard.source is None else Range(shard.source, 0, 0, begin)
     for tensor in shard.tensors:
@@ -89,7 +96,7 @@ def tasks(shard: Shard, begin: int, block: int = BLOCK) -> Iterator[Task]:
                 yield from _cut(run)
             run = None
             if length:
-                yield from _blocks(tensor, at, block)
+                yield Remade(tensor, at)
         elif run is not None and (run.source, run.begin + run.length) == (tensor.path, tensor.begin):
             run = run._replace(length=run.length + length)
         else:
@@ -99,6 +106,11 @@ def tasks(shard: Shard, begin: int, block: int = BLOCK) -> Iterator[Task]:
         at += length
     if run is not None:
         yield from _cut(run)
+
+
+def tasks(piece: Piece, block: int = BLOCK) -> Iterator[Task]:
+    """Of a piece; the adapters of what is remade are read here."""
+    return iter((piece,)) if isinstance(piece, Range) else _blocks(*piece, block)
 
 
 def _cut(run: Range) -> Iterator[Range]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from peft_ref.errors import ConfigError, PeftRefError
 
 if TYPE_CHECKING:
-    from peft_ref.checkpoints.engine import Merged, Progress
+    from peft_ref.checkpoints.engine import Merged
     from peft_ref.checkpoints.plan import Plan, Source
+    from peft_ref.checkpoints.todo import Progress
 
 EXAMPLES = """
 examples:

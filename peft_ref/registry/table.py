@@ -30,8 +30,10 @@ M = TypeVar("M", bound=Method)
 class Registry(Mapping[str, type[Method]]):
     """Methods by name, in alphabetical order."""
 
-    def __init__(self, built: Mapping[str, str]) -> None:
-        """`built` says the class of every method that comes with the package: {"lora": "LoRA"} is LoRA in peft_ref/methods/lora.py."""
+    def __init__(self, built: Mapping[str, tuple[str, str]]) -> None:
+        """`built` says the class and the peft_type of every method that comes with the package, so that none is imported to be found:
+        {"dora": ("DoRA", "LORA")} is DoRA in peft_ref/methods/dora.py, a kind of LORA.
+        """
         self._built = dict(built)
         self._registered: dict[str, type[Method]] = {}
         self._discovered: tuple[str, ...] | None = None
@@ -39,7 +41,7 @@ class Registry(Mapping[str, type[Method]]):
     def __getitem__(self, name: str) -> type[Method]:
         if name in self._registered:
             return self._registered[name]
-        class_name = self._built[name]
+        class_name, _ = self._built[name]
         cls: type[Method] = getattr(import_module(f"peft_ref.methods.{name}"), class_name)
         return cls
 
@@ -60,11 +62,11 @@ class Registry(Mapping[str, type[Method]]):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes' names, without importing one."""
-        return tuple(sorted([*self._built.values(), *(cls.__name__ for cls in self._registered.values())]))
+        return tuple(sorted([*(built for built, _ in self._built.values()), *(cls.__name__ for cls in self._registered.values())]))
 
     def class_called(self, class_name: str) -> type[Method] | None:
         """The class of that name, built in or registered; no other is imported for it."""
-        if (name := next((n for n, c in self._built.items() if c == class_name), None)) is not None:
+        if (name := next((n for n, (built, _) in self._built.items() if built == class_name), None)) is not None:
             return self[name]
         return next((cls for cls in self._registered.values() if cls.__name__ == class_name), None)
 
@@ -117,7 +119,7 @@ class Registry(Mapping[str, type[Method]]):
     def siblings(self, peft_type: str) -> tuple[type[Method], ...]:
         """Every class of one peft_type, those of installed packages too: a flag of theirs must not be read as a plain method."""
         self.discover()
-        return tuple(cls for cls in self.values() if cls.peft_type == peft_type)
+        return tuple(self[name] for name in self if self._peft_type(name) == peft_type)
 
     def names(self) -> str:
         """What is built, as adapter_config.json says it: "IA3, LOHA, LORA, LORA with use_dora"."""
@@ -136,6 +138,9 @@ class Registry(Mapping[str, type[Method]]):
                     problems.append(f"method {point.name!r} of {point.value}: {type(error).__name__}: {error}")
             self._discovered = tuple(problems)
         return self._discovered
+
+    def _peft_type(self, name: str) -> str:
+        return self._registered[name].peft_type if name in self._registered else self._built[name][1]
 
     def _absent(self, peft_type: str) -> str:
         what = "A method of HF PEFT" if peft_type in TUNER_PREFIXES else REMOVED.get(peft_type, "No method of HF PEFT either")

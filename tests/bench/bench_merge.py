@@ -9,12 +9,15 @@ The checkpoint has the shape of TinyLlama in bfloat16, in 4 shards; the adapter 
 
 Every sample is a process of its own, from its start to its end, imports included. The runners take turns within a round, after a sync;
 a ratio is the median of the ratios within a round, so that a slow minute of the machine slows both. `others` is the share of the machine
-that other processes used meanwhile: above 5 % the seconds mean little. CPU and memory are the kernel's count for the process (wait4).
+that other processes used meanwhile: above 5 % the seconds mean little. CPU and memory are the kernel's count for the process (wait4);
+where it has forked workers, the memory is the most that it and they were seen to have together, what they share counted once. Python's
+bytecode is kept, as pip keeps it of what it installs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +25,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,22 +170,47 @@ def prepare(folder: Path, scenario: str, name: str) -> None:
 def _environment(threads: int) -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
-    return {**os.environ, **own}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | own
 
 
 def sample(command: list[str], threads: int) -> Sample:
     with tempfile.TemporaryFile() as said:
         busy, began = _busy(), time.perf_counter()
         process = subprocess.Popen(command, env=_environment(threads), stdout=said, stderr=said, cwd="/")
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
+        with watched(process.pid) as together:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{' '.join(command)[:300]}\n{said.read().decode()[-3000:]}")
     own = usage.ru_utime + usage.ru_stime
     others = max(0.0, _busy() - busy - own) / (seconds * (os.cpu_count() or 1))
-    return Sample(seconds, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1024, others)
+    return Sample(seconds, usage.ru_utime, usage.ru_stime, max(usage.ru_maxrss, *together) / 1024, others)
+
+
+@contextlib.contextmanager
+def watched(process: int) -> Iterator[list[int]]:
+    """The kB that a process and its children have together, again and again: all of its own, and what they have for themselves."""
+    seen, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.03):
+            with contextlib.suppress(OSError):  # somebody has just ended
+                children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+                seen.append(_kb(process, "Rss:") + sum(_kb(int(child), "Private_") for child in children))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _kb(process: int, what: str) -> int:
+    return sum(int(line.split()[1]) for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines() if line.startswith(what))
 
 
 def _busy() -> float:

@@ -1,7 +1,8 @@
 """A run of the engine that is killed, for tests/checkpoints/test_faults_killed.py.
 
     python -m tests.checkpoints.killing FOLDER step N       SIGKILL right before the N-th call that changes the disk
-    python -m tests.checkpoints.killing FOLDER moments N S  N runs, each killed after a random time (seed S); what was found is JSON
+    python -m tests.checkpoints.killing FOLDER processes N S   N runs with two workers, each killed after a random time (seed S)
+    python -m tests.checkpoints.killing FOLDER threads N S     the same; what was found is JSON
 
 A program of its own, which forks: a fork is cheap and begins with everything imported, so that a kill hits the work and not the imports.
 """
@@ -158,7 +159,8 @@ def main(folder: Path, how: str, *numbers: str) -> None:
     set_back(folder)
     run(folder, overwrite=(folder / "before").exists())
     new = bytes_of(folder / "out")
-    if how == "moments":
+    if how in ("threads", "processes"):
+        engine.alone = lambda: how == "processes"
         print(json.dumps(moments(folder, new, int(numbers[0]), int(numbers[1]))))
     else:
         print(json.dumps(every_step(folder, new, exchange=how == "exchange")))

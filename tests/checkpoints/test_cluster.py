@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 distributed = pytest.importorskip("distributed", reason="needs Dask's distributed")
 
 from peft_ref.checkpoints.cluster import merge_on  # noqa: E402
-from peft_ref.checkpoints.engine import Progress, execute  # noqa: E402
+from peft_ref.checkpoints.engine import execute  # noqa: E402
 from peft_ref.checkpoints.plan import Plan, Source  # noqa: E402
 from peft_ref.checkpoints.planning import plan  # noqa: E402
+from peft_ref.checkpoints.todo import Progress  # noqa: E402
 from peft_ref.cli import main  # noqa: E402
 from peft_ref.errors import ConfigError, MergeError  # noqa: E402
 from peft_ref.files.adapter import AdapterFile, AdapterModule, save_adapter  # noqa: E402

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from peft_ref.checkpoints.engine import Progress
 from peft_ref.checkpoints.telling import Bar, line_of
+from peft_ref.checkpoints.todo import Progress
 
 
 def test_rate_and_time_left_follow_from_what_was_written() -> None:

@@ -49,17 +49,19 @@ def test_without_exchange_the_old_output_waits_aside_for_one_moment(tmp_path: Pa
     assert found["aside"] == 1
 
 
+@pytest.mark.parametrize("workers", ["threads", "processes"])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_state(tmp_path: Path, before: bool) -> None:
-    found = killed(tmp_path, "moments", "12", "1", before=before, shards=4, rows=60, columns=3000)
+def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_state(tmp_path: Path, before: bool, workers: str) -> None:
+    found = killed(tmp_path, workers, "12", "1", before=before, shards=4, rows=60, columns=3000)
     assert found.keys() <= {"old", "new", "killed", "ended"}
     assert found["old"] + found["new"] == 12
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("workers", ["threads", "processes"])
 @pytest.mark.parametrize("before", [False, True])
-def test_two_hundred_kills(tmp_path: Path, before: bool) -> None:
-    found = killed(tmp_path, "moments", "200", "2", before=before, shards=6, rows=60, columns=20000)
+def test_two_hundred_kills(tmp_path: Path, before: bool, workers: str) -> None:
+    found = killed(tmp_path, workers, "200", "2", before=before, shards=6, rows=60, columns=20000)
     print(found)
     assert found.keys() <= {"old", "new", "killed", "ended"}
     assert found["old"] + found["new"] == 200

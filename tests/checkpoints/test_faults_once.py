@@ -76,6 +76,7 @@ def failing(code: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("call", "at"), [("pwrite", 1), ("pwrite", 3), ("copy_file_range", 2), ("fsync", 2), ("ftruncate", 3), ("rename", 1)]
 )
+@pytest.mark.usefixtures("in_threads")
 def test_a_disk_that_fails(tmp_path: Path, monkeypatch: Patch, before: bool, plan: Plan, code: int, match: str, call: str, at: int) -> None:
     on_call(monkeypatch, call, at, failing(code))
     with one_error(tmp_path, match):
@@ -262,6 +263,7 @@ def test_overwriting_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: Patc
     assert not beside(tmp_path / "old")
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_a_second_rename_that_fails_puts_the_old_output_back(tmp_path: Path, monkeypatch: Patch, plan: Plan) -> None:
     monkeypatch.setattr(output, "exchange", lambda one, other: False)
     small(tmp_path / "out", shards=1)

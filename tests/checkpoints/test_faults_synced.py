@@ -44,6 +44,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, out: Path) -> tuple[Files, list[st
     return done, early
 
 
+@pytest.mark.usefixtures("in_threads")
 @pytest.mark.parametrize("before", [False, True])
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
     plan, out = planned(small(tmp_path / "base"), [adapter(tmp_path / "adapter")]), tmp_path / "out"

@@ -203,7 +203,7 @@ def test_an_interrupt_is_130(tmp_path: Path, base: Path, adapter: Path, capsys: 
     def interrupt(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_ref.checkpoints.engine._Workers.run", interrupt)
+    monkeypatch.setattr("peft_ref.checkpoints.engine.cores", interrupt)
     assert merge(base, adapter, "-o", tmp_path / "out") == 130
     assert "interrupted" in capsys.readouterr().err
     assert not beside(tmp_path / "out")

@@ -296,7 +296,7 @@ def test_components_followed_batch_by_batch_are_those_of_all_rows_where_none_are
 
 
 def test_a_layer_that_sees_too_few_rows_is_passed_over_and_the_next_is_not() -> None:
-    """"many" is settled by the first two calls, in which "few" has too few rows; what both see later points elsewhere."""
+    """ "many" is settled by the first two calls, in which "few" has too few rows; what both see later points elsewhere."""
     rng, config = np.random.default_rng(0), Eva(rho=1.0, tau=0.5)
     many = [rng.normal(size=(50, 5)) * np.geomspace(99, 1, 5) for _ in range(2)]
     later = [rng.normal(size=(50, 5)) * np.geomspace(1, 99, 5) for _ in range(2)]

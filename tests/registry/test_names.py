@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -45,6 +47,17 @@ def test_every_method_built_has_peft_s_type_and_prefix() -> None:
     for name in METHODS.keys() - METHODS.registered:
         cls = METHODS[name]
         assert TUNER_PREFIXES[cls.peft_type] == cls.tuner_prefix, name
+
+
+def test_the_table_says_every_methods_peft_type() -> None:
+    for name, cls in METHODS.items():
+        assert cls in METHODS.siblings(cls.peft_type), name
+        assert all(one.peft_type == cls.peft_type for one in METHODS.siblings(cls.peft_type))
+
+
+def test_the_relatives_of_a_method_are_found_without_the_others() -> None:
+    code = "import sys; from peft_ref.methods import METHODS; METHODS.siblings('LORA'); assert 'peft_ref.methods.oft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_name_is_text() -> None:

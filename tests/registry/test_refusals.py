@@ -202,7 +202,7 @@ def test_what_is_not_built_says_so(kind: str, flags: tuple[str, ...], message: s
 
 
 def test_a_type_that_is_built_only_with_its_flag_says_so() -> None:
-    registry = Registry({"dora": "DoRA"})
+    registry = Registry({"dora": ("DoRA", "LORA")})
     with pytest.raises(ConfigError, match=r"plain LORA is not built here\.\n  Built: LORA with use_dora"):
         registry.method_class("LORA")
 
