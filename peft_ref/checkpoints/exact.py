@@ -17,7 +17,7 @@ columns go through other code there, whose order is not this one; so do convolut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -30,7 +30,7 @@ LOW, HALF = 2**29 - 1, 2**28  # the bits of a float64 that a float32 has not, an
 SMALLEST = 2.0**-126  # of the normal float32
 MOST = 192  # of what is summed in one chain
 FEW = 0.1  # of the numbers of a tile: so many are looked up one by one
-AT_ONCE = 2**16  # products of those: few calls, as each is a hand-over between threads
+AT_ONCE = 2**14  # products of those
 
 
 class Doubled(NamedTuple):
@@ -38,6 +38,14 @@ class Doubled(NamedTuple):
 
     times: int
     ending: Ending
+
+
+class Open(NamedTuple):
+    """Numbers of which the chain must be computed: where they are in the matrix, and what is there, in the dtype that is computed in."""
+
+    rows: NDArray
+    columns: NDArray
+    W: NDArray
 
 
 @final
@@ -52,11 +60,11 @@ class Chain:
         self._columns = _up(_norms(A, 0))
         self._tiny = np.float32((r + 4) * 2.0**-149)
 
-    def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, doubled: Doubled) -> None:
-        """Adds the chain to `tile`; `delta` is 2^n times the sum in any order, of these rows of B and columns of A."""
+    def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, doubled: Doubled) -> Open | None:
+        """Adds the chain to `tile`, but for what it returns; `delta` is 2^n times the sum in any order, of these rows and columns."""
         if not len(self._A):  # no products: nothing was rounded
             self._ending.onto(tile, delta)
-            return
+            return None
         e = self._rows[across, None] * self._columns[along].max()  # one for a row: a pass over the tile less, a few more to look up
         e = np.ldexp((e + self._tiny) * np.float32(1 + 2.0**-20), doubled.times)
         W, beyond, high = widened(tile), buffer("beyond", delta.shape, delta.dtype), buffer("high", tile.shape, tile.dtype)
@@ -66,16 +74,23 @@ class Chain:
         doubled.ending.sum(W, delta, tile)
         bits, apart = f"u{tile.dtype.itemsize}", buffer("apart", tile.shape, np.dtype(np.bool))
         places = np.flatnonzero(np.not_equal(tile.view(bits), high.view(bits), out=apart))
-        B, A = self._B[across], self._A[:, along]
         if len(places) > FEW * tile.size:
+            B, A = self._B[across], self._A[:, along]
             self._ending.sum(W, chained(lambda k: B[:, k, None], lambda k: A[k, None, :], len(A)), tile)
+            return None
+        i, j = np.divmod(places, tile.shape[1])
+        return Open(i + across.start, j + along.start, W.reshape(-1)[places])
+
+    def settle(self, rows: NDArray, first: int, opens: Sequence[Open]) -> None:
+        """Adds what `onto` left open to `rows`, the first of which is that row of B. All at once: a call costs as much as many sums."""
+        if not opens:
             return
-        step = max(AT_ONCE // len(A), 1)
-        for some in (places[n : n + step] for n in range(0, len(places), step)):
-            i, j = np.divmod(some, tile.shape[1])
-            there = buffer("there", (1, len(some)), tile.dtype)
-            self._ending.sum(W.reshape(-1)[some][None], looked_up(B[i].T, A.take(j, axis=1))[None], there)
-            tile[i, j] = there[0]
+        i, j, W = (np.concatenate(parts) for parts in zip(*opens, strict=True))
+        step = max(AT_ONCE // len(self._A), 1)
+        for some in (slice(n, n + step) for n in range(0, len(i), step)):
+            there = np.empty((1, len(i[some])), rows.dtype)
+            self._ending.sum(W[None, some], looked_up(self._B[i[some]].T, self._A.take(j[some], axis=1))[None], there)
+            rows[i[some] - first, j[some]] = there[0]
 
 
 def looked_up(columns: NDArray, rows: NDArray) -> NDArray:

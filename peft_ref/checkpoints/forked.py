@@ -7,7 +7,8 @@ Python counts references in.
     board    a few numbers that all of them see: of every shard how many pieces are taken and how many done, and what each has written
     pipe     an error, as JSON. It ends when the last worker does
 
-A worker takes a shard of its own as long as there is one, then it helps. When this process dies, the kernel ends them.
+A worker takes a shard of its own as long as there is one, then it helps. This process is one of them, and now and then looks at the
+others. When it dies, the kernel ends them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from peft_ref import errors
@@ -112,7 +113,7 @@ class Forked:
         counts = [max(1, sum(1 for _ in pieces(shard, begin))) for shard, begin in zip(todo.shards, self._begins, strict=True)]
         self._board = Board(counts, workers)
         self._total = sum(todo.sizes[shard.name] for shard in todo.shards)
-        self._began = time.monotonic()
+        self._began = self._looked = time.monotonic()
 
     def run(self) -> int:
         """Until all is done, or something is wrong; returns how many bytes were written."""
@@ -120,11 +121,11 @@ class Forked:
         children: list[int] = []
         try:
             with one_thread():
-                for worker in range(self._workers):
-                    children.append(self._fork(worker, read, write))
-            os.close(write)
-            if said := self._heard(read, children):
-                raise _as_error(json.loads(said))
+                children += [self._fork(worker, read, write) for worker in range(1, self._workers)]
+                os.close(write)
+                self._work(0, lambda: self._look(read, children, 0))
+            while not self._look(read, children, TELL_EVERY):
+                pass
             while children:
                 ended = os.waitid(os.P_PID, children.pop(), os.WEXITED)
                 _refuse_killed(ended)
@@ -139,13 +140,18 @@ class Forked:
         self._todo.tell(self._progress())
         return self._board.written
 
-    def _heard(self, read: int, children: Sequence[int]) -> bytes:
-        """The first error of a worker; nothing when all have ended without one."""
-        while not select.select([read], [], [], TELL_EVERY)[0]:
+    def _look(self, read: int, children: Sequence[int], wait: float) -> bool:
+        """Now and then: whether the others have ended. Raises what one of them says, and tells how far all are."""
+        if wait or time.monotonic() - self._looked >= TELL_EVERY:
+            self._looked = time.monotonic()
+            if select.select([read], [], [], wait)[0]:
+                if said := os.read(read, 1 << 16):
+                    raise _as_error(json.loads(said.partition(b"\n")[0]))
+                return True
             for child in children:
                 _refuse_killed(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
             self._todo.tell(self._progress())
-        return os.read(read, 1 << 16).partition(b"\n")[0]
+        return False
 
     def _progress(self) -> Progress:
         of = self._todo.kept + len(self._todo.shards)
@@ -165,14 +171,14 @@ class Forked:
                 os.close(read)
                 if self._todo.lock >= 0:
                     os.close(self._todo.lock)  # it is the parent's: free when that is dead
-                self._work(worker)
+                self._work(worker, lambda: None)
                 status = 0
         except BaseException as error:
             os.write(write, json.dumps(_as_json(error)).encode() + b"\n")
         finally:
             os._exit(status)
 
-    def _work(self, worker: int) -> None:
+    def _work(self, worker: int, between: Callable[[], object]) -> None:
         bench, own, job, mine = Bench(), None, None, list[Piece]()
         while (taken := self._board.take(own)) is not None:
             shard, place = taken
@@ -185,6 +191,7 @@ class Forked:
                 mine = list(pieces(planned, self._begins[shard]))
             for task in (task for piece in mine[place : place + 1] for task in tasks(piece)):  # of an empty shard there is none
                 self._board.count(worker, job.do(task, bench))
+                between()
             if self._board.done(shard):
                 job.finish()
                 self._board.finish()

@@ -55,6 +55,7 @@ class LowRankRows(Rows):
 
     def _add(self, rows: NDArray, which: int, first: int) -> None:
         left, right, _, _ = self._folded[which]
+        opens = []
         for across, along in tiles(rows):
             tile = rows[across, along]
             delta = buffer("delta", tile.shape, computed_in(tile.dtype))
@@ -63,7 +64,9 @@ class LowRankRows(Rows):
             if self._chains is None:
                 self._doubled.ending.onto(tile, delta)
             else:
-                self._chains[which].onto(tile, delta, here, along, self._doubled)
+                opens.append(self._chains[which].onto(tile, delta, here, along, self._doubled))
+        if self._chains is not None:
+            self._chains[which].settle(rows, first, [some for some in opens if some is not None])
 
 
 def _contiguous(p: Product) -> Product:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peft_ref.checkpoints.engine import execute
 from peft_ref.checkpoints.forked import Forked, alone
+from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.plan import Plan
 from peft_ref.checkpoints.todo import Progress
 from peft_ref.checkpoints.work import Bench
@@ -29,16 +32,22 @@ def plan(tmp_path: Path) -> Plan:
     return planned(small(tmp_path / "base", shards=5), [adapter(tmp_path / "adapter")])
 
 
-def waits_or(patch: Patch, act: object) -> None:
-    """The worker that comes first to a block of rows does this; the other one waits there for ever."""
-    first, second = os.pipe()
-    os.write(second, b"1")
+def forked_does(patch: Patch, act: Callable[[], object]) -> None:
+    """A worker that was forked does this at its first block of rows, and this process works."""
+    here, real = os.getpid(), Bench.made
+    patch.setattr(Bench, "made", lambda *what: real(*what) if os.getpid() == here else act())
+    patch.setattr(Job, "do", _late(Job.do, here))
 
-    def made(*_: object) -> object:
-        os.read(first, 1)
-        return act() if callable(act) else act
 
-    patch.setattr(Bench, "made", made)
+def _late(do: Any, here: int) -> Any:
+    """This process begins when the others have."""
+
+    def late(*what: Any) -> Any:
+        if os.getpid() == here:
+            time.sleep(0.2)
+        return do(*what)
+
+    return late
 
 
 def test_the_program_may_be_forked_until_it_has_a_thread() -> None:
@@ -69,14 +78,14 @@ def test_an_error_of_a_worker_is_the_runs(tmp_path: Path, plan: Plan, monkeypatc
     def fail() -> None:
         raise error
 
-    waits_or(monkeypatch, fail)
+    forked_does(monkeypatch, fail)
     kind, match = (MergeError, "disk is full") if isinstance(error, OSError) else (type(error), f"^{error}$")
     with one_error(tmp_path, match, kind):
-        execute(plan, tmp_path / "out", threads=1 + 1)
+        execute(plan, tmp_path / "out", threads=2)
 
 
 def test_a_mistake_of_ours_says_where_it_was_made(tmp_path: Path, plan: Plan, monkeypatch: Patch) -> None:
-    waits_or(monkeypatch, lambda: 1 // 0)
+    forked_does(monkeypatch, lambda: 1 // 0)
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*forked_cases.*ZeroDivisionError"):
         execute(plan, tmp_path / "out", threads=2)
     assert not (tmp_path / "out").exists()
@@ -84,13 +93,13 @@ def test_a_mistake_of_ours_says_where_it_was_made(tmp_path: Path, plan: Plan, mo
 
 
 def test_a_worker_that_the_system_ends_is_one_error(tmp_path: Path, plan: Plan, monkeypatch: Patch) -> None:
-    waits_or(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    forked_does(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with one_error(tmp_path, r"by signal 9 \(out of memory\?\)"):
         execute(plan, tmp_path / "out", threads=2)
 
 
 def test_an_interrupt_ends_all_workers(tmp_path: Path, plan: Plan, monkeypatch: Patch) -> None:
-    waits_or(monkeypatch, lambda: time.sleep(600))
+    forked_does(monkeypatch, lambda: time.sleep(600))
 
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
@@ -117,8 +126,8 @@ def test_when_the_program_is_killed_its_workers_end_and_the_next_run_succeeds(tm
     )
     with subprocess.Popen([sys.executable, "-c", slow, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        workers = [int(process.stdout.readline()) for _ in range(2)]
-        assert process.pid not in workers
+        workers = {int(process.stdout.readline()) for _ in range(2)}
+        assert process.pid in workers
         process.kill()
         process.wait()
         execute(plan, tmp_path / "out")
