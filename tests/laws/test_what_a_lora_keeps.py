@@ -132,3 +132,13 @@ def test_it_takes_of_the_standards_extensions_those_that_it_says_it_needs(method
             else:
                 with pytest.raises(AttributeError, match="linalg"):
                     to_lora(method, LAYER, p, rank=2)
+
+
+@pytest.mark.parametrize("method", [LoHa(r=2), LoRA(r=4), DoRA(r=2)], ids=str)
+def test_it_stays_on_the_device_of_the_parameters(method: Any) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    device = strict.Device("device1")
+    p, W = numbers(method, LAYER)
+    far = type(p)(*(None if v is None else strict.asarray(v, device=device) for v in p))
+    got = to_lora(method, LAYER, far, strict.asarray(W, device=device), rank=3)
+    assert (got.params.A.device, got.params.B.device) == (device, device)
