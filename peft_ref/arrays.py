@@ -126,6 +126,16 @@ def thin_svd(W: Array) -> tuple[Array, Array, Array]:
     return U, S, Vh
 
 
+def right_vectors(W: Array) -> Array:
+    """All right singular vectors of `W` (out, in), in the columns of (in, in). Those beyond W's rows are the library's own choice."""
+    xp, (rows, n) = namespace(W), W.shape
+    try:
+        Vh = xp.linalg.svd(W, full_matrices=True)[2]
+    except ValueError:  # Dask has the thin decomposition only: rows of zeros bring the others
+        Vh = xp.linalg.svd(pad(W, 0, 0, max(n - rows, 0)), full_matrices=False)[2]
+    return xp.matrix_transpose(Vh)
+
+
 def pad(x: Array, axis: int, before: int, after: int) -> Array:
     """`x` with zeros put before and after it along `axis`."""
     if before == after == 0:

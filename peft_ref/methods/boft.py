@@ -102,14 +102,15 @@ class BOFT(Reweight[Params]):
         R, s = shapes.get("boft_R", ()), shapes.get("boft_s", ())
         if len(R) != 4 or len(s) != 2:
             return None
-        if R[0] != self.boft_n_butterfly_factor:
+        factors, n, b, _ = R
+        if factors != self.boft_n_butterfly_factor:
             raise ConfigError(
-                f"BOFT: boft_R holds {R[0]} factors, and boft_n_butterfly_factor is {self.boft_n_butterfly_factor}.\n"
+                f"BOFT: boft_R holds {factors} factors, and boft_n_butterfly_factor is {self.boft_n_butterfly_factor}.\n"
                 "  HF PEFT without its CUDA kernel trains one factor and leaves the configuration as it was: write what the file holds."
             )
         if s[1] == 1:
-            return Linear(in_features=R[1] * R[2], out_features=s[0])
-        return Conv(in_channels=R[1] * R[2], out_channels=s[1], kernel_size=(1, 1))
+            return Linear(in_features=n * b, out_features=s[0])
+        return Conv(in_channels=n * b, out_channels=s[1], kernel_size=(1, 1))
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         shape, out = (self.boft_n_butterfly_factor, *self.blocks(layer), self.blocks(layer)[1]), (layer.shape[0],)
@@ -143,13 +144,13 @@ class BOFT(Reweight[Params]):
             Ws.append(turned(Ws[-1], C, i))
         ds, dW, dRs = xp.sum(dW * Ws[-1], axis=1), column(p.s) * dW, []
         for i in reversed(range(len(Cs))):
-            n, size = Cs[i].shape[0], Cs[i].shape[1]
+            n, size = Cs[i].shape[:2]
             dC = xp.matrix_transpose(blocks(gathered(dW, i, size), n)) @ blocks(gathered(Ws[i], i, size), n)
             dQ = cayley_vjp(skew_part(p.R[i, ...]), dC)
             dRs.append(skew_part(dQ))
             dW = turned(dW, xp.matrix_transpose(Cs[i]), i)
         dRs.reverse()
-        return WeightGradients(Params(xp.stack(dRs, axis=0), ds), dW, db)
+        return WeightGradients(Params(xp.stack(dRs), ds), dW, db)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         Cs = rotations(p.R)

@@ -8,12 +8,13 @@ The dtype is the weights'; U and L are worked out in float64.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from peft_ref.arrays import Array, eye_like, namespace, pad
+from peft_ref.arrays import Array, eye_like, namespace, right_vectors, thin_svd
 from peft_ref.methods.torch_draws import Generator, Host
 
 SHORTEST = 1e-12
@@ -57,18 +58,19 @@ def block_of(name: str, otherwise: int) -> int:
 def basis(weights: Sequence[Array], ridge: float) -> Array:
     """V (in, in) of weights (out, in)."""
     xp, mT = namespace(*weights), namespace(*weights).matrix_transpose
-    stacked = xp.concat(list(weights), axis=0)
+    stacked = xp.concat(list(weights))
     rows, n = stacked.shape
-    if rows < n:  # rows of zeros bring the vectors that W does not have
-        return mT(xp.linalg.svd(pad(stacked, 0, 0, n - rows), full_matrices=False)[2])
+    if rows < n:
+        return right_vectors(stacked)
     Q, R = xp.linalg.qr(stacked)
-    one, at = eye_like(n, Q), 0
-    mean = 0.0 * one
+    one, at, inverses = eye_like(n, Q), 0, []
     for W in weights:
         part = Q[at : at + W.shape[0], :]
-        mean, at = mean + xp.linalg.solve(mT(part) @ part + ridge * one, one) / len(weights), at + W.shape[0]
+        inverses.append(xp.linalg.solve(mT(part) @ part + ridge * one, one) / len(weights))
+        at += W.shape[0]
+    mean = sum(inverses)
     # of a symmetric matrix without negative eigenvalues singular vectors are eigenvectors, from the largest to the smallest
-    return mT(R) @ xp.flip(xp.linalg.svd((mean + mT(mean)) / 2.0, full_matrices=False)[0], axis=1)
+    return mT(R) @ xp.flip(thin_svd((mean + mT(mean)) / 2.0)[0], axis=1)
 
 
 def places(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int) -> dict[str, Host]:
@@ -93,7 +95,7 @@ def solved(W: Array, V: Array) -> tuple[Array, Array]:
     turned = in_basis(xp.astype(W, xp.float64), xp.astype(V, xp.float64))
     lengths = xp.sqrt(xp.sum(turned * turned, axis=0))
     long = lengths > SHORTEST
-    U = xp.where(long, turned, 0.0 * turned) / xp.where(long, lengths, 0.0 * lengths + 1.0)
+    U = turned / xp.where(long, lengths, lengths + math.inf)
     return xp.astype(U, W.dtype), xp.astype(lengths, W.dtype)
 
 

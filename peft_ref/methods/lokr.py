@@ -131,7 +131,7 @@ class LoKr(Additive[Params]):
 
     def kronecker(self, layer: Layer, w1: Array, w2: Array) -> Array:
         """W1 (x) W2 as a weight (out, in)."""
-        xp, (order, sizes) = namespace(w1, w2), self._places(layer)
+        xp, (order, sizes) = namespace(w1), self._places(layer)
         outer = xp.reshape(w1, (-1, 1)) * xp.reshape(w2, (1, -1))
         return xp.reshape(xp.permute_dims(xp.reshape(outer, sizes), order), layer.shape)
 
@@ -153,7 +153,7 @@ def factors(n: int, factor: int) -> tuple[int, int]:
     if factor > 0 and n % factor == 0:
         return factor, n // factor
     limit = math.isqrt(n) if factor == -1 else min(math.isqrt(n), factor)
-    m = next((m for m in range(limit, 0, -1) if n % m == 0), 1)
+    m = next((m for m in range(limit, 1, -1) if n % m == 0), 1)
     return m, n // m
 
 
@@ -167,8 +167,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Layer]:
     width = by["w2"][1] if "w2" in by else by["w2_b"][1]
     kernel = by["w2"][2:] if "w2" in by else by.get("t2", ())[2:]
     if kernel:
-        kernels = [kernel, kernel[:1]] if "t2" in by and kernel[1:] == (1,) else [kernel]
-        yield from (Conv(in_channels=i1 * width, out_channels=o1 * o2, kernel_size=k) for k in kernels)
+        yield Conv(in_channels=i1 * width, out_channels=o1 * o2, kernel_size=kernel)
         return
     yield Linear(in_features=i1 * width, out_features=o1 * o2)
     for k in range(2, width + 1):  # a flattened kernel: any that fits

@@ -22,7 +22,7 @@ import math
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
-from peft_ref.arrays import Array, namespace, pad, zeros_like
+from peft_ref.arrays import Array, namespace, pad, thin_svd, zeros_like
 from peft_ref.contracts import Additive, Delta, LowRank, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Layer
@@ -70,9 +70,8 @@ def to_lora(
         blocks = [_of_factors(f.B[i * rows : (i + 1) * rows, :], f.A[ranks[i], :]) for i in range(g)]
         return _cut(layer, blocks, f.b, rank, energy, 0.0)
     delta, size = _delta(method, layer, params, W, b)
-    xp = namespace(delta.W)
     rows = delta.W.shape[0] // g
-    blocks = [_Block(*xp.linalg.svd(delta.W[i * rows : (i + 1) * rows, :], full_matrices=False)) for i in range(g)]
+    blocks = [_Block(*thin_svd(delta.W[i * rows : (i + 1) * rows, :])) for i in range(g)]
     return _cut(layer, blocks, delta.b, rank, energy, size)
 
 
@@ -96,10 +95,10 @@ def _delta(method: WeightMethod[Any], layer: Layer, params: Any, W: Array | None
 
 
 def _of_factors(B: Array, A: Array) -> _Block:
-    xp = namespace(B, A)
+    xp = namespace(A)
     Q, R = xp.linalg.qr(B)
     P, T = xp.linalg.qr(xp.matrix_transpose(A))
-    U, S, Vh = xp.linalg.svd(R @ xp.matrix_transpose(T), full_matrices=False)
+    U, S, Vh = thin_svd(R @ xp.matrix_transpose(T))
     return _Block(Q @ U, S, Vh @ xp.matrix_transpose(P))
 
 
@@ -115,8 +114,8 @@ def _cut(layer: Layer, blocks: list[_Block], c: Array | None, rank: int | None, 
     elif energy is not None:
         k = min(1 + bisect_left(range(1, n + 1), energy * total, key=lambda m: float(xp.sum(squares[:m]))), k)
     k = max(1, k)
-    A = xp.concat([_in_place(layer, block.Vh[:k, :], i) for i, block in enumerate(blocks)], axis=0)
-    B = xp.concat([block.U[:, :k] * block.S[:k] for block in blocks], axis=0)
+    A = xp.concat([_in_place(layer, block.Vh[:k, :], i) for i, block in enumerate(blocks)])
+    B = xp.concat([block.U[:, :k] * block.S[:k] for block in blocks])
     return _converted(A, B, c, float(xp.sum(squares[k:])) / total if total > noise * noise else 0.0)
 
 

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.layers import Conv, Embedding, Layer, Linear  # noqa: E402
-from peft_ref.methods import C3A, IA3, AdaMSS, DoRA, LoRA, VeLoRA  # noqa: E402
+from peft_ref.methods import C3A, IA3, AdaMSS, DoRA, LoKr, LoRA, VeLoRA  # noqa: E402
 from tests.hf.peft_layers import own_facts  # noqa: E402
 from tests.hf.test_drawn_starts import Model, distance  # noqa: E402
 
@@ -32,6 +32,7 @@ STARTS: list[tuple[WeightMethod[Any], Layer]] = [
     *((C3A(block_size=6, init_weights=word), LAYER) for word in ("gaussian", "kaiming_uniform", "xavier_uniform", True, False)),
     *((IA3(is_feedforward=where, init_ia3_weights=word), LAYER) for where in (True, False) for word in (True, False)),
     *((AdaMSS(r=8, num_subspaces=1, subspace_rank=4, init_weights=word), LAYER) for word in (None, "orthogonal")),
+    *((LoKr(r=r, init_weights="lycoris", **more), LAYER) for r in (2, 8) for more in ({}, {"decompose_both": True, "decompose_factor": 2})),
     (VeLoRA(r=4, **RANDOM), LAYER),  # type: ignore[arg-type]
 ]
 

@@ -9,7 +9,7 @@ import pytest
 
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Linear
-from peft_ref.methods import OSF, AdaMSS, PEANuT, SuperTuning, WaveFT
+from peft_ref.methods import BOFT, OSF, AdaMSS, PEANuT, SuperTuning, WaveFT
 from tests.laws.compare import assert_same_bits
 
 FAMILIES = {"db": (1, 38), "sym": (2, 20), "coif": (1, 17)}
@@ -29,6 +29,14 @@ def test_the_ends_are_taken_and_what_is_beyond_them_is_refused(cls: Any, field: 
             cls(**options, **{field: value})
     for value in (at(first), at(last)):
         assert getattr(cls(**options, **{field: value}), field) == value
+
+
+def test_boft_has_one_to_sixty_three_factors() -> None:
+    for count in (1, 2, 62, 63):
+        assert BOFT(boft_n_butterfly_factor=count).boft_n_butterfly_factor == count
+    for count in (0, 64):
+        with pytest.raises(ConfigError, match=rf"^boft_n_butterfly_factor={count}:"):
+            BOFT(boft_n_butterfly_factor=count)
 
 
 @pytest.mark.parametrize("value", [True, False, "2", [2]])

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ref.layers import Linear
-from peft_ref.methods import OFT, AdaLoRA, KaSA, MonteCLoRA, PrefixTuning, PromptTuning, PVeRA, VeLoRA, lora
+from peft_ref.contracts import Delta
+from peft_ref.layers import Conv, Layer, Linear
+from peft_ref.methods import BOFT, OFT, AdaLoRA, DoRA, KaSA, LoHa, LoKr, LoRA, MonteCLoRA, PrefixTuning, PromptTuning, PVeRA, VeLoRA, lora
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
 from peft_ref.methods.monteclora import Noise
+from peft_ref.methods.to_lora import to_lora
 from peft_ref.prompts import Context, Sources
 from tests.laws.compare import assert_close
 
@@ -109,3 +111,39 @@ def test_pveras_noise_acts_in_the_library_of_the_input() -> None:
     assert_alike(method.sampled(layer, sent(p), sent(x), sent(noise)), method.sampled(layer, p, x, noise), "y")
     got = method.sampled_vjp(layer, sent(p), sent(x), sent(noise), sent(dy))
     assert_alike(got, method.sampled_vjp(layer, p, x, noise, dy), "gradients")
+
+
+def test_what_boft_leaves_out_is_of_the_library_of_its_blocks() -> None:
+    method, keep = BOFT(boft_block_size=2), np.asarray([[1.0, 0.0, 1.0]])
+    p = method.init(Linear(in_features=6, out_features=4), np.ones((4, 6)), np.random.default_rng(0)).params
+    p = p._replace(R=np.random.default_rng(1).normal(size=p.R.shape))
+    assert_alike(method.thinned(sent(p), sent(keep)), method.thinned(p, keep), "R")
+
+
+@pytest.mark.parametrize("kernel_size", [(3,), (2, 3)])
+def test_lokrs_core_is_computed_in_its_own_library(kernel_size: tuple[int, ...]) -> None:
+    layer, rng = Conv(in_channels=6, out_channels=9, kernel_size=kernel_size), np.random.default_rng(0)
+    method = LoKr(r=1, use_effective_conv2d=True, init_weights=False)
+    p, W = method.init(layer, np.zeros(layer.shape), rng).params, rng.normal(size=layer.shape)
+    assert p.t2 is not None
+    assert_alike(method.delta(layer, sent(p)), method.delta(layer, p), "dW")
+    assert_alike(method.delta_vjp(layer, sent(p), Delta(sent(W))), method.delta_vjp(layer, p, Delta(W)), "gradients")
+
+
+GROUPS = Conv(in_channels=4, out_channels=6, kernel_size=(2,), groups=2)
+
+
+PLAIN = Linear(in_features=6, out_features=5)
+
+
+@pytest.mark.parametrize(("method", "layer"), [(LoRA(r=4), PLAIN), (LoRA(r=4), GROUPS), (LoHa(r=2), PLAIN), (DoRA(r=2), PLAIN)])
+def test_what_becomes_a_lora_is_computed_in_the_library_of_the_parameters(method: Any, layer: Layer) -> None:
+    """The strict arrays call NumPy's decompositions, so their signs are the same."""
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=layer.shape)
+    p = type(p := method.init(layer, W, rng).params)(*(None if v is None else rng.normal(size=v.shape) for v in p))
+    for asked in ({}, {"rank": 2}, {"energy": 0.7}):
+        got, want = to_lora(method, layer, sent(p), sent(W), **asked), to_lora(method, layer, p, W, **asked)
+        assert got.method == want.method
+        assert_alike(got.params, want.params, "factors")
+        assert got.lost == pytest.approx(want.lost, abs=1e-15)

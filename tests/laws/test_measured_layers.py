@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 
 from peft_ref.contracts import WeightMethod
-from peft_ref.layers import Embedding, Layer, Linear
-from peft_ref.methods import OFT, FourierFT, SuperTuning, WaveFT
+from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.methods import BOFT, OFT, FourierFT, LoKr, SuperTuning, WaveFT
 
 
 def linear(n_in: int, out: int = 1) -> Linear:
@@ -19,6 +20,7 @@ def shapes(method: WeightMethod[Any], layer: Layer) -> dict[str, tuple[int, ...]
     return {s.key: s.stored_shape for s in method.spec(layer)}
 
 
+POINT = Conv(in_channels=12, out_channels=7, kernel_size=(1, 1))  # of a kernel only how many numbers a filter has is told
 TABLE = Embedding(num_embeddings=9, embedding_dim=12)
 TOLD: list[tuple[Any, Layer, Layer]] = [
     *((OFT(oft_block_size=b), linear(12, 7), linear(12)) for b in range(1, 13)),
@@ -28,6 +30,9 @@ TOLD: list[tuple[Any, Layer, Layer]] = [
     (OFT(oft_block_size=4), TABLE, Embedding(num_embeddings=1, embedding_dim=12)),
     *((SuperTuning(sparsity=0.75), linear(n), linear(n - n % 4)) for n in (4, 5, 8, 57, 131)),
     *((SuperTuning(sparsity=0.0), linear(n), linear(n)) for n in (1, 2, 9)),
+    *((BOFT(boft_block_size=b), linear(12, 7), linear(12, 7)) for b in (2, 3, 12)),
+    (BOFT(boft_block_size=2, boft_n_butterfly_factor=2), linear(12, 7), linear(12, 7)),
+    *((BOFT(boft_block_size=b), Conv(in_channels=3, out_channels=7, kernel_size=(2, 2)), POINT) for b in (2, 3, 12)),
     *((method(n_frequency=n), linear(6, 7), linear(n)) for n in (1, 2, 9) for method in (FourierFT, WaveFT)),
 ]
 
@@ -47,7 +52,28 @@ def test_of_super_tunings_places_the_least_number_of_entries_is_told(sparsity: f
         assert (method.count(entries), method.count(entries - 1)) == (n, n - 1)
 
 
-@pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT()])
+LOKR = [
+    LoKr(r=r, decompose_both=both, decompose_factor=factor, use_effective_conv2d=core)
+    for r, both, factor, core in product((1, 2), (True, False), (-1, 3), (True, False))
+]
+
+
+@pytest.mark.parametrize("method", LOKR, ids=str)
+def test_a_layer_is_told_that_has_lokrs_tensors(method: LoKr) -> None:
+    """Of every layer, whichever of its two matrices are factors; what the kernel of a flattened one was, its tensors do not tell."""
+    for n_in, out in product(range(1, 13), (1, 4, 6, 10)):
+        line = [Conv(in_channels=n_in, out_channels=out, kernel_size=k) for k in ((1,), (2,), (3,), (5,), (2, 2), (3, 1), (1, 2), (1, 1))]
+        for layer in (linear(n_in, out), *line):
+            given = shapes(method, layer)
+            told = method.measured(given)
+            assert told is not None
+            assert shapes(method, told) == given
+            assert told.shape[0] == out
+            for key in given.keys() - {"lokr_t2"}:  # without a core the same factors may be a flattened kernel's
+                assert method.measured({k: v for k, v in given.items() if k != key}) is None
+
+
+@pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT(), BOFT(), LoKr()])
 def test_without_such_a_tensor_nothing_is_told(method: Any) -> None:
     assert method.measured({}) is None
 

@@ -33,6 +33,11 @@ NAMES = [
     "output.dense",
     "layers.x.q",
     "a.layers",
+    "h.7.layers.3.q",
+    "h.7.layers.3.9.q",
+    "h.7.layers.x.5.q",
+    "h.7.layers.x.q",
+    "layers.q.2",
 ]
 
 
