@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_ref.contracts import Factors
 from peft_ref.layers import Linear
-from peft_ref.methods import AdaLoRA, KaSA, PrefixTuning, PromptTuning, PVeRA
+from peft_ref.methods import PSOFT, AdaLoRA, KaSA, PrefixTuning, PromptTuning, PTuning, PVeRA
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
 from peft_ref.prompts import Context, Sources
 from tests.laws.compare import assert_close
@@ -82,3 +83,23 @@ def test_pveras_noise_acts_in_the_library_of_the_input() -> None:
     assert_alike(method.sampled(layer, sent(p), sent(x), sent(noise)), method.sampled(layer, p, x, noise), "y")
     got = method.sampled_vjp(layer, sent(p), sent(x), sent(noise), sent(dy))
     assert_alike(got, method.sampled_vjp(layer, p, x, noise, dy), "gradients")
+
+
+def test_what_falls_out_between_an_lstms_layers_is_of_the_library_of_the_prompt() -> None:
+    sizes: dict[str, Any] = {"num_virtual_tokens": 4, "token_dim": 3, "num_transformer_submodules": 1, "encoder_hidden_size": 5}
+    method, rng = PTuning(**sizes, encoder_reparameterization_type="LSTM", encoder_dropout=0.25), np.random.default_rng(0)
+    p = method.init(np.zeros(1), rng)
+    mask = rng.integers(0, 2, (4, 10))
+    ours, theirs = (Context(1, dropout=(given,)) for given in (mask, sent(mask)))
+    table = method.table(p, ours)
+    assert_alike(method.table(sent(p), theirs), table, "the table")
+    assert_alike(method.table_vjp(sent(p), theirs, sent(table)), method.table_vjp(p, ours, table), "gradients")
+
+
+@pytest.mark.parametrize("eps", [0.3, 0.99])
+def test_a_shortened_rotation_is_of_the_library_of_its_numbers(eps: float) -> None:
+    method, rng = PSOFT(r=3, use_cayley_neumann=True, cayley_neumann_eps=eps), np.random.default_rng(0)
+    p = method.init(Linear(in_features=5, out_features=4), rng.normal(size=(4, 5)), rng).params._replace(q=np.asarray([0.3, -0.2, 0.4]))
+    d = Factors(B=rng.normal(size=(4, 3)), A=rng.normal(size=(3, 5)))
+    assert_alike(method.factors(sent(p)), method.factors(p), "factors")
+    assert_alike(method.factors_vjp(sent(p), sent(d)), method.factors_vjp(p, d), "gradients")

@@ -8,7 +8,7 @@ import pytest
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Embedding, Layer, Linear
-from peft_ref.methods import OFT, FourierFT, SuperTuning, WaveFT
+from peft_ref.methods import OFT, FourierFT, RandLoRA, SHiRA, SuperTuning, WaveFT
 
 
 def linear(n_in: int, out: int = 1) -> Linear:
@@ -28,6 +28,8 @@ TOLD: list[tuple[Any, Layer, Layer]] = [
     (OFT(oft_block_size=4), TABLE, Embedding(num_embeddings=1, embedding_dim=12)),
     *((SuperTuning(sparsity=0.75), linear(n), linear(n - n % 4)) for n in (4, 5, 8, 57, 131)),
     *((SuperTuning(sparsity=0.0), linear(n), linear(n)) for n in (1, 2, 9)),
+    *((SHiRA(r=r), linear(*size), linear(5, 4)) for r in (1, 2) for size in ((3, 6), (6, 3), (4, 5))),
+    *((RandLoRA(r=2, widest_in=5, widest_out=5), linear(*size), linear(3, 3)) for size in ((3, 5), (5, 3), (3, 3))),
     *((method(n_frequency=n), linear(6, 7), linear(n)) for n in (1, 2, 9) for method in (FourierFT, WaveFT)),
 ]
 
@@ -47,10 +49,17 @@ def test_of_super_tunings_places_the_least_number_of_entries_is_told(sparsity: f
         assert (method.count(entries), method.count(entries - 1)) == (n, n - 1)
 
 
-@pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT()])
+@pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT(), SHiRA(), SHiRA(r=1), RandLoRA()])
 def test_without_such_a_tensor_nothing_is_told(method: Any) -> None:
     assert method.measured({}) is None
 
 
 def test_with_a_low_rank_part_the_places_tell_nothing() -> None:
     assert SuperTuning(r=2).measured(shapes(SuperTuning(r=2), linear(30, 10))) is None
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_a_weight_has_an_input_and_an_output(r: int) -> None:
+    """SHiRA's count is r times their sum: of less than two it is nobody's."""
+    told = [SHiRA(r=r).measured({"shira_weight": (r * both,)}) for both in range(4)]
+    assert told == [None, None, linear(1, 1), linear(2, 1)]
