@@ -129,7 +129,7 @@ class VBLoRA(Additive[Params]):
                 )
             if places.dtype.kind not in "iu" or np.any(places < 0) or np.any(places >= self.num_vectors):
                 raise ShapeError(f"{key + PLACES}: places from 0 to num_vectors={self.num_vectors} were expected.")
-            last = 1 - np.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
+            last = 1 - np.sum(weights, axis=-1, keepdims=True)
             logits = np.full((*places.shape[:-1], self.num_vectors), -np.inf, dtype=weights.dtype)
             with np.errstate(divide="ignore"):
                 np.put_along_axis(logits, places.astype(np.int64), np.log(np.concatenate([weights, last], axis=-1)), axis=-1)

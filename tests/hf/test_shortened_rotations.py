@@ -1,4 +1,4 @@
-"""PSOFT's turn out of a Neumann series, and its gradient, where Q is too long and is shortened, at the very bound and below it: as in PEFT."""
+"""PSOFT's turn out of a Neumann series, and its gradient, are PEFT's: where Q is too long and is shortened, at the very bound, below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VB-LoRA's pieces: mixtures of the k vectors with the largest logits, by the softmax of those k, in a layer and in a file of those alone."""
+"""VB-LoRA's pieces: mixtures of the k vectors with the largest logits, by the softmax of those k, in a layer and in a file."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_the_scale_is_alpha_over_the_rank_or_over_its_root(name: str) -> None:
 
 
 def test_qaloras_b_and_frozen_weight_are_those_of_loras_start() -> None:
-    """Of W = U S V^T, s the scale: B = U_r (S_r / s)^1/2, and W keeps what is not of the first r. A is drawn anew: it reads fewer inputs."""
+    """Of W = U S V^T, s the scale: B = U_r (S_r / s)^1/2, and W keeps what is not of the first r. A, of fewer inputs, is drawn anew."""
     method, layer = QALoRA(r=2, lora_alpha=6, init_lora_weights="pissa", qalora_group_size=3), Linear(in_features=6, out_features=4)
     W = RNG(0).normal(size=layer.shape)
     U, S, Vh = np.linalg.svd(W, full_matrices=False)
