@@ -72,7 +72,7 @@ def diagonal_signs(vectors: list[Array]) -> list[Array]:
         one = u[:1] * 0.0 + 1.0
         upright = xp.where(u[:1] >= 0.0, one, -one)
         size, below = norm(u), u[1:]
-        turns = xp.sum(below * below, axis=0, keepdims=True) > 0.0  # an empty sum, of the last row, is zero
+        turns = norm(below) > 0.0  # of nothing, as the last row has, it is zero
         signs.append(xp.where(turns, -upright, upright))
         v = xp.concat([u[:1] + upright * size, below])
         turned = [+(w - v * (2.0 * xp.sum(v * w) / xp.sum(v * v))) for w in later]

@@ -178,7 +178,7 @@ class PSOFT(LowRank[Params]):
         xp, norm = namespace(q), self._norm(q)
         larger, one = norm > self._limit, norm * 0.0 + 1.0
         shrink = self._limit / (norm + NO_ZERO)
-        lost = xp.sum(d * q, axis=0, keepdims=True) * shrink / (norm + NO_ZERO) * (2.0 / xp.where(larger, norm, one))
+        lost = xp.sum(d * q) * shrink / (norm + NO_ZERO) * (2.0 / xp.where(larger, norm, one))
         return d * xp.where(larger, shrink, one) - q * xp.where(larger, lost, norm * 0.0)
 
     @property
@@ -186,6 +186,6 @@ class PSOFT(LowRank[Params]):
         return self.cayley_neumann_eps if self.use_cayley_neumann else None
 
     def _norm(self, q: Array) -> Array:
-        """|Q| (1,): every number stands in it twice."""
+        """|Q|: every number stands in it twice."""
         xp = namespace(q)
-        return xp.sqrt(2.0 * xp.sum(q * q, axis=0, keepdims=True))
+        return xp.sqrt(2.0 * xp.sum(q * q))

@@ -78,9 +78,8 @@ class PVeRA(Additive[Params]):
         return replace(self, widest_in=n_in, widest_out=out)
 
     def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
-        if not {"pvera_A", "pvera_B"} <= shapes.keys():
-            return self
-        return replace(self, widest_in=shapes["pvera_A"][1], widest_out=shapes["pvera_B"][0])
+        A, B = shapes.get("pvera_A", ()), shapes.get("pvera_B", ())
+        return replace(self, widest_in=A[1], widest_out=B[0]) if len(A) == len(B) == 2 else self
 
     def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Params]:
         if not layers:

@@ -91,14 +91,13 @@ class RandLoRA(Additive[Params]):
 
     def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """Which of in and out is the larger no file tells, and it does not matter to the sizes."""
-        if not {"randlora_A", "randlora_B"} <= shapes.keys():
-            return self
-        return replace(self, widest_in=shapes["randlora_A"][-1], widest_out=shapes["randlora_B"][0])
+        A, B = shapes.get("randlora_A", ()), shapes.get("randlora_B", ())
+        return replace(self, widest_in=A[2], widest_out=B[0]) if len(A) == len(B) == 3 else self
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """The smaller of its sizes is all that a layer's own tensors tell."""
-        small = shapes.get("randlora_gamma", ())[-1:]
-        return Linear(in_features=small[0], out_features=small[0]) if small else None
+        gamma = shapes.get("randlora_gamma")
+        return Linear(in_features=gamma[1], out_features=gamma[1]) if gamma else None
 
     def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Params]:
         if not layers:
@@ -154,10 +153,14 @@ def bases(seed: int, r: int, small: int, large: int, sparsity: float | None) -> 
     if sparsity is None:
         A = _dense(generator, (r, 1, small), small)
         B = np.concatenate([_dense(generator, (large, 1, r), r) for _ in range(n)], axis=1)
-        return tuple(as_bfloat16(basis / as_bfloat16(np.std(basis, ddof=1, dtype=np.float64))) for basis in (A, B))  # type: ignore[return-value]
+        return tuple(as_bfloat16(basis / as_bfloat16(_deviation(basis))) for basis in (A, B))  # type: ignore[return-value]
     A, B = (generator.uniform(shape, 0.0, 1.0) for shape in ((r, 1, small), (large, n, r)))
     signs = [(basis > 1 - 1 / (2 * sparsity)).astype(np.float32) - (basis < 1 / (2 * sparsity)) for basis in (A, B)]
-    return tuple((s / np.float32(np.std(s, ddof=1, dtype=np.float64))).astype(np.float32) for s in signs)  # type: ignore[return-value]
+    return tuple(s / np.float32(_deviation(s)) for s in signs)  # type: ignore[return-value]
+
+
+def _deviation(basis: Host) -> float:
+    return float(np.std(basis, ddof=1, dtype=np.float64))
 
 
 def _dense(generator: Generator, shape: tuple[int, ...], columns: int) -> Host:

@@ -108,7 +108,7 @@ class VBLoRA(Additive[Params]):
         found: dict[str, Array] = {}
         for key, tensor in tensors.items():
             logits = np.asarray(tensor)
-            places = np.argsort(-logits, axis=-1, kind="stable")[..., : self.topk]
+            places = np.argsort(-logits, kind="stable")[..., : self.topk]
             top = np.take_along_axis(logits, places, axis=-1)
             powers = np.exp(top - top[..., :1])
             found[key + PLACES] = places.astype(self._place_dtype)
@@ -129,7 +129,7 @@ class VBLoRA(Additive[Params]):
                 )
             if places.dtype.kind not in "iu" or np.any(places < 0) or np.any(places >= self.num_vectors):
                 raise ShapeError(f"{key + PLACES}: places from 0 to num_vectors={self.num_vectors} were expected.")
-            last = 1 - np.sum(weights, axis=-1, keepdims=True, dtype=weights.dtype)
+            last = 1 - np.sum(weights, axis=-1, keepdims=True)
             logits = np.full((*places.shape[:-1], self.num_vectors), -np.inf, dtype=weights.dtype)
             with np.errstate(divide="ignore"):
                 np.put_along_axis(logits, places.astype(np.int64), np.log(np.concatenate([weights, last], axis=-1)), axis=-1)
@@ -139,7 +139,7 @@ class VBLoRA(Additive[Params]):
     @property
     def _place_dtype(self) -> str:
         """The smallest of those that PEFT chooses from."""
-        return next(name for name, n in (("uint8", 2**8), ("int16", 2**15), ("int32", 2**31), ("int64", 2**63)) if self.num_vectors < n)
+        return next((name for name, n in (("uint8", 2**8), ("int16", 2**15), ("int32", 2**31)) if self.num_vectors < n), "int64")
 
     def delta(self, layer: Layer, p: Params) -> Delta:
         B, A = self._factors(layer, p)
@@ -181,7 +181,6 @@ def largest(x: Array, k: int) -> Array:
     """Which of each row's numbers are among its k largest; of equal ones the first: the standard has no top-k."""
     xp, n = namespace(x), x.shape[1]
     one, other = xp.expand_dims(x, axis=2), xp.expand_dims(x, axis=1)
-    before = np.tri(n, n, -1, dtype=bool)
-    earlier = before if xp is np else xp.asarray(before, device=getattr(x, "device", None))
+    earlier = to(np.tri(n, k=-1), x) > 0.0
     ahead = (other > one) | ((other == one) & earlier)
     return xp.sum(xp.astype(ahead, xp.int32), axis=2) < k

@@ -74,9 +74,8 @@ class VeRA(Additive[Params]):
         return replace(self, widest_in=n_in, widest_out=out)
 
     def spanned_by(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
-        if not {"vera_A", "vera_B"} <= shapes.keys():
-            return self
-        return replace(self, widest_in=shapes["vera_A"][-1], widest_out=shapes["vera_B"][0])
+        A, B = shapes.get("vera_A", ()), shapes.get("vera_B", ())
+        return replace(self, widest_in=A[1], widest_out=B[0]) if len(A) == len(B) == 2 else self
 
     def common(self, layers: Mapping[str, Layer], weights: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Params]:
         if not layers:

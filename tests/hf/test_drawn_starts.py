@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 from peft_ref.contracts import WeightMethod  # noqa: E402
 from peft_ref.layers import Layer, Linear  # noqa: E402
-from peft_ref.methods import METHODS  # noqa: E402
+from peft_ref.methods import METHODS, PSOFT  # noqa: E402
 from tests.hf.peft_layers import own_facts, torch_layer  # noqa: E402
 from tests.methods import facts, takes  # noqa: E402
 
@@ -54,7 +54,9 @@ def distance(a: Any, b: Any) -> float:
     return float(np.max(np.abs(shares[0] - shares[1]), initial=0.0))
 
 
-STARTED = dict(started())
+STARTED = dict(started()) | {  # of many numbers, where a method has few of some kind
+    f"psoft of every direction {orth}": PSOFT(r=36, psoft_orth=orth, init_weights=False) for orth in (True, False)
+}
 
 
 @pytest.mark.parametrize("label", STARTED)

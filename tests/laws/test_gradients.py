@@ -60,6 +60,7 @@ def test_stack_vjp_is_the_adjoint_for_every_parameter(name: str, kind: str, data
     p, x, dy = case.params(), case.x, case.dy
     v, f = case.direction(p, 7), function(case, p)
     got = stack.vjp(case.layer, case.W, case.b, [Adapter(case.method, p)], x, dy).params[0]
+    assert [field for field in p._fields if getattr(got, field) is not None] == [field for field in p._fields if field in case.trained]
     for field in case.trained:
         at, along = getattr(p, field), getattr(v, field)
         assert_slope(lambda t: float(np.sum(dy * f(p._replace(**{field: at + t * along}), x))), getattr(got, field), along, field)  # noqa: B023

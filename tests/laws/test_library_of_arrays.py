@@ -7,9 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_ref.contracts import Delta
+from peft_ref.contracts import Delta, Factors
 from peft_ref.layers import Conv, Layer, Linear
-from peft_ref.methods import BOFT, OFT, AdaLoRA, DoRA, KaSA, LoHa, LoKr, LoRA, MonteCLoRA, PrefixTuning, PromptTuning, PVeRA, VeLoRA, lora
+from peft_ref.methods import (
+    BOFT,
+    OFT,
+    PSOFT,
+    AdaLoRA,
+    DoRA,
+    KaSA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MonteCLoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PVeRA,
+    VeLoRA,
+    lora,
+)
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
 from peft_ref.methods.monteclora import Noise
 from peft_ref.methods.to_lora import to_lora
@@ -147,3 +164,23 @@ def test_what_becomes_a_lora_is_computed_in_the_library_of_the_parameters(method
         assert got.method == want.method
         assert_alike(got.params, want.params, "factors")
         assert got.lost == pytest.approx(want.lost, abs=1e-15)
+
+
+def test_what_falls_out_between_an_lstms_layers_is_of_the_library_of_the_prompt() -> None:
+    sizes: dict[str, Any] = {"num_virtual_tokens": 4, "token_dim": 3, "num_transformer_submodules": 1, "encoder_hidden_size": 5}
+    method, rng = PTuning(**sizes, encoder_reparameterization_type="LSTM", encoder_dropout=0.25), np.random.default_rng(0)
+    p = method.init(np.zeros(1), rng)
+    mask = rng.integers(0, 2, (4, 10))
+    ours, theirs = (Context(1, dropout=(given,)) for given in (mask, sent(mask)))
+    table = method.table(p, ours)
+    assert_alike(method.table(sent(p), theirs), table, "the table")
+    assert_alike(method.table_vjp(sent(p), theirs, sent(table)), method.table_vjp(p, ours, table), "gradients")
+
+
+@pytest.mark.parametrize("eps", [0.3, 0.99])
+def test_a_shortened_rotation_is_of_the_library_of_its_numbers(eps: float) -> None:
+    method, rng = PSOFT(r=3, use_cayley_neumann=True, cayley_neumann_eps=eps), np.random.default_rng(0)
+    p = method.init(Linear(in_features=5, out_features=4), rng.normal(size=(4, 5)), rng).params._replace(q=np.asarray([0.3, -0.2, 0.4]))
+    d = Factors(B=rng.normal(size=(4, 3)), A=rng.normal(size=(3, 5)))
+    assert_alike(method.factors(sent(p)), method.factors(p), "factors")
+    assert_alike(method.factors_vjp(sent(p), sent(d)), method.factors_vjp(p, d), "gradients")

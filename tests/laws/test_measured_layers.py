@@ -9,7 +9,7 @@ import pytest
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.layers import Conv, Embedding, Layer, Linear
-from peft_ref.methods import BOFT, OFT, FourierFT, LoKr, SuperTuning, WaveFT
+from peft_ref.methods import BOFT, FourierFT, LoKr, OFT, RandLoRA, SHiRA, SuperTuning, WaveFT
 
 
 def linear(n_in: int, out: int = 1) -> Linear:
@@ -33,6 +33,8 @@ TOLD: list[tuple[Any, Layer, Layer]] = [
     *((BOFT(boft_block_size=b), linear(12, 7), linear(12, 7)) for b in (2, 3, 12)),
     (BOFT(boft_block_size=2, boft_n_butterfly_factor=2), linear(12, 7), linear(12, 7)),
     *((BOFT(boft_block_size=b), Conv(in_channels=3, out_channels=7, kernel_size=(2, 2)), POINT) for b in (2, 3, 12)),
+    *((SHiRA(r=r), linear(*size), linear(5, 4)) for r in (1, 2) for size in ((3, 6), (6, 3), (4, 5))),
+    *((RandLoRA(r=2, widest_in=5, widest_out=5), linear(*size), linear(3, 3)) for size in ((3, 5), (5, 3), (3, 3))),
     *((method(n_frequency=n), linear(6, 7), linear(n)) for n in (1, 2, 9) for method in (FourierFT, WaveFT)),
 ]
 
@@ -74,9 +76,20 @@ def test_a_layer_is_told_that_has_lokrs_tensors(method: LoKr) -> None:
 
 
 @pytest.mark.parametrize("method", [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT(), BOFT(), LoKr()])
+SILENT = [OFT(), SuperTuning(), SuperTuning(sparsity=0.0), FourierFT(), WaveFT(), SHiRA(), SHiRA(r=1), RandLoRA()]
+
+
+@pytest.mark.parametrize("method", SILENT)
 def test_without_such_a_tensor_nothing_is_told(method: Any) -> None:
     assert method.measured({}) is None
 
 
 def test_with_a_low_rank_part_the_places_tell_nothing() -> None:
     assert SuperTuning(r=2).measured(shapes(SuperTuning(r=2), linear(30, 10))) is None
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_a_weight_has_an_input_and_an_output(r: int) -> None:
+    """SHiRA's count is r times their sum: of less than two it is nobody's."""
+    told = [SHiRA(r=r).measured({"shira_weight": (r * both,)}) for both in range(4)]
+    assert told == [None, None, linear(1, 1), linear(2, 1)]

@@ -70,6 +70,9 @@ def refused() -> Iterator[Row]:
     yield METHODS.prompts["p_tuning"], {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM"}, "encoder_num_layers", 0
     yield from ((METHODS.weights["adamss"], {"use_asa": True}, field, 0) for field in OF_SCHEDULE)
     yield Eva, {}, "rho", 0.99
+    for series in ({"use_cayley_neumann": True}, {"use_cayley_neumann": True, "cayley_neumann_eps": 0.5}):
+        yield from ((METHODS.weights["psoft"], series, "num_cayley_neumann_terms", value) for value in (0, -1))
+    yield from ((METHODS.weights["psoft"], {"use_cayley_neumann": True}, "cayley_neumann_eps", value) for value in (0, 0.0, 1, 1.5, -0.5))
 
 
 def said(value: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer, Linear
-from peft_ref.methods import AdaLoRA, FRoD, KaSA, PVeRA, UniLoRA, VeRA, WaveFT
+from peft_ref.methods import AdaLoRA, FRoD, KaSA, PVeRA, RandLoRA, UniLoRA, VeRA, WaveFT
 from peft_ref.methods.adalora_allocator import State, after_step, budget, last_allocation
 from peft_ref.methods.unilora import dealt
 from tests.laws.compare import assert_close, assert_same_bits
@@ -62,17 +62,38 @@ def test_frod_refuses_a_category_of_two_widths_by_its_modules() -> None:
         FRoD().common(layers, weights, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize(("method", "key", "rows"), [(VeRA(r=2), "vera", 2), (PVeRA(r=2), "pvera", 4)], ids=["vera", "pvera"])
-def test_shared_matrices_are_as_wide_as_the_widest_layer_and_tell_so(method: Any, key: str, rows: int) -> None:
+SHARED = [
+    pytest.param(VeRA(r=2), {"vera_A": (2, 5), "vera_B": (6, 2)}, id="vera"),
+    pytest.param(PVeRA(r=2), {"pvera_A": (4, 5), "pvera_B": (6, 2)}, id="pvera"),
+    pytest.param(RandLoRA(r=2), {"randlora_A": (2, 1, 5), "randlora_B": (6, 3, 2)}, id="randlora"),
+]
+
+
+@pytest.mark.parametrize(("method", "shared"), SHARED)
+def test_shared_matrices_are_as_wide_as_the_widest_layer_and_tell_so(method: Any, shared: dict[str, tuple[int, ...]]) -> None:
     wide = method.spanning(LAYERS)
-    shared = {f"{key}_A": (rows, 5), f"{key}_B": (6, 2)}
+    assert (wide.widest_in, wide.widest_out) == (5, 6)
     assert {s.key: s.stored_shape for s in wide.spec(LAYERS["b.q"]) if s.shared} == shared
     for others in ({}, {"other": (1, 9)}):
         assert method.spanned_by({**shared, **others}) == wide
     assert all(method.spanned_by({word: shape}) == method for word, shape in shared.items())
     for beyond in (Linear(in_features=6, out_features=6), Linear(in_features=5, out_features=7)):
-        with pytest.raises(UnsupportedLayerError, match=rf"\b{type(method).__name__}\b"):
+        said = rf"^{type(method).__name__}: the layer has {beyond.in_features} inputs and {beyond.out_features} outputs, .* for 5 and 6\."
+        with pytest.raises(UnsupportedLayerError, match=said):
             wide.check_layer(beyond)
+
+
+@pytest.mark.parametrize(("method", "shared"), SHARED)
+def test_matrices_with_another_number_of_axes_tell_no_width(method: Any, shared: dict[str, tuple[int, ...]]) -> None:
+    """They are refused later, by their names."""
+    for word in shared:
+        for n in {0, 1, 2, 3, 4} - {len(shared[word])}:
+            assert method.spanned_by({**shared, word: (2, 1, 5, 6)[:n]}) is method
+
+
+@pytest.mark.parametrize(("method", "shared"), SHARED)
+def test_where_no_layer_is_known_every_width_is_taken(method: Any, shared: dict[str, tuple[int, ...]]) -> None:
+    method.spanning({}).check_layer(Linear(in_features=2, out_features=2))
 
 
 def test_waveft_shares_its_coefficients_out_by_entries_and_gives_every_layer_one() -> None:

@@ -130,3 +130,14 @@ def test_a_start_from_data_is_made_by_a_function_of_its_own(name: str, word: str
 def test_the_scale_is_alpha_over_the_rank_or_over_its_root(name: str) -> None:
     for word, over in ((False, 9), (True, 3)):
         assert made(name, r=9, lora_alpha=6, use_rslora=word).scale == pytest.approx(6 / over)  # type: ignore[attr-defined]
+
+
+def test_qaloras_b_and_frozen_weight_are_those_of_loras_start() -> None:
+    """Of W = U S V^T, s the scale: B = U_r (S_r / s)^1/2, and W keeps what is not of the first r. A, of fewer inputs, is drawn anew."""
+    method, layer = QALoRA(r=2, lora_alpha=6, init_lora_weights="pissa", qalora_group_size=3), Linear(in_features=6, out_features=4)
+    W = RNG(0).normal(size=layer.shape)
+    U, S, Vh = np.linalg.svd(W, full_matrices=False)
+    start = method.init(layer, W, RNG(1))
+    assert_close(start.W, (U[:, 2:] * S[2:]) @ Vh[2:], "what is left", rounding=1e-10)
+    assert_close(start.params.B @ start.params.B.T, (U[:, :2] * S[:2]) @ U[:, :2].T / method.scale, "B B^T", rounding=1e-10)
+    assert start.params.A.shape == (2, 2)
