@@ -120,3 +120,21 @@ def test_a_start_from_data_is_made_by_a_function_of_its_own(name: str, word: str
 def test_the_scale_is_alpha_over_the_rank_or_over_its_root(name: str) -> None:
     for word, over in ((False, 9), (True, 3)):
         assert made(name, r=9, lora_alpha=6, use_rslora=word).scale == pytest.approx(6 / over)  # type: ignore[attr-defined]
+
+
+def test_glora_starts_its_constants_normal_its_products_uniform_and_what_is_none_at_zero() -> None:
+    """Of 2000 adapters; four constants each, of deviation 1/50."""
+    layer, W = Linear(in_features=4, out_features=3, bias=True), np.zeros((3, 4))
+    constant = made("glora", config_A_B="constant", config_C="none", config_D_E="constant", init_weights=False)
+    every = [constant.init(layer, W, RNG(seed)).params for seed in range(2000)]
+    for field in "ABDE":
+        drawn = np.asarray([getattr(p, field) for p in every])
+        assert drawn.size == len(every)
+        assert abs(np.mean(drawn)) < 5 / 50 / math.sqrt(drawn.size)
+        assert mean_square(drawn) == pytest.approx(1 / 2500, rel=5 * math.sqrt(2 / drawn.size))
+        assert getattr(every[0], field).shape == ((1, 1) if field in "AB" else (1,))
+    assert not any(np.any(p.C) for p in every)
+    nothing = made("glora", config_A_B="none", config_C="none", config_D_E="none", init_weights=False)
+    p = nothing.init(layer, W, RNG(0)).params
+    assert [getattr(p, field).shape for field in "ABCDE"] == [(3, 4), (3, 4), (4, 1), (3,), (3,)]
+    assert not any(np.any(value) for value in p if value is not None)
