@@ -163,7 +163,7 @@ class CPT(TypedPrompt):
     def _weights(self, m: Array, answers: Array, judged: Array, like: Array) -> Array:
         xp, (batch, length) = namespace(like), m.shape
         counts = xp.astype(judged, like.dtype)
-        n = xp.sum(counts, keepdims=True)
+        n = xp.sum(counts)
         shares = counts / xp.where(n > 0, n, n + math.nan)
         if self.opt_weighted_loss_type == "decay":
             # Of every type the first token stands for all; k is how many of them are of a larger type.
@@ -173,5 +173,5 @@ class CPT(TypedPrompt):
             k = xp.sum(xp.astype(later, m.dtype), axis=2)
             decay = [float(self.opt_loss_decay_factor)] * length
             powers = to(np.asarray([*accumulate(decay, mul, initial=1.0)]), like)  # a product may be infinite, a power of Python's not
-            shares = shares * xp.reshape(xp.take(powers, xp.reshape(k, (-1,))), (batch, length))
+            shares = shares * xp.reshape(xp.take(powers, xp.reshape(k, (batch * length,))), (batch, length))
         return shares
