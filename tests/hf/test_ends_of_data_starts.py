@@ -88,7 +88,9 @@ def test_the_keys_of_lora_ga_have_pefts_defaults() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("r", [1, 2])
-def test_by_the_weights_norm_of_a_gradient_that_has_none_b_is_what_it_is_in_peft(r: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_the_weights_norm_of_a_gradient_that_has_none_b_is_what_it_is_in_peft(
+    r: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A gradient of zero, or of rank 1, whose first direction B takes (A2rBr): divided by the first singular value unless that is zero."""
     gradient = 3 * rank * np.outer([0.6, 0.0, 0.8, 0.0], [0.0, 1.0, 0.0, 0.0])
     base = torch.nn.Sequential(torch.nn.Linear(4, 4).double())

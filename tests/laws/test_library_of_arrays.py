@@ -96,8 +96,14 @@ def test_a_prompt_of_tasks_is_of_the_library_of_its_tensors() -> None:
 
 
 def test_an_lstm_is_of_the_library_of_its_rows() -> None:
-    method = PTuning(num_virtual_tokens=3, token_dim=4, num_transformer_submodules=1, encoder_hidden_size=2,
-                     encoder_reparameterization_type="LSTM", encoder_num_layers=2)
+    method = PTuning(
+        num_virtual_tokens=3,
+        token_dim=4,
+        num_transformer_submodules=1,
+        encoder_hidden_size=2,
+        encoder_reparameterization_type="LSTM",
+        encoder_num_layers=2,
+    )
     ctx, p = Context(2, dropout=(np.ones((3, 4)),)), method.init(np.zeros(()), np.random.default_rng(0))
     there, table = Context(2, dropout=(sent(ctx.dropout[0]),)), method.table(p, ctx)
     assert_alike(method.table(sent(p), there), table, "the table")

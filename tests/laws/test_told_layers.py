@@ -63,7 +63,12 @@ TOLD: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], Layer | None]]
     ("road", {"variant": "road_2", "group_size": 2}, {"road_theta": (6,), "road_alpha": (6,)}, linear(1, 6)),
     ("road", {"variant": "road_4", "group_size": 2}, {"road_theta": (12,), "road_alpha": (12,)}, linear(1, 6)),
     *(
-        ("trainable_tokens", {"token_indices": tokens}, {"trainable_tokens_delta": (len(tokens), 5)}, Embedding(num_embeddings=rows, embedding_dim=5))
+        (
+            "trainable_tokens",
+            {"token_indices": tokens},
+            {"trainable_tokens_delta": (len(tokens), 5)},
+            Embedding(num_embeddings=rows, embedding_dim=5),
+        )
         for tokens, rows in (((), 1), ((0,), 1), ((3, 1), 4))
     ),
     ("trainable_tokens", {}, {}, None),
