@@ -30,6 +30,7 @@ from peft_ref.arrays import Array, namespace, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.layers import Layer
+from peft_ref.methods.orthogonality import distance, distance_vjp
 from peft_ref.ranges import not_negative, positive, probability
 
 KINDS = frozenset({"linear", "transposed_linear", "conv2d"})
@@ -116,7 +117,7 @@ class AdaLoRA(LowRank[Params]):
 
     def orthogonality(self, params: Mapping[str, Params]) -> Array:
         """The penalty that is added to the loss, over all modules of a model."""
-        norms = [_norm(M) for p in params.values() for M in _excess(p)]
+        norms = [distance(V) for p in params.values() for V in _rows(p)]
         total = self.orth_reg_weight / len(norms) * sum(norms[1:], start=norms[0])
         return namespace(total).reshape(total, ())
 
@@ -125,24 +126,11 @@ class AdaLoRA(LowRank[Params]):
         share = d * self.orth_reg_weight / (2 * len(params))
         grads = {}
         for name, p in params.items():
-            M_A, M_B = (_direction(M) for M in _excess(p))
-            grads[name] = Params(A=2 * share * (M_A @ p.A), E=zeros_like(p.E.shape, p.E), B=2 * share * (p.B @ M_B))
+            dA, dB = (share * distance_vjp(V) for V in _rows(p))
+            grads[name] = Params(A=dA, E=zeros_like(p.E.shape, p.E), B=namespace(dB).matrix_transpose(dB))
         return grads
 
 
-def _excess(p: Params) -> tuple[Array, Array]:
-    """What A A^T and B^T B have beyond the identity."""
-    mT, one = namespace(p.A).matrix_transpose, to(np.eye(p.A.shape[0]), p.A)
-    return p.A @ mT(p.A) - one, mT(p.B) @ p.B - one
-
-
-def _norm(M: Array) -> Array:
-    """Frobenius's norm, (1, 1)."""
-    xp = namespace(M)
-    return xp.sqrt(xp.sum(M * M, axis=(0, 1), keepdims=True))
-
-
-def _direction(M: Array) -> Array:
-    """M / |M|, and zero where M is: there the norm has no gradient, and HF's is zero."""
-    size = _norm(M)
-    return M / (size + namespace(M).astype(size == 0, M.dtype))
+def _rows(p: Params) -> tuple[Array, Array]:
+    """A and B^T, whose rows the penalty wants orthonormal."""
+    return p.A, namespace(p.B).matrix_transpose(p.B)

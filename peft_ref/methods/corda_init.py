@@ -35,7 +35,7 @@ def covariance(samples: Iterable[Array]) -> Array:
         x = x / xp.abs(xp.max(x))
         if not bool(xp.all(xp.isfinite(x))):
             raise ConfigError(f"sample {n}: its inputs are not finite, or their largest entry is zero (HF PEFT refuses it too).")
-        product = xp.permute_dims(x, (1, 0)) @ x
+        product = xp.matrix_transpose(x) @ x
         total, n = (product if total is None else total + product), n + 1
     if total is None:
         raise ConfigError("a covariance needs samples: there are none.")
@@ -64,9 +64,9 @@ def corda(method: Factored, layer: Layer, W: Array, C: Array, corda_method: Mode
 
 def _inverted(C: Array) -> tuple[Array, Array]:
     """C~ and its inverse."""
-    xp = namespace(C)
-    one = eye_like(C.shape[0], C)
-    mean = xp.sum(C * one) / C.shape[0]
+    xp, (n, _) = namespace(C), C.shape
+    one = eye_like(n, C)
+    mean = xp.sum(C * one) / n
     if not float(mean) > 0:
         raise ConfigError("the covariance has no positive diagonal and cannot be inverted: were all inputs zero?")
     damp = DAMP

@@ -25,6 +25,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import ClassVar, final
 
 import numpy as np
@@ -94,7 +96,7 @@ class CPT(TypedPrompt):
         if max(ids) >= words.shape[0]:
             raise ConfigError(f"cpt_token_ids has the token {max(ids)}, and the model has {words.shape[0]} words.")
         xp = namespace(words)
-        rows = xp.concat([words[i : i + 1, :] for i in ids], axis=0)
+        rows = xp.concat([words[i : i + 1, :] for i in ids])
         return {EMBEDDING: xp.astype(rows, like.dtype), DELTA: zeros_like(self.table_shape, like)}
 
     # ---- the prompt
@@ -161,15 +163,15 @@ class CPT(TypedPrompt):
     def _weights(self, m: Array, answers: Array, judged: Array, like: Array) -> Array:
         xp, (batch, length) = namespace(like), m.shape
         counts = xp.astype(judged, like.dtype)
-        n = xp.sum(counts, keepdims=True)
-        nothing = xp.astype(n == 0, like.dtype)
-        shares = counts / (n + nothing)
+        n = xp.sum(counts)
+        shares = counts / xp.where(n > 0, n, n + math.nan)
         if self.opt_weighted_loss_type == "decay":
             # Of every type the first token stands for all; k is how many of them are of a larger type.
             before = to(np.tri(length, k=-1), m) > 0
             known = xp.any((xp.expand_dims(m, axis=2) == xp.expand_dims(m, axis=1)) & before, axis=2)
             later = (xp.expand_dims(m, axis=1) > xp.expand_dims(m, axis=2)) & xp.expand_dims(answers & ~known, axis=1)
             k = xp.sum(xp.astype(later, m.dtype), axis=2)
-            powers = to(np.asarray([float(self.opt_loss_decay_factor) ** i for i in range(length + 1)]), like)
-            shares = shares * xp.reshape(xp.take(powers, xp.reshape(k, (-1,)), axis=0), (batch, length))
-        return xp.where(nothing > 0, zeros_like((batch, length), like) + math.nan, shares)
+            decay = [float(self.opt_loss_decay_factor)] * length
+            powers = to(np.asarray([*accumulate(decay, mul, initial=1.0)]), like)  # a product may be infinite, a power of Python's not
+            shares = shares * xp.reshape(xp.take(powers, xp.reshape(k, (batch * length,))), (batch, length))
+        return shares

@@ -79,7 +79,7 @@ class DeLoRA(LowRank[Params]):
         return self.to_params(
             A=dA - column(along * c * _over_square(row_norm(p.A))) * p.A,
             B=d.B * c - p.B * (along * c * _over_square(row_norm(xp.matrix_transpose(p.B)))),
-            length=xp.sum(along * per_length, axis=0, keepdims=True),
+            length=xp.sum(along * per_length, keepdims=True),
         )
 
     def _per_length(self, p: Params) -> Array:

@@ -110,9 +110,9 @@ class GLoRA(Conditioned[Params]):
             shape for key, shape in shapes.items() if key in ("glora_A.Xd", "glora_A.zeros") or (key == "glora_A.X" and len(shape) == 2)
         ]
         rows += [shape for key, shape in shapes.items() if key in ("glora_D.zeros", "glora_D.X")]
-        columns = [shape[-1] for key, shape in shapes.items() if key in ("glora_A.Xu", "glora_A.zeros")]
+        columns = [shape[1] for key, shape in shapes.items() if key in ("glora_A.Xu", "glora_A.zeros")]
         columns += [shape[0] for key, shape in shapes.items() if key in ("glora_C.Xd", "glora_C.X", "glora_C.zeros")]
-        if not rows or not columns or () in rows:
+        if not rows or not columns:
             return None
         bare = ("glora_C.zeros" in shapes or self.config_C == "none") and ("glora_D.zeros" in shapes or self.config_D_E == "none")
         return Linear(in_features=columns[0], out_features=rows[0][0], bias=not bare)

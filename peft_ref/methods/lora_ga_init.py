@@ -71,7 +71,7 @@ def lora_ga(
         raise UnsupportedLayerError(f"init_lora_weights='lora_ga' with r={r} takes {2 * r} directions of a gradient that has {S.shape[0]}.")
     a, b = (integers(np.asarray(places), U) for places in _chosen(r, config.direction, rng))
     A = xp.take(Vh, a, axis=0)
-    S_b = xp.take(S, b, axis=0)
+    S_b = xp.take(S, b)
     B = xp.take(U, b, axis=1) * S_b
     if config.scale == "stable":
         B = B * (layer.weight_shape[0] ** 0.25 / config.stable_gamma**0.5)

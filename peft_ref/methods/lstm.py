@@ -85,9 +85,8 @@ def _outputs(p: Tensors, x: Array, layers: int, masks: Sequence[Array]) -> list[
     """What leaves each layer, after its mask."""
     xp, outputs = namespace(x), []
     for layer in range(layers):
-        forward, backward = _names(layer)
-        steps = _walk(p, forward, x, backwards=False), _walk(p, backward, x, backwards=True)
-        x = xp.concat([xp.concat([s.h for s in side], axis=0) for side in steps], axis=1)
+        both = [_walk(p, name, x, backwards=bool(n)) for n, name in enumerate(_names(layer))]
+        x = xp.concat([xp.concat([s.h for s in side]) for side in both], axis=1)
         if masks and layer + 1 < layers:
             x = x * masks[layer]
         outputs.append(x)
@@ -139,8 +138,8 @@ def _walk_vjp(p: Tensors, name: _Name, x: Array, d: Array, backwards: bool) -> t
         di, df, dg = ds * v.g * +(v.i * (1 - v.i)), ds * v.s_before * +(v.f * (1 - v.f)), ds * v.i * +(1 - v.g * v.g)
         da[t] = +xp.concat([di, df, dg, dh * top * +(v.o * (1 - v.o))], axis=1)
         dh, ds = da[t] @ R, ds * v.f
-    rows = xp.concat(da, axis=0)
-    before = xp.concat([v.h_before for v in steps], axis=0)
+    rows = xp.concat(da)
+    before = xp.concat([v.h_before for v in steps])
     db = xp.sum(rows, axis=0)
     return rows @ W, {
         name("weight_ih"): xp.matrix_transpose(rows) @ x,

@@ -57,7 +57,7 @@ class TrainableTokens(Reweight[Params]):
 
     def check_geometry(self, layer: Layer) -> None:
         rows = layer.shape[1] if layer.kind == "embedding" else layer.shape[0]
-        if max(self.token_indices, default=0) >= rows:
+        if any(token >= rows for token in self.token_indices):
             raise UnsupportedLayerError(
                 f"trainable tokens: there is no token {max(self.token_indices)} among {rows} rows (HF PEFT refuses it too)."
             )

@@ -243,7 +243,7 @@ def test_a_texts_rows_are_cut_or_repeated_as_peft_does(method: Prompt, task: str
     assert np.array_equal(ours[EMBEDDING], theirs)
 
 
-@pytest.mark.parametrize("task", [0, 2, 3])
+@pytest.mark.parametrize("task", [0, 2, 3, -1, -4])
 @pytest.mark.parametrize("init", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
 def test_a_start_from_a_source_takes_what_peft_takes(init: str, task: int, tmp_path: Path) -> None:
     source = saved_source(tmp_path)

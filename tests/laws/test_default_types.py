@@ -1,10 +1,10 @@
-"""The default of every field is of the type that the field says, so that nobody needs to know what else counts as missing."""
+"""What a class says, and the default of every field, is of the type that it names: nobody needs to know what else counts as missing."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -29,4 +29,12 @@ def is_of(value: Any, hint: Any) -> bool:
 def test_a_default_is_of_its_fields_type(cls: Any) -> None:
     hints = get_type_hints(cls)
     wrong = [f.name for f in fields(cls) if f.default is not MISSING and not is_of(f.default, hints[f.name])]
+    assert not wrong
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_class_says_of_its_method_is_of_its_type(cls: Any) -> None:
+    said = {name: get_args(hint)[0] for name, hint in get_type_hints(cls).items() if get_origin(hint) is ClassVar}
+    wrong = [name for name, hint in said.items() if hasattr(cls, name) and not is_of(getattr(cls, name), hint)]
+    assert said
     assert not wrong

@@ -11,6 +11,7 @@ from peft_ref.contracts import Delta, Factors
 from peft_ref.layers import Conv, Layer, Linear
 from peft_ref.methods import (
     BOFT,
+    CPT,
     OFT,
     PSOFT,
     AdaLoRA,
@@ -20,6 +21,7 @@ from peft_ref.methods import (
     LoKr,
     LoRA,
     MonteCLoRA,
+    MultitaskPromptTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -30,7 +32,7 @@ from peft_ref.methods import (
 from peft_ref.methods.adalora_allocator import State, after_step, sliced
 from peft_ref.methods.monteclora import Noise
 from peft_ref.methods.to_lora import to_lora
-from peft_ref.prompts import Context, Sources
+from peft_ref.prompts import SAVED, Context, Sources
 from tests.laws.compare import assert_close
 
 strict = pytest.importorskip("array_api_strict")
@@ -85,6 +87,56 @@ def test_prompts_are_of_the_library_of_the_words_and_of_their_table() -> None:
     table = prefix.table(p, ctx)
     assert_alike(prefix.table(sent(p), ctx), table, "the table")
     assert_alike(prefix.table_vjp(sent(p), ctx, sent(table)), prefix.table_vjp(p, ctx, table), "gradients")
+
+
+@pytest.mark.parametrize("loss", ["none", "decay"])
+def test_cpts_words_radii_and_weights_are_of_the_library_of_what_is_given(loss: str) -> None:
+    method = CPT(cpt_token_ids=[3, 1, 4], cpt_tokens_type_mask=[1, 2, 4], token_dim=3, opt_weighted_loss_type=loss)
+    words, ctx = np.random.default_rng(0).normal(size=(5, 3)), Context(2)
+    p = {name: value + words[:3] for name, value in method.init(words, np.random.default_rng(1), Sources(words)).items()}
+    start = method.init(sent(words), np.random.default_rng(1), Sources(sent(words)))
+    assert_alike(start, method.init(words, np.random.default_rng(1), Sources(words)), "a start")
+    assert_alike(method.projected(sent(p)), method.projected(p), "P(D)")
+    assert_alike(method.prompt(sent(p), ctx), method.prompt(p, ctx), "the prompt")
+    labels, types = np.asarray([[2, 0], [1, 4]]), np.asarray([[4, 8], [0, 4]])
+    for given in (types, None):
+        assert_alike(method.counted(sent(labels), sent(given), sent(words)), method.counted(labels, given, words), "labels and weights")
+
+
+def test_a_prompt_of_tasks_is_of_the_library_of_its_tensors() -> None:
+    sizes, rng = {"num_virtual_tokens": 4, "token_dim": 3, "num_transformer_submodules": 1, "num_ranks": 2}, np.random.default_rng(0)
+    many, ctx = MultitaskPromptTuning(**sizes, num_tasks=3), Context(2, np.asarray([2, 0]))
+    p, like = {name: rng.normal(size=shape) for name, shape in many.shapes().items()}, np.zeros(())
+    prompt, there = many.prompt(p, ctx), ctx._replace(task_ids=sent(ctx.task_ids))
+    assert_alike(many.prompt(sent(p), there), prompt, "the prompt")
+    assert_alike(many.prompt_vjp(sent(p), there, sent(prompt)), many.prompt_vjp(p, ctx, prompt), "gradients")
+    for start in ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"):
+        one, file = MultitaskPromptTuning(**sizes, prompt_tuning_init=start), many.saved(p)
+        assert SAVED in file
+        expected = one.init(like, np.random.default_rng(1), Sources(tensors=file))
+        assert_alike(one.init(sent(like), np.random.default_rng(1), Sources(tensors=sent(file))), expected, start)
+
+
+def test_an_lstm_is_of_the_library_of_its_rows() -> None:
+    method = PTuning(
+        num_virtual_tokens=3,
+        token_dim=4,
+        num_transformer_submodules=1,
+        encoder_hidden_size=2,
+        encoder_reparameterization_type="LSTM",
+        encoder_num_layers=2,
+    )
+    ctx, p = Context(2, dropout=(np.ones((3, 4)),)), method.init(np.zeros(()), np.random.default_rng(0))
+    there, table = Context(2, dropout=(sent(ctx.dropout[0]),)), method.table(p, ctx)
+    assert_alike(method.table(sent(p), there), table, "the table")
+    assert_alike(method.table_vjp(sent(p), there, sent(table)), method.table_vjp(p, ctx, table), "gradients")
+
+
+def test_adaloras_penalty_is_of_the_library_of_the_factors() -> None:
+    method, rng = AdaLoRA(init_r=3, target_r=1, total_step=4), np.random.default_rng(0)
+    params = {n: method.to_params(A=rng.normal(size=(3, 5)), E=rng.normal(size=(3, 1)), B=rng.normal(size=(4, 3))) for n in "ab"}
+    assert_alike(method.orthogonality(sent(params)), method.orthogonality(params), "the penalty")
+    assert_alike(method.orthogonality_vjp(sent(params), 0.5), method.orthogonality_vjp(params, 0.5), "its gradients")
 
 
 def test_kasas_penalty_is_of_the_library_of_the_factors() -> None:

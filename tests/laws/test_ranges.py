@@ -64,6 +64,7 @@ def refused() -> Iterator[Row]:
                 yield from ((cls, needed, field, value) for value in (-0.01, 1))
     yield METHODS.weights["velora"].__dataclass_fields__["velora_config"].default_factory, {}, "scale", 0  # type: ignore[attr-defined]
     yield METHODS.weights["c3a"], {}, "block_size", 0
+    yield METHODS.weights["adalora"], {"total_step": 1, "tinit": -5}, "total_step", -1  # although steps would be left
     yield METHODS.weights["glora"], {"config_A_B": "vector", "config_C": "vector"}, "r", -1
     yield METHODS.weights["glora"], {"config_A_B": "vector", "config_C": "lora"}, "r", 0
     yield METHODS.weights["glora"], {"config_A_B": "lora", "config_C": "none"}, "r", 0
@@ -123,6 +124,10 @@ def test_the_words_of_peft_are_taken_and_no_others(name: str) -> None:
     for other in ("magic", "XX", 1, 0, *({True, False, None} - {*words})):
         with pytest.raises(ConfigError, match=f"{field}={other!r} is not known"):
             cls(**needed | {field: other})
+
+
+def test_a_rank_of_zero_is_taken_where_nothing_is_of_a_rank() -> None:
+    assert METHODS.weights["glora"](config_A_B="vector", config_C="none", r=0).r == 0  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,21 @@ def test_qaloras_b_and_frozen_weight_are_those_of_loras_start() -> None:
     assert_close(start.W, (U[:, 2:] * S[2:]) @ Vh[2:], "what is left", rounding=1e-10)
     assert_close(start.params.B @ start.params.B.T, (U[:, :2] * S[:2]) @ U[:, :2].T / method.scale, "B B^T", rounding=1e-10)
     assert start.params.A.shape == (2, 2)
+
+
+def test_glora_starts_its_constants_normal_its_products_uniform_and_what_is_none_at_zero() -> None:
+    """Of 2000 adapters; four constants each, of deviation 1/50."""
+    layer, W = Linear(in_features=4, out_features=3, bias=True), np.zeros((3, 4))
+    constant = made("glora", config_A_B="constant", config_C="none", config_D_E="constant", init_weights=False)
+    every = [constant.init(layer, W, RNG(seed)).params for seed in range(2000)]
+    for field in "ABDE":
+        drawn = np.asarray([getattr(p, field) for p in every])
+        assert drawn.size == len(every)
+        assert abs(np.mean(drawn)) < 5 / 50 / math.sqrt(drawn.size)
+        assert mean_square(drawn) == pytest.approx(1 / 2500, rel=5 * math.sqrt(2 / drawn.size))
+        assert getattr(every[0], field).shape == ((1, 1) if field in "AB" else (1,))
+    assert not any(np.any(p.C) for p in every)
+    nothing = made("glora", config_A_B="none", config_C="none", config_D_E="none", init_weights=False)
+    p = nothing.init(layer, W, RNG(0)).params
+    assert [getattr(p, field).shape for field in "ABCDE"] == [(3, 4), (3, 4), (4, 1), (3,), (3,)]
+    assert not any(np.any(value) for value in p if value is not None)

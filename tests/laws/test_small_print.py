@@ -14,6 +14,7 @@ from peft_ref.layers import Linear
 from peft_ref.methods import (
     DEFT,
     METHODS,
+    AdaLoRA,
     AdaMSS,
     AdaptionPrompt,
     BDLoRA,
@@ -142,6 +143,21 @@ def test_the_last_of_those_that_may_stay_goes_as_in_peft_unless_all_are_asked_fo
 
 def replace_zero(p: Any, rng: np.random.Generator) -> Any:
     return type(p)(*(value if value is None else rng.normal(size=value.shape) for value in p))
+
+
+# ---- AdaLoRA
+
+
+def test_an_alpha_above_zero_is_divided_by_hfs_rank_and_no_other_is_read() -> None:
+    for alpha, stands in ((1, 1.0), (0.25, 0.25), (8, 8.0), (0, 3.0), (-2, 3.0)):
+        assert AdaLoRA(init_r=3, lora_alpha=alpha, total_step=9).scale == pytest.approx(stands / (3 + 1e-5), rel=1e-15)
+
+
+def test_all_triplets_may_be_left_or_none() -> None:
+    assert [AdaLoRA(init_r=3, live_r=n, total_step=9).r for n in (0, 2, 3, None)] == [0, 2, 3, 3]
+    for n in (-1, 4):
+        with pytest.raises(ConfigError, match=f"^live_r={n}: of init_r=3"):
+            AdaLoRA(init_r=3, live_r=n, total_step=9)
 
 
 # ---- AdaptionPrompt

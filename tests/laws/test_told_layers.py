@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.files.infer import infer_layer
-from peft_ref.layers import Conv, Layer, Linear
-from peft_ref.methods import METHODS
+from peft_ref.layers import Conv, Embedding, Layer, Linear
+from peft_ref.methods import METHODS, GLoRA
 from peft_ref.norms import Norm
 from tests.methods import facts, made, takes
 
@@ -61,12 +62,54 @@ TOLD: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], Layer | None]]
     ("road", {"variant": "road_1", "group_size": 2}, {"road_theta": (3,), "road_alpha": (3,)}, linear(1, 6)),
     ("road", {"variant": "road_2", "group_size": 2}, {"road_theta": (6,), "road_alpha": (6,)}, linear(1, 6)),
     ("road", {"variant": "road_4", "group_size": 2}, {"road_theta": (12,), "road_alpha": (12,)}, linear(1, 6)),
+    *(
+        (
+            "trainable_tokens",
+            {"token_indices": tokens},
+            {"trainable_tokens_delta": (len(tokens), 5)},
+            Embedding(num_embeddings=rows, embedding_dim=5),
+        )
+        for tokens, rows in (((), 1), ((0,), 1), ((3, 1), 4))
+    ),
+    ("trainable_tokens", {}, {}, None),
+    ("trainable_tokens", {}, {"trainable_tokens_delta": (5,)}, None),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "given", "layer"), TOLD)
 def test_the_smallest_layer_is_told(name: str, options: dict[str, Any], given: dict[str, tuple[int, ...]], layer: Layer | None) -> None:
     assert made(name, **options).measured(given) == layer
+
+
+AB, C, DE = ("lora", "vector", "constant", "none"), ("lora", "vector", "none"), ("vector", "constant", "none")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("out", "n_in"), [(3, 4), (4, 3), (2, 2)])
+def test_glora_tells_a_layer_in_each_of_its_forms(out: int, n_in: int, bias: bool) -> None:
+    """Not whether there is a bias where none of the five needs one, nor `out` where the weight and the bias have one number each: 1."""
+    for ab, c, de in product(AB, C, DE):
+        method = GLoRA(r=2, config_A_B=ab, config_C=c, config_D_E=de)
+        needed = bias and (c, de) != ("none", "none")
+        unsaid = bias and (ab, de) == ("constant", "constant")
+        assert method.measured(shapes(method, linear(n_in, out, bias=bias))) == linear(n_in, 1 if unsaid else out, bias=needed)
+
+
+OF_ROWS = {"A.Xd": (3, 2), "A.zeros": (3, 4), "A.X": (3, 1), "D.zeros": (3,), "D.X": (3,)}
+OF_COLUMNS = {"A.Xu": (2, 4), "A.zeros": (3, 4), "C.Xd": (4, 2), "C.X": (4, 1), "C.zeros": (4, 1)}
+
+
+@pytest.mark.parametrize(("c", "de", "bias"), [("none", "none", False), ("lora", "none", True), ("none", "vector", True)])
+def test_of_two_tensors_of_glora_one_tells_the_rows_and_one_the_columns(c: str, de: str, bias: bool) -> None:
+    """Whether the layer has a bias, the configuration says of what is not there, and zeros where it says something else deny it."""
+    method = GLoRA(config_C=c, config_D_E=de)
+    for row, column in product(OF_ROWS, OF_COLUMNS):
+        given = {f"glora_{row}": OF_ROWS[row], f"glora_{column}": OF_COLUMNS[column]}
+        denied = (c == "none" or column == "C.zeros") and (de == "none" or row == "D.zeros")
+        assert method.measured(given) == linear(4, 3, bias=bias and not denied), (row, column)
+    for only in (OF_ROWS, OF_COLUMNS):
+        for key in only.keys() - {"A.zeros"}:
+            assert method.measured({f"glora_{key}": only[key]}) is None
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ UNTOUCHED = (cst.Annotation, cst.Raise, cst.Import, cst.ImportFrom, cst.Decorato
 class Mutant:
     file: str  # the stem of a file of peft_ref/methods
     function: str  # its qualified name; empty for what stands in a class or in the module itself
-    lines: tuple[int, int]  # where the changed expression stands
+    lines: tuple[int, int]  # where the changed expression stands; of a default all of its function, since the `def` runs on import
     old: str  # the changed lines, before and after
     new: str
     source: str  # of the whole file
@@ -48,7 +48,8 @@ class _Changes(cst.CSTVisitor):
         super().__init__()
         self.names: list[str] = []
         self.functions = 0  # how deep in functions
-        self.lambdas = 0
+        self.outermost: cst.FunctionDef | None = None
+        self.defaults = False  # within its parameters
         self.found: list[tuple[cst.CSTNode, cst.CSTNode, str, tuple[int, int], bool]] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
@@ -57,9 +58,11 @@ class _Changes(cst.CSTVisitor):
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
             if not self.functions:  # one within another is a part of that one
                 self.names.append(node.name.value)
+                self.outermost = node if isinstance(node, cst.FunctionDef) else None
             self.functions += isinstance(node, cst.FunctionDef)
             return True
-        self._step(node, 1)
+        if self.outermost and node is self.outermost.params:
+            self.defaults = True
         for kind, operator in mutation_operators:
             if isinstance(node, kind):
                 changes = islice(operator(node), 1) if operator is operator_string else operator(node)
@@ -71,24 +74,18 @@ class _Changes(cst.CSTVisitor):
         return not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value in ("len", "isinstance"))
 
     def on_leave(self, node: cst.CSTNode) -> None:
+        if isinstance(node, cst.Parameters):
+            self.defaults = False
         if isinstance(node, cst.FunctionDef | cst.ClassDef):
             self.functions -= isinstance(node, cst.FunctionDef)
             if not self.functions:
                 self.names.pop()
-        self._step(node, -1)
-
-    def _step(self, node: cst.CSTNode, into: int) -> None:
-        """A default is computed where its function is defined, and not by who calls it; a lambda's are a part of what is around it."""
-        if isinstance(node, cst.Lambda):
-            self.lambdas += into
-        elif isinstance(node, cst.Parameters) and not self.lambdas:
-            self.functions -= into
 
     def _function(self, node: cst.CSTNode) -> str:
         return ".".join(self.names) if self.functions else ""
 
     def _lines(self, node: cst.CSTNode) -> tuple[int, int]:
-        at: Any = self.get_metadata(PositionProvider, node)
+        at: Any = self.get_metadata(PositionProvider, (self.defaults and self.outermost) or node)
         return at.start.line, at.end.line
 
 

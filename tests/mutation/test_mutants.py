@@ -43,6 +43,19 @@ def test_numbers_operators_and_defaults_are_mutated_but_no_message(tmp_path: Pat
     }
 
 
+def test_who_runs_a_function_is_asked_about_its_defaults_too(tmp_path: Path) -> None:
+    """The line of the `def` itself runs on import alone."""
+    file = tmp_path / "scaled.py"
+    file.write_text("def scaled(x: int, by: int = 2) -> int:\n    more = x\n    return more + by\n\n\nr = 7\n")
+    assert {m.new: m.lines for m in mutants(file)} == {
+        "def scaled(x: int, by: int = 3) -> int:": (1, 3),
+        "more = None": (2, 2),
+        "return more - by": (3, 3),
+        "r = 8": (6, 6),
+        "r = None": (6, 6),
+    }
+
+
 def one(file: str, new: str) -> Mutant:
     return next(m for m in mutants(METHODS / f"{file}.py") if m.new == new)
 
