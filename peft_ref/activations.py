@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
-from peft_ref.arrays import Array, namespace
+from peft_ref.arrays import Array, at_least, namespace, zeros_like
 
 Function: TypeAlias = Callable[[Array], Array]
 FunctionVjp: TypeAlias = Callable[[Array, Array], Array]
@@ -46,11 +46,11 @@ def silu_vjp(x: Array, dy: Array) -> Array:
 
 
 def relu(x: Array) -> Array:
-    return x * namespace(x).astype(x > 0, x.dtype)
+    return at_least(x, 0.0)
 
 
 def relu_vjp(x: Array, dy: Array) -> Array:
-    return dy * namespace(x).astype(x > 0, x.dtype)
+    return namespace(dy).where(x > 0, dy, zeros_like(dy.shape, dy))
 
 
 def tanh(x: Array) -> Array:

@@ -27,11 +27,10 @@ def computed_in(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
     """This thread's buffer of that name, as an array of `shape`, which is a matrix no larger than TILE."""
-    held: dict[str, NDArray] = _buffers.__dict__
-    key = f"{name} {dtype.name}"
-    if key not in held:
-        held[key] = np.empty(TILE[0] * TILE[1], dtype)
-    return held[key][: shape[0] * shape[1]].reshape(shape)
+    held: dict[tuple[str, np.dtype[Any]], NDArray] = _buffers.__dict__.setdefault("held", {})
+    if (name, dtype) not in held:
+        held[name, dtype] = np.empty(TILE[0] * TILE[1], dtype)
+    return held[name, dtype][: shape[0] * shape[1]].reshape(shape)
 
 
 def tiles(rows: NDArray) -> Iterator[tuple[slice, slice]]:

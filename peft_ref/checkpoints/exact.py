@@ -30,7 +30,7 @@ LOW, HALF = 2**29 - 1, 2**28  # the bits of a float64 that a float32 has not, an
 SMALLEST = 2.0**-126  # of the normal float32
 MOST = 192  # of what is summed in one chain
 FEW = 0.1  # of the numbers of a tile: so many are looked up one by one
-AT_ONCE = 2**14  # products of those
+AT_ONCE = 2**15  # products of those
 
 
 class Doubled(NamedTuple):

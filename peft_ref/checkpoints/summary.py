@@ -12,6 +12,7 @@ from peft_ref.checkpoints.work import BLOCK, size, total, touched
 from peft_ref.files.safetensors import dtypes
 
 PROGRAM = 34 << 20  # Python, NumPy, ml_dtypes and this package, as they were measured
+FORKED = 4 << 20  # what another worker, which is a process, has of its own beside that: Python writes to what it reads
 ADAPTER = 4  # what is held of a block while it is changed: as it is stored, and in float32, as it was and as it will be
 
 
@@ -45,14 +46,14 @@ def in_words(plan: Plan, out: Path, threads: int) -> str:
     for title, names in (("comes along", told["along"]), ("is written", told["written"]), ("is left behind", told["left"])):
         if names:
             lines.append(f"{title}: {', '.join(names)}")
-    lines.append(f"memory: about {told['memory'] / 1e6:.0f} MB with {_many(threads, 'thread')}")
+    lines.append(f"memory: about {told['memory'] / 1e6:.0f} MB with {_many(threads, 'worker')}")
     return "\n".join(lines)
 
 
 def memory(plan: Plan, threads: int) -> int:
     """About how many bytes a run holds at most. A tensor that has one long row, or needs all of them at once, is held as a whole."""
     held = max((_held(tensor) for shard in plan.shards for tensor in shard.tensors if touched(tensor)), default=0)
-    return PROGRAM + threads * held
+    return PROGRAM + threads * held + (threads - 1) * FORKED
 
 
 def _held(tensor: Planned) -> int:

@@ -67,7 +67,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a checkpoint")
-    parser.add_argument("--threads", type=int, metavar="N", help="workers, about 4 MB of memory each (default: one for each core)")
+    parser.add_argument("--threads", type=int, metavar="N", help="workers, about 8 MB of memory each (default: one for each core)")
     parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk: faster, but a power failure may lose the output")
     parser.add_argument(
         "--scheduler",

@@ -1,7 +1,6 @@
 """The layers of a prompt's encoder.
 
-    dense    y = x W^T + b,    dx = g W    dW = g^T x    db = sum of g's rows,   W (out, in)    b (out,)
-    relu     y = x where x > 0, else 0;  dx = g there
+    y = x W^T + b,    dx = g W    dW = g^T x    db = sum of g's rows,   W (out, in)    b (out,)
 
 HF      torch.nn.Linear, with its start: both uniform within 1/sqrt(in).
 """
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from peft_ref.arrays import Array, namespace, to, zeros_like
+from peft_ref.arrays import Array, namespace, to
 from peft_ref.prompts import Tensors
 
 
@@ -31,13 +30,3 @@ def dense_vjp(name: str, p: Tensors, x: Array, d: Array) -> tuple[Array, Tensors
     """The gradient of x (rows, in), and of the layer's two tensors."""
     xp = namespace(d)
     return d @ p[f"{name}.weight"], {f"{name}.weight": xp.matrix_transpose(d) @ x, f"{name}.bias": xp.sum(d, axis=0)}
-
-
-def relu(x: Array) -> Array:
-    return relu_vjp(x, x)
-
-
-def relu_vjp(x: Array, d: Array) -> Array:
-    """The gradient of x, given x or relu(x)."""
-    xp = namespace(d)
-    return xp.where(x > 0, d, zeros_like(d.shape, d))

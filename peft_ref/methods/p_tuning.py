@@ -20,8 +20,9 @@ from typing import ClassVar, final
 
 import numpy as np
 
+from peft_ref.activations import relu, relu_vjp
 from peft_ref.arrays import Array, namespace, to
-from peft_ref.methods.dense import dense, dense_vjp, initial_dense, relu, relu_vjp
+from peft_ref.methods.dense import dense, dense_vjp, initial_dense
 from peft_ref.methods.lstm import initial_lstm, lstm, lstm_shapes, lstm_vjp
 from peft_ref.prompts import EMBEDDING, NO_SOURCES, Context, Sources, TablePrompt, Tensors
 from peft_ref.ranges import one_of, positive, share

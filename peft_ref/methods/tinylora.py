@@ -120,7 +120,7 @@ def _stored(layer: Layer, W: Array) -> Array:
 
 
 def _flat(P: Array) -> Array:
-    return namespace(P).reshape(P, (P.shape[0], -1))
+    return namespace(P).reshape(P, (P.shape[0], P.shape[1] * P.shape[2]))
 
 
 def mixed(v: Array, P: Array) -> Array:

@@ -24,6 +24,7 @@ from peft_ref.methods import (
     LNTuning,
     LoRA,
     MonteCLoRA,
+    SuperTuning,
     adamss,
     fourierft,
     lora,
@@ -343,6 +344,10 @@ def test_samples_of_very_large_weights_are_weighed_all_the_same() -> None:
     noise = Noise(z, np.eye(2), np.zeros(3))
     for p, w in (([800.0] * 3, [1 / 3] * 3), ([800.0, 0.0, 0.0], [1.0, 0.0, 0.0])):
         assert_close(SAMPLES.noisy(sampler([0.0, 0.0], p), noise).w, np.asarray(w), "w")
+
+
+def test_super_tuning_without_a_rank_has_no_low_rank_scale() -> None:
+    assert [SuperTuning(r=r, lora_alpha=alpha).low_rank_scale for r, alpha in ((None, None), (2, None), (2, 3))] == [0, 2, 1.5]
 
 
 def test_how_far_rows_are_from_orthonormal_is_one_number_of_two_axes() -> None:

@@ -117,13 +117,13 @@ class Judge:
         return Result(outcome, by, spent, n, len(items))
 
     def _ordered(self, mutant: Mutant, items: list[Any]) -> list[Any]:
-        """First those that killed, by kills a second; then one test of every function, the next one of each, and so on."""
+        """First those that killed, by kills a second; then quick ones, and of each function one before the next."""
         seconds, kills, nth = {i.nodeid: self.evidence.records[i.nodeid]["seconds"] for i in items}, self.kills[mutant.file], Counter[str]()
         killer = self.killers.get(mutant.key)
         ranks = {}
         for item in sorted(items, key=lambda item: seconds[item.nodeid]):
             function = item.nodeid.partition("[")[0]
-            ranks[item.nodeid] = (nth[function], seconds[item.nodeid])
+            ranks[item.nodeid] = (1 + nth[function]) * (0.01 + seconds[item.nodeid])
             nth[function] += 1
         return sorted(items, key=lambda i: (i.nodeid != killer, -kills[i.nodeid] / (seconds[i.nodeid] + 0.01), ranks[i.nodeid]))
 
