@@ -108,7 +108,9 @@ def int8(W: Array) -> Array:
     """W, each row rounded to the 255 multiples of its largest magnitude / 127."""
     xp = namespace(W)
     if not bool(xp.all(xp.abs(W) < BEYOND_HALF)):
-        raise ConfigError("loftq_bits=8 of a weight with numbers of 65520 and more, or none at all: half precision cannot hold them. Use 4 bits.")
+        raise ConfigError(
+            "loftq_bits=8 of a weight with numbers of 65520 and more, or none at all: half precision cannot hold them. Use 4 bits."
+        )
     x = half(xp.astype(W, xp.float32))
     largest = xp.max(xp.abs(x), axis=1, keepdims=True)
     nearest = xp.round(x * (1 / xp.where(largest == 0, xp.ones_like(largest), largest) * 127))  # in this order: it decides where m / 2 goes
