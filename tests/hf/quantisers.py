@@ -17,8 +17,11 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loftq_utils, "clear_device_cache", lambda: None)
     to = torch.Tensor.to
 
+    def there(place: Any) -> Any:
+        return "cpu" if isinstance(place, str | torch.device) and str(place) == "cuda" else place
+
     def on_cpu(self: Any, *args: Any, **options: Any) -> Any:
-        return to(self, *("cpu" if a == "cuda" else a for a in args), **{k: "cpu" if v == "cuda" else v for k, v in options.items()})
+        return to(self, *map(there, args), **{name: there(value) for name, value in options.items()})
 
     monkeypatch.setattr(torch.Tensor, "to", on_cpu)
 
