@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import json
 import mmap
@@ -40,7 +39,13 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 def alone() -> bool:
     """Whether this process may be forked: what another thread holds at that moment, a library's too, would be held for ever."""
-    return sys.platform == "linux" and hasattr(os, "memfd_create") and len(os.listdir("/proc/self/task")) == 1
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.memfd_create("peft-ref"))  # not everywhere in a sandbox, nor is /proc
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:
+        return False
 
 
 class Board:
@@ -97,6 +102,8 @@ class Board:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
+        import fcntl  # Windows, where nothing is merged, has none
+
         fcntl.lockf(self._lock, fcntl.LOCK_EX)  # a process that dies lets go of it
         try:
             yield
@@ -121,8 +128,11 @@ class Forked:
         children: list[int] = []
         try:
             with one_thread():
-                children += [self._fork(worker, read, write) for worker in range(1, self._workers)]
-                os.close(write)
+                try:
+                    for worker in range(1, self._workers):
+                        children.append(self._fork(worker, read, write))
+                finally:
+                    os.close(write)  # so that the pipe ends with the last of them
                 self._work(0, lambda: self._look(read, children, 0))
             while not self._look(read, children, TELL_EVERY):
                 pass
