@@ -5,11 +5,11 @@
 
     nf4(W)   blocks of 64 numbers in stored order, each over its largest absolute value m;  x / m goes to the nearest of 16 LEVELS, times m.
              A level is a quantile of the normal distribution over the largest one, eight of them for x <= 0 and nine for x >= 0
-    int8(W)  the numbers in half precision, a row of the stored matrix over its largest magnitude m;  127 x / m goes to the nearest integer k,
-             and becomes k m / 127
+    int8(W)  numbers in half precision, each row of the stored matrix over its largest magnitude m;  127 x / m goes to the nearest integer k,
+             which stands for k m / 127
 
-Paper   Li et al. 2023, arXiv:2310.08659; the levels: Dettmers et al. 2023, arXiv:2305.14314; the rows: Dettmers et al. 2022, arXiv:2208.07339
-HF      LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}), by bitsandbytes, in float32, on a machine with a GPU.
+Paper   Li et al. 2023, arXiv:2310.08659; the levels: Dettmers et al. 2023, arXiv:2305.14314; int8: Dettmers et al. 2022, arXiv:2208.07339
+HF      LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}), by bitsandbytes, in float32; needs a GPU.
         replace_lora_weights_loftq is `correct`, for a weight that is quantised already. Followed: the scale is not divided out, so that
         Q + s B A is near W for s = 1 alone; 127 / m is rounded before it meets x, so that m / 2 becomes 63 or 64 by m.
         Refused: a convolution and an embedding, where HF breaks; in eight bits a number beyond half precision, where HF's are NaN
