@@ -5,7 +5,7 @@
 
     nf4(W)   blocks of 64 numbers in stored order, each over its largest absolute value m;  x / m goes to the nearest of 16 LEVELS, times m.
              A level is a quantile of the normal distribution over the largest one, eight of them for x <= 0 and nine for x >= 0
-    int8(W)  numbers in half precision, each row of the stored matrix over its largest magnitude m;  127 x / m goes to the nearest integer k,
+    int8(W)  in half precision, each row of the stored matrix over its largest magnitude m;  127 x / m goes to the nearest integer k,
              which stands for k m / 127
 
 Paper   Li et al. 2023, arXiv:2310.08659; the levels: Dettmers et al. 2023, arXiv:2305.14314; int8: Dettmers et al. 2022, arXiv:2208.07339
