@@ -65,6 +65,8 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
     beside, shared = dict[str, Array](), dict[str, Array]()
     keys: Mapping[str, Mapping[str, str]] | None = None
     for name, (method, layer, params) in modules.items():
+        if not any(spec.saved for spec in method.spec(layer)):
+            continue
         packed, own = method.pack(layer, params), dict[str, Array]()
         keys = method.shared_keys(tuple(modules)) if keys is None else keys
         for spec in method.spec(layer):

@@ -31,7 +31,7 @@ def tokens_asked(value: Any, where: str) -> Mapping[str, TokensBeside]:
     for name, tokens in given.items():
         at = f"{where}: {WORD}{name and f' of {name!r}'}"
         if not tokens or (isinstance(value, Mapping) and not name):
-            raise ConfigError(f"{at} is {value!r:.60} (HF PEFT takes it, and cannot run).\n  Give a list of tokens, or {{layer: tokens}}.")
+            raise ConfigError(f"{at} is {tokens!r:.60} (HF PEFT takes it, and cannot run).\n  Give a list of tokens, or {{layer: tokens}}.")
         try:
             found[name] = TokensBeside(token_indices=tokens)
         except ConfigError as error:

@@ -157,7 +157,7 @@ class Learner:
         if self.penalty is not None:
             losses.append(self.penalty.orthogonality(self.penalised(p.adapters)))
             more = self.penalty.orthogonality_vjp(self.penalised(p.adapters), 1.0)
-            adapters = {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
+            adapters |= {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
         adapters, sums = self._apart(adapters)
         gradients = Trainable(
             adapters={name: adapters.get(name) for name in p.adapters},
