@@ -144,6 +144,9 @@ class Gathered:
     ) -> Change:
         method, layer = found.method, found.layer
         dtype = self._work_dtype(weight, what)
+        if isinstance(method, TokensBeside):  # rows, and no delta that could be rounded in one way or another
+            rows = ((TrainableTokens.key, found.tensors[method.key]),)
+            return Tokens(**self._dtypes(adapter, dtype), module=module, method=method.alone, layer=layer, tensors=rows)
         first = rounded_first(method, layer, self._asked.rounding)
         own: dict[str, Any] = {
             **self._dtypes(adapter, dtype),

@@ -39,7 +39,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "RandLoRA": Way(default=True, safe=False),
     }
 )  # all others round once
-KEPT = frozenset({"LoRA", "TokensBeside"})  # tokens beside it have rows, and no delta
+KEPT = "LoRA"
 # Which of a layer's parameters a method changes, where it is not the weight alone. IA3 does so where it scales the output.
 WITH_BIAS = frozenset({"AdaMSS", "GLoRA", "IA3", "RoAd"})
 BIAS_ALONE = frozenset({"BEFT"})
@@ -49,7 +49,7 @@ def rounded_first(method: WeightMethod[Any], layer: Layer, rounding: Rounding) -
     """Whether a delta is rounded to the weight's dtype before it is added."""
     name = type(method).__name__
     if rounding == "kept":
-        if name not in KEPT:
+        if name != KEPT:
             raise ConfigError(
                 f"rounding='kept' with {name}: there PEFT computes all of the delta in the adapter's 16 bits, which is not followed here.\n"
                 "  Use 'default' or 'safe'."

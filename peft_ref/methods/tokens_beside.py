@@ -30,3 +30,8 @@ class TokensBeside(TrainableTokens):
 
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
     key: ClassVar[str] = KEY
+
+    @property
+    def alone(self) -> TrainableTokens:
+        """The same as a method of its own."""
+        return TrainableTokens(token_indices=self.token_indices)

@@ -218,7 +218,7 @@ def live(tied: bool = False, **options: Any) -> None:
         ({"trainable_token_indices": {"embed_tokens": [3]}, "modules_to_save": ["embed_tokens"]}, "is trained in full"),
         ({"trainable_token_indices": [3], "modules_to_save": ["lm_head"], "tied": True}, "'lm_head' is trained in full"),
         ({"trainable_token_indices": [3], "target_modules": ["lm_head"], "tied": True}, "'lm_head' has trained tokens"),
-        ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [1]}, "ensure_weight_tying": True, "tied": True}, "with other tokens"),
+        ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [1]}, "ensure_weight_tying": True, "tied": True}, "other tokens"),
         ({"trainable_token_indices": {"input_layernorm": [3]}}, "norm"),
     ],
 )  # fmt: skip
