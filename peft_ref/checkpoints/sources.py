@@ -21,7 +21,6 @@ from peft_ref.files.adapter import AdapterFile, AdapterModule, from_state_dict, 
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, parameter_name
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
-from peft_ref.files.tokens import KEY
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.lora_parameter import Stack, shapes
@@ -126,9 +125,10 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
 
 def _follower(name: str, table: OnModule, own: AdapterModule, there: Mapping[str, Piece]) -> OnModule:
     """A head with the rows of the table it is tied to, which a file that holds both whole has once more."""
-    again = there.get(f"{PREFIX}{name}.{KEY}")
-    if again is not None and not same(again, table.tensors[KEY]):
-        raise KeyMismatchError(f"{again.name} and {table.tensors[KEY].name} are of one weight, and differ (HF PEFT takes the table's).")
+    ((key, rows),) = table.tensors.items()
+    again = there.get(f"{PREFIX}{name}.{key}")
+    if again is not None and not same(again, rows):
+        raise KeyMismatchError(f"{again.name} and {rows.name} are of one weight, and differ (HF PEFT takes the table's).")
     return OnModule(own.method, own.layer, table.tensors, {}, ())
 
 

@@ -25,8 +25,9 @@ from peft_ref.graph.targets import match
 from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
+from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import NOTHING, Adapted
-from peft_ref.model.tokens import check_beside, in_order, tokens_beside
+from peft_ref.model.tokens import check_beside, in_order, tied_to_table, tokens_beside
 
 TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
@@ -79,7 +80,10 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     config = spanned(config, layers, {})
     saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
     check_mirrors(config, layers, mirrored)
-    placed = with_tokens(Placed(config, layers, saved, tied, mirrored), model)
+    following = tied_to_table(graph, layers) if isinstance(method, TrainableTokens) else {}
+    if following:
+        layers = in_order(graph, {**layers, **{name: model.layer(name) for name in following}})
+    placed = with_tokens(Placed(config, layers, saved, tied, mirrored, following), model)
     for name, layer in placed.layers.items():
         placed.config.method_for(name).check_layer(layer, name)
     return placed

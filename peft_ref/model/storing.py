@@ -43,6 +43,7 @@ from peft_ref.files.safetensors import RawTensor, Tensor
 from peft_ref.files.tokens import KEY, WRAPPER
 from peft_ref.graph.patterns import Matcher
 from peft_ref.methods.tokens_beside import TokensBeside
+from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import in_block, joined, started, weight_in, weight_name
 from peft_ref.model.lazy import LazyModules, read_later
@@ -75,7 +76,7 @@ def _loaded(model: Adapted, folder: str | os.PathLike[str], name: str, subfolder
     placed = place(model, config)
     file = open_adapter(folder, subfolder)
     another = isinstance(config.method, WeightMethod) and config.method.saves_another_form
-    another |= any(f"{PREFIX}{head}.{KEY}" in file.entries for head in placed.following)
+    another |= any(f"{PREFIX}{head}.{key}" in file.entries for head in placed.following for key in (KEY, TrainableTokens.key))
     if not lazy or placed.blocks or another:  # what is on attention blocks is small and read at once
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
     specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}

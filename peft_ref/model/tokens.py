@@ -64,6 +64,12 @@ def _followed(own: Mapping[str, TokensBeside], tie: Tie) -> Beside:
     return Beside({**own, **{name: replace(own[table], own=False) for name, table in following.items()}}, following)
 
 
+def tied_to_table(graph: Graph, modules: Collection[str]) -> dict[str, str]:
+    """Of an adapter that is nothing but trained tokens: what is tied to the table follows it, and is in the file too."""
+    tie = embedding_tie(graph)
+    return dict.fromkeys(tie.others, tie.table) if tie is not None and tie.table in modules else {}
+
+
 def input_embedding(graph: Graph) -> str:
     """The table that words are looked up in."""
     for name, module in graph.modules().items():

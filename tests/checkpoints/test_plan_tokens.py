@@ -104,6 +104,17 @@ def test_a_table_that_was_saved_whole_comes_before_the_rows(tmp_path: Path, tied
     assert differing({TABLE: array_of(model.state_dict()[TABLE])}, {TABLE: ours[TABLE]})[TABLE] > 1000
 
 
+@pytest.mark.parametrize("targets", [None, ["embed_tokens"], ["lm_head"]], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_nothing_but_tokens_has_pefts_bits_on_a_tied_model_too(tmp_path: Path, tied: bool, targets: list[str] | None) -> None:
+    model = made(lambda: llama(tie_word_embeddings=tied), "BF16")
+    base = saved_base(model, tmp_path / "base")
+    adapter = saved_adapter(model, peft.TrainableTokensConfig(token_indices=[99, 3], target_modules=targets), tmp_path / "adapter")
+    theirs = merged_by_peft(model, [adapter])
+    ours = carried_out(plan(base, [Source(adapter)], exact=True, ties="share" if targets == ["lm_head"] else "refuse"))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+
+
 def test_a_head_whose_rows_are_saved_again_must_have_the_tables(tmp_path: Path) -> None:
     _, base, adapter = folders(tmp_path, "list", "F32", tied=True)
     file = open_adapter(adapter)

@@ -166,6 +166,21 @@ def test_whole_tables_are_saved_as_peft_saves_them_and_read_again(tied: bool, tm
         np.testing.assert_array_equal(a.tensor(key), b.tensor(key), err_msg=key)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_tied_follows_an_adapter_of_nothing_but_tokens_too(tied: bool, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(net(tied), peft.TrainableTokensConfig(token_indices=[7, 2]))
+    randomise(theirs, "default", 3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(adapt(frozen_graph(net(tied))), tmp_path / "theirs", trainable=True)
+    for module in (TABLE, HEAD):
+        np.testing.assert_allclose(forward(ours, module, X[module]), layer_output(theirs, module, X[module]), rtol=1e-12, atol=1e-12)
+    assert count(ours)[:2] == theirs.get_nb_trainable_parameters()
+    save(ours, tmp_path / "ours")
+    assert (tmp_path / "ours/adapter_model.safetensors").read_bytes() == (tmp_path / "theirs/adapter_model.safetensors").read_bytes()
+    merged = merge_and_unload(ours)
+    np.testing.assert_array_equal(merged.weight(f"{HEAD}.weight"), theirs.merge_and_unload().lm_head.weight.detach().numpy())
+
+
 def test_a_head_that_follows_has_the_tables_new_rows() -> None:
     ours = add(adapt(frozen_graph(net(True))), "default", config_of(lora(trainable_token_indices=[7, 2])), np.random.default_rng(0))
     old = ours.adapters["default"].modules[TABLE].params
