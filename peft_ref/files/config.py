@@ -209,6 +209,7 @@ def _split(data: Any, where: str) -> AdapterConfig:
         raise ConfigError(f"{where}: {error}") from error
     if data["peft_type"] in TAKERS:
         tokens_asked(data.get(WORD), where)
+        check_names(data.get(WORD) if isinstance(data.get(WORD), Mapping) else None, f"{where}: {WORD}", MOST_SAVED)
     for name in (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES)):
         check_names(data.get(name), f"{where}: {name}", MOST_SAVED if name in COMPARED else MOST)
     given = {name: data[name] for name in field_names(Targets) if name in data}

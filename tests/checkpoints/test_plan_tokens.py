@@ -32,7 +32,9 @@ from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, Pe
 from peft_ref.files.adapter import load_config, open_adapter, save_tensors  # isort: skip
 
 from peft_ref.graph import CheckpointGraph  # isort: skip
+from peft_ref.model.adapted import adapt  # isort: skip
 from peft_ref.model.parameters import load, save  # isort: skip
+from peft_ref.model.storing import load as load_onto  # isort: skip
 from tests.checkpoints.test_plan_parameters import Mixture  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -125,6 +127,9 @@ def test_a_head_whose_rows_are_saved_again_must_have_the_tables(tmp_path: Path) 
     save_tensors(tmp_path / "other", load_config(adapter), {**tensors, head: tensors[ROWS] + 1}, {})
     with pytest.raises(KeyMismatchError, match="of one weight, and differ"):
         plan(base, [Source(tmp_path / "other")])
+    for lazy in (False, True):
+        with pytest.raises(KeyMismatchError, match="to which it is tied"):
+            load_onto(adapt(CheckpointGraph(base)), tmp_path / "other", lazy=lazy)
 
 
 def test_adapters_with_other_tokens_merge_together_and_with_the_same_ones_not(tmp_path: Path) -> None:
@@ -218,3 +223,14 @@ def test_inspect_says_that_rows_are_missing(tmp_path: Path) -> None:
     assert any("the file has none" in finding.said for finding in inspect(tmp_path / "torn").findings)
     with pytest.raises(KeyMismatchError, match="trainable_tokens_delta"):
         plan(base, [Source(tmp_path / "torn")])
+
+
+def test_inspect_beside_a_base_says_which_rows_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, base, adapter = folders(tmp_path, "both apart", "F32")
+    file = open_adapter(adapter)
+    tensors = {key: file.tensor(key) for key in file.entries if key != ROWS}
+    save_tensors(tmp_path / "torn", load_config(adapter), tensors, {})
+    assert main(["inspect", str(tmp_path / "torn")]) == 0
+    assert main(["inspect", str(base), str(tmp_path / "torn")]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 4 modules that target_modules matches or trainable_token_indices means in the base have no adapter" in told

@@ -250,6 +250,11 @@ def test_no_list_of_tokens_is_refused(value: Any) -> None:
         from_dict({"peft_type": "LORA", "target_modules": ["q_proj"], "trainable_token_indices": value})
 
 
+def test_more_names_of_layers_than_a_model_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 10,000"):
+        from_dict({"peft_type": "LORA", "target_modules": ["q"], "trainable_token_indices": {f"t{n}": [1] for n in range(10_001)}})
+
+
 def test_no_tokens_are_none() -> None:
     for value in (None, {}):
         assert asked(trainable_token_indices=value).adapters["default"].modules.keys() == {Q}
