@@ -215,6 +215,12 @@ def test_the_command_line_merges_verifies_and_inspects_it(tmp_path: Path, tied: 
     assert [finding.said for finding in found.findings] == ["Dtypes of the tensors are mixed: 5 of F32, 5 of BF16."]  # modules_to_save
 
 
+def test_a_pattern_of_targets_is_not_asked_about_the_rows(tmp_path: Path) -> None:
+    said = lora(target_modules=r".*\.q_proj", trainable_token_indices=[3])
+    adapter = saved_adapter(made(llama, "F32"), said, tmp_path / "adapter")
+    assert inspect(adapter).findings == ()
+
+
 def test_inspect_says_that_rows_are_missing(tmp_path: Path) -> None:
     _, base, adapter = folders(tmp_path, "list", "F32")
     file = open_adapter(adapter)

@@ -166,6 +166,12 @@ def test_whole_tables_are_saved_as_peft_saves_them_and_read_again(tied: bool, tm
         np.testing.assert_array_equal(a.tensor(key), b.tensor(key), err_msg=key)
 
 
+def test_a_head_that_is_a_target_is_not_saved_whole_beside_tokens(tmp_path: Path) -> None:
+    theirs_of(False, {"trainable_token_indices": [3], "target_modules": ["lm_head"]}).save_pretrained(tmp_path / "theirs")
+    save(load(adapt(frozen_graph(net(False))), tmp_path / "theirs"), tmp_path / "ours")
+    assert open_adapter(tmp_path / "ours").entries.keys() == open_adapter(tmp_path / "theirs").entries.keys()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_tied_follows_an_adapter_of_nothing_but_tokens_too(tied: bool, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(net(tied), peft.TrainableTokensConfig(token_indices=[7, 2]))
@@ -351,6 +357,9 @@ def test_rows_that_do_not_fit_the_configuration_are_one_error(how: str, tmp_path
     save_tensors(tmp_path, from_dict(data), tensors, {})
     with pytest.raises(PeftRefError, match="trainable_tokens_delta"):
         load(adapt(frozen_graph(net(False))), tmp_path)
+    if how == "renamed":
+        with pytest.raises(KeyMismatchError, match=r"names embed_tokens, and no 'model\.other_tokens'"):
+            load_adapter(tmp_path)
 
 
 def test_what_is_not_built_for_trained_tokens_says_so(tmp_path: Path) -> None:
