@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
-from peft_ref.arrays import Array, at_least, namespace, zeros_like
+from peft_ref.arrays import Array, namespace, zeros_like
 
 Function: TypeAlias = Callable[[Array], Array]
 FunctionVjp: TypeAlias = Callable[[Array, Array], Array]
@@ -46,7 +46,7 @@ def silu_vjp(x: Array, dy: Array) -> Array:
 
 
 def relu(x: Array) -> Array:
-    return at_least(x, 0.0)
+    return relu_vjp(x, x)
 
 
 def relu_vjp(x: Array, dy: Array) -> Array:

@@ -4,13 +4,13 @@
 
 Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
 one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0);
-one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0).
+one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0). One that is drawn anew in training acts with the noise it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from peft_ref import dense, large
 from peft_ref.arrays import Array, as_rows, column, is_integer, namespace, zeros_like
@@ -44,7 +44,26 @@ class BlockDropout(NamedTuple):
     keep: Array  # (factors, blocks) of zeros and ones
 
 
-Drops: TypeAlias = Dropout | RowDropout | BlockDropout
+class Drawn(NamedTuple):
+    """The noise of one forward pass in training, as the method takes it: MonteCLoRA's `noisy`, PVeRA's `sampled`."""
+
+    noise: Any
+    input: Dropout | None = None
+
+
+@runtime_checkable
+class NoisyParameters(Protocol):
+    def noisy(self, p: Any, noise: Any, /) -> Any: ...
+    def noisy_vjp(self, p: Any, noise: Any, d: Any, /) -> Any: ...
+
+
+@runtime_checkable
+class NoisyOutput(Protocol):
+    def sampled(self, layer: Layer, p: Any, x: Array, noise: Array, /) -> Array: ...
+    def sampled_vjp(self, layer: Layer, p: Any, x: Array, noise: Array, dy: Array, /) -> Any: ...
+
+
+Drops: TypeAlias = Dropout | RowDropout | BlockDropout | Drawn
 
 
 class Adapter(NamedTuple):
@@ -132,7 +151,9 @@ def _step_vjp(at: _SetUp, k: int, dW: Array, db: Array | None) -> WeightGradient
 
 
 def _parts(a: Adapter) -> tuple[Adapter, ...]:
-    """An adapter as two where dropout reaches a part of it; as another one where blocks of it drop out."""
+    """An adapter as two where dropout reaches a part of it; as another one where blocks of it drop out or noise is on its parameters."""
+    if isinstance(a.dropout, Drawn) and isinstance(a.method, NoisyParameters):
+        return (Adapter(a.method, a.method.noisy(a.params, a.dropout.noise), a.dropout.input),)
     if isinstance(a.dropout, BlockDropout):
         return (Adapter(a.method, a.method.thinned(a.params, a.dropout.keep)),)
     apart = a.method.apart(a.params) if isinstance(a.dropout, Dropout) else None
@@ -145,6 +166,8 @@ def _all_parts(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def _whole(a: Adapter, grads: Sequence[Any]) -> Any:
     """The gradient of an adapter's parameters, given those of its `_parts`."""
+    if isinstance(a.dropout, Drawn) and isinstance(a.method, NoisyParameters):
+        return a.method.noisy_vjp(a.params, a.dropout.noise, grads[0])
     if isinstance(a.dropout, BlockDropout):
         return a.method.thinned(grads[0], a.dropout.keep)
     return grads[0] if len(grads) == 1 else a.method.together(*grads)
@@ -162,6 +185,8 @@ def _sides(layer: Layer, adapters: Sequence[Adapter]) -> list[bool]:
                 f"adapter {k} ({type(a.method).__name__}) has dropout and a reweighting adapter without dropout follows it:"
                 " its effect is no weight that could be reweighted.\n  Put it last, or give it no dropout mask."
             )
+        if isinstance(a.dropout, Drawn) and not isinstance(a.method, NoisyOutput):
+            raise ConfigError(f"adapter {k} ({type(a.method).__name__}) is given noise, and takes none.\n  Give a Dropout, or none.")
         if isinstance(a.dropout, RowDropout) and isinstance(a.method, LowRank):
             raise ConfigError(
                 f"adapter {k} ({type(a.method).__name__}) forms no delta whose rows could drop out.\n  HF PEFT drops out its input: give a"
@@ -292,10 +317,11 @@ def _large_gradients(at: _SetUp, x: Array, u: Array | None, dy: Array, db: Array
 
 def _drop(a: Adapter, x: Array) -> Array:
     """Dropout on the input, and its own gradient: a diagonal map is its own transpose."""
-    if not isinstance(a.dropout, Dropout):
+    dropout = a.dropout.input if isinstance(a.dropout, Drawn) else a.dropout
+    if not isinstance(dropout, Dropout):
         return x
     xp = namespace(x)
-    return x * xp.astype(a.dropout.mask, x.dtype) / (1 - a.dropout.p)
+    return x * xp.astype(dropout.mask, x.dtype) / (1 - dropout.p)
 
 
 def _rows(a: Adapter, delta: Array) -> Array:
@@ -310,6 +336,8 @@ def _side(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array) -> Arr
     if isinstance(a.method, LowRank):
         B, A, b = a.method.factors(a.params)
         return layer.add_bias(layer.up(layer.down(A.shape[0]).apply(x, A, None), B), b)
+    if isinstance(a.dropout, Drawn) and isinstance(a.method, NoisyOutput):
+        return a.method.sampled(layer, a.params, x, a.dropout.noise)
     effective, b = a.method.weight(layer, a.params, W, b0, W)
     return layer.apply(x, _rows(a, effective - W), None if b is None or b0 is None else b - b0)
 
@@ -323,6 +351,9 @@ def _side_vjp(layer: Layer, W: Array, b0: Array | None, a: Adapter, x: Array, dy
         db = None if b is None else layer.bias_vjp(dy)
         grads = a.method.factors_vjp(a.params, Factors(dB, down.weight_vjp(x, dh), db))
         dx = down.input_vjp(x, A, dh)
+    elif isinstance(a.dropout, Drawn) and isinstance(a.method, NoisyOutput):
+        sampled = a.method.sampled_vjp(layer, a.params, x, a.dropout.noise, dy)
+        grads, dx = sampled.params, sampled.x
     else:
         effective, b = a.method.weight(layer, a.params, W, b0, W)
         db = None if b is None else layer.bias_vjp(dy)

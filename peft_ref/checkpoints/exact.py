@@ -56,8 +56,8 @@ class Chain:
         self._B, self._A, self._ending = B, A, ending
         r = B.shape[1]
         g = (r + 4) * UNIT / (1 - (r + 4) * UNIT)
-        self._rows = _up(_norms(B, 1) * 2 * (g + UNIT))
-        self._columns = _up(_norms(A, 0))
+        self._rows = _up(_norms(B) * 2 * (g + UNIT))
+        self._columns = _up(_norms(A.T))
         self._tiny = np.float32((r + 4) * 2.0**-149)
 
     def onto(self, tile: NDArray, delta: NDArray, across: slice, along: slice, doubled: Doubled) -> Open | None:
@@ -158,8 +158,9 @@ def product(B: NDArray, A: NDArray) -> NDArray:
     return chained(lambda k: B[:, k, None], lambda k: A[k, None, :], B.shape[1])
 
 
-def _norms(M: NDArray, axis: int) -> NDArray:
-    norms: NDArray = np.sqrt(np.sum(np.square(M, dtype=np.float64), axis=axis))
+def _norms(M: NDArray) -> NDArray:
+    """Of each row, in float64, without a copy of all of it."""
+    norms: NDArray = np.sqrt(np.einsum("ik,ik->i", M, M, dtype=np.float64))
     return norms
 
 

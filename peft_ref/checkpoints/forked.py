@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import json
 import mmap
@@ -103,6 +102,8 @@ class Board:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
+        import fcntl  # Windows, where nothing is merged, has none
+
         fcntl.lockf(self._lock, fcntl.LOCK_EX)  # a process that dies lets go of it
         try:
             yield

@@ -1,15 +1,18 @@
-"""LoftQ: a frozen weight in four bits, and a LoRA that starts as the best correction of what that loses.
+"""LoftQ: a frozen weight in four or eight bits, and a LoRA that starts as the best correction of what that loses.
 
-    R_0 = W;    Q_t = nf4(R_(t-1)),   B_t A_t = the best rank-r part of W - Q_t,   R_t = W - B_t A_t          t = 1 ... loftq_iter
+    R_0 = W;    Q_t = q(R_(t-1)),   B_t A_t = the best rank-r part of W - Q_t,   R_t = W - B_t A_t          t = 1 ... loftq_iter
     A = sqrt(S) V^T,  B = U sqrt(S)  of the last W - Q_t;  the frozen weight becomes Q_t
 
     nf4(W)   blocks of 64 numbers in stored order, each over its largest absolute value m;  x / m goes to the nearest of 16 LEVELS, times m.
              A level is a quantile of the normal distribution over the largest one, eight of them for x <= 0 and nine for x >= 0
+    int8(W)  in half precision, each row of the stored matrix over its largest magnitude m;  127 x / m goes to the nearest integer k,
+             which stands for k m / 127
 
-Paper   Li et al. 2023, arXiv:2310.08659; the levels: Dettmers et al. 2023, arXiv:2305.14314
-HF      LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}), by bitsandbytes on a GPU, in float32.
+Paper   Li et al. 2023, arXiv:2310.08659; the levels: Dettmers et al. 2023, arXiv:2305.14314; int8: Dettmers et al. 2022, arXiv:2208.07339
+HF      LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1}), by bitsandbytes, in float32; needs a GPU.
         replace_lora_weights_loftq is `correct`, for a weight that is quantised already. Followed: the scale is not divided out, so that
-        Q + s B A is near W for s = 1 alone. Refused: 8 bits; a convolution and an embedding, where HF breaks
+        Q + s B A is near W for s = 1 alone; 127 / m is rounded before it meets x, so that m / 2 becomes 63 or 64 by m.
+        Refused: a convolution and an embedding, where HF breaks; in eight bits a number beyond half precision, where HF's are NaN
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ LEVELS = (
     0.7229568362236023, 1.0,
 )
 # fmt: on
+BINADES = range(-13, 16)  # the powers of two at which half precision gets coarser
+BEYOND_HALF = 65520.0  # what is rounded to 65536, the first number that is none there
 
 
 @final
@@ -48,8 +53,8 @@ class LoftQ:
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        if self.loftq_bits != 4:
-            raise ConfigError(f"loftq_bits={self.loftq_bits}: only 4 bits are built here; HF PEFT has 8 too, bitsandbytes' rows of int8.")
+        if self.loftq_bits not in (4, 8):
+            raise ConfigError(f"loftq_bits={self.loftq_bits!r:.60}: there are 4, which is nf4, and 8, rows of int8.")
         positive(self, "loftq_iter")
 
 
@@ -62,10 +67,11 @@ def loftq_of(keys: Mapping[str, Any] | None) -> LoftQ:
 
 
 def loftq(method: Factored, layer: Layer, W: Array, config: LoftQ) -> Start[Params]:
-    """The corrections of W (out, in) in four bits, and W in four bits."""
+    """The corrections of W (out, in) in few bits, and W in few bits."""
     rest, Q, params = W, W, None
+    quantised = nf4 if config.loftq_bits == 4 else int8
     for _ in range(config.loftq_iter):
-        Q = layer.fold(nf4(layer.unfold(rest)))
+        Q = layer.fold(quantised(layer.unfold(rest)))
         params = correct(method, layer, W, Q)
         rest = W - params.B @ params.A
     if params is None:
@@ -96,3 +102,25 @@ def nf4(W: Array) -> Array:
     for k in range(1, len(LEVELS)):
         nearest = xp.where(unit > (levels[k - 1] + levels[k]) / 2, levels[k], nearest)
     return xp.reshape(xp.reshape(nearest * largest, (-1,))[:n], tuple(W.shape))
+
+
+def int8(W: Array) -> Array:
+    """W, each row rounded to the 255 multiples of its largest magnitude / 127."""
+    xp = namespace(W)
+    if not bool(xp.all(xp.abs(W) < BEYOND_HALF)):
+        raise ConfigError(
+            "loftq_bits=8 of a weight with numbers of 65520 and more, or none at all: half precision cannot hold them. Use 4 bits."
+        )
+    x = half(xp.astype(W, xp.float32))
+    largest = xp.max(xp.abs(x), axis=1, keepdims=True)
+    nearest = xp.round(x * (1 / xp.where(largest == 0, xp.ones_like(largest), largest) * 127))  # in this order: it decides where m / 2 goes
+    return xp.astype(nearest * largest, W.dtype) / 127
+
+
+def half(x: Array) -> Array:
+    """Numbers as half precision holds them, in x's own dtype: eleven bits of each, and nothing finer than 2^-24."""
+    xp = namespace(x)
+    step = xp.zeros_like(x) + 2.0**-24
+    for k in BINADES:
+        step = xp.where(xp.abs(x) >= 2.0**k, 2 * step, step)
+    return xp.round(x / step) * step

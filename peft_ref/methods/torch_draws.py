@@ -40,7 +40,7 @@ class Generator:
 
     def raw(self, count: int) -> Host:
         """The next `count` draws of 32 bits."""
-        return np.asarray(self._bits.random_raw(count), dtype=np.int64)
+        return np.asarray(self._bits.random_raw(count))
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float, dtype: Float = np.float32) -> Host:
         """torch.empty(shape, dtype=dtype).uniform_(low, high, generator=self)."""

@@ -25,11 +25,12 @@ from peft_ref.attending import AttentionAdapter, AttentionMethod, add_params
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.methods.adalora import AdaLoRA
+from peft_ref.methods.monteclora import MonteCLoRA
 from peft_ref.nn import Decoder, Gradients, Inputs, Model, Net, OutputGradient
 from peft_ref.nn.loss import IGNORED
 from peft_ref.nn.prompted import with_prompt, with_prompt_vjp
 from peft_ref.prompts import Context, Prompt, Tensors
-from peft_ref.stack import Adapter, Drops
+from peft_ref.stack import Adapter, Drawn, Drops
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -47,7 +48,7 @@ class Trainable(NamedTuple):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     inputs: Inputs
-    dropout: Mapping[str, Drops] = field(default_factory=dict)  # module name -> the mask of its adapter
+    dropout: Mapping[str, Drops] = field(default_factory=dict)  # module name -> the mask or the noise of its adapter
     context: Context | None = None  # of a prompt: the examples' tasks, an encoder's masks
 
 
@@ -94,6 +95,15 @@ class Learner:
     def projected(self, p: Trainable) -> Trainable:
         """These numbers as a prompt leaves them that was made of them: what a step starts from."""
         return p if self.prompt is None else p._replace(prompt=self.prompt.projected(p.prompt))
+
+    def left_by_noise(self, params: Trainable, at: Trainable, batch: Batch) -> Trainable:
+        """`params` with what a draw leaves behind in them, made of those that it acted on: MonteCLoRA's last variances and weights."""
+        adapters = dict(params.adapters)
+        for name, drawn in batch.dropout.items():
+            if isinstance(method := self.methods[name], MonteCLoRA) and isinstance(drawn, Drawn):
+                acted = method.noisy(at.adapters[name], drawn.noise)
+                adapters[name] = adapters[name]._replace(variances=acted.variances, w=acted.w)
+        return params._replace(adapters=adapters)
 
     def whole(self, p: Trainable) -> dict[str, Any]:
         """Every module's parameters with what they share."""

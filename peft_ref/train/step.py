@@ -66,6 +66,7 @@ def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch
         rate = recipe.lr * recipe.factor(state.step)
         twice = recipe.optimizer.update(state.optimizer, moved, clipped[0], rate)[1].adapters[head]
         params = params._replace(adapters={**params.adapters, head: twice, table: transposed(twice)})
+    params = learner.left_by_noise(params, start, batches[-1])
     made, allocation = state.step + 1, state.allocation
     if learner.penalty is not None:
         own, moved_by = learner.penalised(params.adapters), learner.penalised(clipped[0].adapters)

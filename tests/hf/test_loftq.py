@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,6 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from peft.utils import loftq_utils  # noqa: E402
-
 from peft_ref.errors import ConfigError, UnsupportedLayerError  # noqa: E402
 from peft_ref.files.config import from_dict  # noqa: E402
 from peft_ref.graph import TorchGraph  # noqa: E402
@@ -22,14 +18,10 @@ from peft_ref.layers import Conv, Embedding, Linear  # noqa: E402
 from peft_ref.methods import LoRA  # noqa: E402
 from peft_ref.methods.loftq_init import LEVELS, LoftQ, correct, loftq, loftq_of, nf4  # noqa: E402
 from peft_ref.model import adapt, add  # noqa: E402
+from tests.hf.quantisers import factors, stand_in, without_a_gpu  # noqa: E402
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 nn = torch.nn
-
-
-def factors(model: Any, name: str) -> tuple[Any, ...]:
-    tuner = model.base_model.model.get_submodule(name)
-    return tuple(getattr(tuner, f"lora_{f}")["default"].weight.detach().double().numpy() for f in "AB")
 
 
 def test_the_levels_are_quantiles_of_the_normal_distribution() -> None:
@@ -55,9 +47,6 @@ def independent_nf4(W: Any) -> Any:
 @pytest.fixture
 def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's LoftQ without a GPU: a stand-in for bitsandbytes that rounds to the nearest level, block by block."""
-    peft.import_utils.is_bnb_available()  # looks for the library once: before the stand-in is there
-    peft.import_utils.is_bnb_4bit_available()
-    fake: Any = types.ModuleType("bitsandbytes")
 
     class Params4bit:
         def __init__(self, data: Any, **options: Any) -> None:
@@ -67,18 +56,8 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         def to(self, device: str) -> Params4bit:
             return self
 
-    fake.nn = types.SimpleNamespace(Params4bit=Params4bit)
-    fake.functional = types.SimpleNamespace(dequantize_4bit=lambda data, state: independent_nf4(data))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
-    monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)
-    monkeypatch.setattr(loftq_utils, "is_bnb_4bit_available", lambda: True)
-    monkeypatch.setattr(loftq_utils, "clear_device_cache", lambda: None)
-    to = torch.Tensor.to
-
-    def on_cpu(self: Any, *args: Any, **options: Any) -> Any:
-        return to(self, *("cpu" if a == "cuda" else a for a in args), **{k: "cpu" if v == "cuda" else v for k, v in options.items()})
-
-    monkeypatch.setattr(torch.Tensor, "to", on_cpu)
+    without_a_gpu(monkeypatch)
+    stand_in(monkeypatch, {"Params4bit": Params4bit}, {"dequantize_4bit": lambda data, state: independent_nf4(data)})
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
@@ -141,7 +120,6 @@ def test_four_bits_are_the_nearest_levels_block_by_block_in_stored_order() -> No
 def test_what_loftq_cannot_is_refused() -> None:
     W = np.ones((2, 3))
     for kind, ask in {
-        "loftq_bits=8": lambda: LoftQ(loftq_bits=8),
         "loftq_bits=3": lambda: LoftQ(loftq_bits=3),
         "loftq_iter=0": lambda: LoftQ(loftq_iter=0),
         "It has loftq_bits": lambda: loftq_of({"bits": 4}),

@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "eva": (lambda: tuned(init_lora_weights="eva"), "starts from data"),
     "pissa_niter": (lambda: tuned(init_lora_weights="pissa_niter_4"), "Use 'pissa', which is exact"),
     "alora": (lambda: hf.LoraConfig(alora_invocation_tokens=[1]), "aLoRA adapts"),
-    "loftq": (lambda: tuned(init_lora_weights="loftq", loftq_config={"loftq_bits": 8}), "only 4 bits"),
+    "loftq": (lambda: tuned(init_lora_weights="loftq", loftq_config={"loftq_bits": 3}), "there are 4, which is nf4, and 8"),
     "corda": (lambda: tuned(init_lora_weights="corda"), "starts from data"),
     "no number": (lambda: hf.LoraConfig(r="many"), "r='many' is of type str"),
     "no method": (lambda: hf.get_peft_config({"peft_type": "LILY"}), "peft_type='LILY' has no configuration class here"),

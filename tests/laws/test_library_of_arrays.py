@@ -229,6 +229,12 @@ def test_what_falls_out_between_an_lstms_layers_is_of_the_library_of_the_prompt(
     assert_alike(method.table_vjp(sent(p), theirs, sent(table)), method.table_vjp(p, ours, table), "gradients")
 
 
+@pytest.mark.parametrize("word", ["psoft_init", "pissa_init"])
+def test_psofts_parts_are_of_the_library_of_the_weight(word: str) -> None:
+    method, W = PSOFT(r=3, ab_svd_init=word), np.random.default_rng(0).normal(size=(4, 5))
+    assert_alike(method.parts(sent(W)), method.parts(W), "A and B")
+
+
 @pytest.mark.parametrize("eps", [0.3, 0.99])
 def test_a_shortened_rotation_is_of_the_library_of_its_numbers(eps: float) -> None:
     method, rng = PSOFT(r=3, use_cayley_neumann=True, cayley_neumann_eps=eps), np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 
 from peft_ref.contracts import Delta
 from peft_ref.errors import ConfigError, KeyMismatchError, ShapeError
-from peft_ref.layers import Linear
+from peft_ref.layers import Conv, Layer, Linear
 from peft_ref.methods import (
     DEFT,
     METHODS,
@@ -22,6 +22,7 @@ from peft_ref.methods import (
     DoRA,
     FourierFT,
     LNTuning,
+    LoHaEffective,
     LoRA,
     MonteCLoRA,
     SuperTuning,
@@ -344,6 +345,14 @@ def test_samples_of_very_large_weights_are_weighed_all_the_same() -> None:
     noise = Noise(z, np.eye(2), np.zeros(3))
     for p, w in (([800.0] * 3, [1 / 3] * 3), ([800.0, 0.0, 0.0], [1.0, 0.0, 0.0])):
         assert_close(SAMPLES.noisy(sampler([0.0, 0.0], p), noise).w, np.asarray(w), "w")
+
+
+@pytest.mark.parametrize("layer", [Linear(in_features=5, out_features=4), Conv(in_channels=2, out_channels=3, kernel_size=(2, 3))])
+def test_a_lohas_delta_is_the_product_of_its_two_products(layer: Layer) -> None:
+    method, rng = LoHaEffective(r=2, alpha=3), np.random.default_rng(0)
+    p = replace_zero(method.init(layer, np.zeros(layer.shape), rng).params, rng)
+    first, second = method.products(layer, p)
+    assert_close(method.delta(layer, p).W, 1.5 * first * second, "dW")
 
 
 def test_super_tuning_without_a_rank_has_no_low_rank_scale() -> None:

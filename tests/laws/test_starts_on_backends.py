@@ -43,6 +43,7 @@ ASKED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "corda": lambda g: product(corda(METHOD, LAYER, g["W"], covariance([g["x"], g["y"]]))),
     "kpm": lambda g: product(corda(METHOD, LAYER, g["W"], covariance([g["x"], g["y"]]), "kpm")),
     "loftq": lambda g: product(loftq(METHOD, LAYER, g["W"], LoftQ(loftq_iter=2))),
+    "loftq in eight bits": lambda g: product(loftq(METHOD, LAYER, g["W"], LoftQ(loftq_bits=8, loftq_iter=2))),
     "lora_ga": lambda g: product(lora_ga(METHOD, LAYER, g["W"], Spectrum(g["U"], g["S"], g["Vh"]), LoraGA(scale="weight_svd"))),
     "eva": lambda g: directions([{"q": g["x"], "k": g["x"]}, {"q": g["y"], "k": g["y"]}], {"q": 2, "k": 1}, Eva(whiten=True, tau=0.5)),
     "delta": lambda g: {"dW": delta(METHOD, STACK, Params(g["A"], g["B"]))},

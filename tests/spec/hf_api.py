@@ -72,10 +72,8 @@ NAMES: dict[str, Row] = {
     # methods that are not built
     **{f"{name}Config": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
     **{f"{name}Model": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
-    **{
-        f"{name}Config": Left(VARIANT)
-        for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoftQ", "LoraGA", "LoraRuntime", "Monteclora", "Velora")
-    },
+    **{f"{name}Config": Left(VARIANT) for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoraGA", "LoraRuntime", "Monteclora", "Velora")},
+    "LoftQConfig": Left("`loftq_config` is a map of its two keys, as PEFT keeps it"),
     # configurations
     **{f"{name}Config": CONFIG for name in BUILT_METHODS},
     **{f"{name}Model": Left(TUNER) for name in BUILT_METHODS},

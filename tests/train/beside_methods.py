@@ -50,7 +50,7 @@ BESIDE: Mapping[str, Asked] = {
     "waveft": on("WaveFTConfig", n_frequency=7),
 }
 APART: Mapping[str, str] = {
-    "monteclora": "PEFT draws in every forward pass of a training, and moves its buffers; the loss has a divergence that is not built",
+    "monteclora": "without its noise it is LoRA; with the noise: test_noise_beside_peft.py",
     "qalora": "PEFT makes it on GPTQ's layers alone",
     "velora": "PEFT keeps a part of x in training mode alone: tests/spec/test_hf_family_quirks.py",
 }

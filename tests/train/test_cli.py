@@ -97,6 +97,7 @@ KILLS = {
     "adalora, at step 7": ((*ADALORA, *OPTIONS["adalora"]), ("step", 7), 6),
     "p-tuning, before a checkpoint is decided": ((*PTUNING, *LSTM), ("rename", 20), 6),  # the base's 3, 5 and twice 8 of a checkpoint
     "p-tuning, after it was": ((*PTUNING, *LSTM), ("rename", 22), 9),
+    "monteclora, at step 7": (("--method", "monteclora", *options("monteclora"), "--lora-dropout", "0.25"), ("step", 7), 6),
 }
 
 
