@@ -18,11 +18,13 @@ from peft_ref.contracts import WeightMethod
 from peft_ref.errors import PeftRefError
 from peft_ref.files.keys import PREFIX, PROMPT_PREFIX, parameter_name
 from peft_ref.files.safetensors import Entry
+from peft_ref.files.tokens import WORD
 from peft_ref.graph import CheckpointGraph, Graph
 from peft_ref.graph.blocks import attention_blocks
 from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.targets import match
 from peft_ref.layers import Layer, Linear
+from peft_ref.model.tokens import tokens_beside
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.sizes import WIDTHS
 
@@ -146,14 +148,16 @@ def _left_out(inspection: Inspection, graph: Graph, renamed: Renaming) -> list[F
     """Modules of the base that the configuration sends an adapter to, and of which the file has none."""
     config, method = inspection.config, cast(WeightMethod[Any], inspection.config.method)
     try:
-        wanted = match(config.targets, graph, peft_type=method.peft_type, task_type=config.housekeeping.get("task_type")).modules
+        matched = match(config.targets, graph, peft_type=method.peft_type, task_type=config.housekeeping.get("task_type")).modules
+        wanted = (*matched, *(name for name, tokens in tokens_beside(config, graph).methods.items() if tokens.own))
     except PeftRefError as error:
         return [Finding(WRONG, f"PEFT would not put this adapter onto the base. {error}")]
     there = {renamed(name) for name in inspection.found.modules}
     missing = [name for name in wanted if name not in there]
     if not missing:
         return []
-    of = f"{len(missing)} of the {len(wanted)} modules that target_modules matches in the base have no adapter"
+    words = f"target_modules matches{f' or {WORD} means' if config.tokens else ''}"
+    of = f"{len(missing)} of the {len(wanted)} modules that {words} in the base have no adapter"
     return [Finding(WRONG, f"{of}: {listed(folded(missing))}.\n  It was made for a smaller model, or the file is not whole.")]
 
 

@@ -25,9 +25,11 @@ from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
 from peft_ref.methods.ia3 import IA3
+from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.ties import Ties, changed_name, names_of
+from peft_ref.model.tokens import followed_everywhere
 
 HALF = ("F16", "BF16")
 
@@ -37,6 +39,19 @@ class Asked(NamedTuple):
     exact: bool
     dtype: str | None
     ties: Ties
+
+
+def check_tokens(one: Adapter, other: Adapter) -> None:
+    """Raise `ConfigError` where both train the same tokens of a module, or one trains tokens of what the other adapts otherwise."""
+    for module in one.modules.keys() & other.modules.keys():
+        a, b = one.modules[module].method, other.modules[module].method
+        if isinstance(a, TokensBeside) != isinstance(b, TokensBeside):
+            problem = f"one trains tokens of {module!r}, which the other adapts too"
+        elif isinstance(a, TokensBeside) and isinstance(b, TokensBeside) and set(a.token_indices) & set(b.token_indices):
+            problem = f"both have rows for token {min(set(a.token_indices) & set(b.token_indices))} of {module!r}"
+        else:
+            continue
+        raise ConfigError(f"{one.source.folder} and {other.source.folder}: {problem} (HF PEFT refuses it too).\n  Merge one of them.")
 
 
 @final
@@ -71,6 +86,9 @@ class Gathered:
 
     def merge(self, adapters: Sequence[Adapter]) -> None:
         """What the adapters add, module by module as in PEFT: it shows where two modules have one weight."""
+        for n, adapter in enumerate(adapters):
+            for other in adapters[:n]:
+                check_tokens(other, adapter)
         for module in self._model.modules():
             for adapter in adapters:
                 if module in adapter.modules:
@@ -104,9 +122,12 @@ class Gathered:
         what = f"{adapter.source.folder} at {module!r}"
         method = found.method
         weight = self._weight_of(module, what)
+        together = self._asked.ties == "refuse" and followed_everywhere(adapter.following, module)
+        if together and module in adapter.following:
+            return  # its table's rows are in the weight that both have
         bias = self._model.modules()[module].bias
         if touches(method, "weight"):
-            key = self._kept(weight, what)
+            key = self._kept(weight, what, "share" if together else None)
             self._merged.setdefault(key, []).append(self._change(adapter, module, found, "weight", weight, bias, what))
         if touches(method, "bias"):
             if bias is not None:
@@ -123,6 +144,9 @@ class Gathered:
     ) -> Change:
         method, layer = found.method, found.layer
         dtype = self._work_dtype(weight, what)
+        if isinstance(method, TokensBeside):  # rows, and no delta that could be rounded in one way or another
+            rows = ((TrainableTokens.key, found.tensors[method.key]),)
+            return Tokens(**self._dtypes(adapter, dtype), module=module, method=method.alone, layer=layer, tensors=rows)
         first = rounded_first(method, layer, self._asked.rounding)
         own: dict[str, Any] = {
             **self._dtypes(adapter, dtype),
@@ -204,11 +228,11 @@ class Gathered:
             raise NotMergeableError(f"{what}: the module has no parameter called weight, which an adapter could change.")
         return weight
 
-    def _kept(self, name: str, what: str) -> str:
+    def _kept(self, name: str, what: str, ties: Ties | None = None) -> str:
         """Under which name a change of the parameter `name` is kept."""
         if name not in self._model.parameters() and name not in self._model.tied():
             raise KeyMismatchError(f"{what}: the base has no tensor {name!r}.\n  The adapter was made for another model.")
-        kept, apart = changed_name(self._model.base, name, self._asked.ties, what)
+        kept, apart = changed_name(self._model.base, name, ties or self._asked.ties, what)
         self._apart |= apart
         return kept
 

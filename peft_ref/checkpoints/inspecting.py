@@ -25,11 +25,12 @@ from peft_ref.checkpoints.folding import folded
 from peft_ref.checkpoints.scales import Scale, rank_of, scale_of
 from peft_ref.contracts import LowRank, WeightMethod
 from peft_ref.errors import PeftRefError
-from peft_ref.files.adapter import DEFAULT, PICKLES, adapter_names, load_config, open_adapter, spanned
+from peft_ref.files.adapter import DEFAULT, PICKLES, adapter_names, load_config, open_adapter, spanned, with_tokens_of
 from peft_ref.files.config import AdapterConfig, flatten
 from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, Sorted, sort_tensors, told_apart
 from peft_ref.files.safetensors import Entry, NDArray, SafetensorsFile, Tensor, dtypes
+from peft_ref.files.tokens import KEY, WORD
 from peft_ref.graph.patterns import Matcher
 from peft_ref.graph.rules import SAVED_BY_TASK
 from peft_ref.graph.targets import unused_patterns
@@ -123,9 +124,10 @@ def inspect(folder: str | os.PathLike[str], name: str = DEFAULT) -> Inspection:
     found = _sorted(config, entries, findings)
     modules: dict[str, Module] = {}
     if isinstance(config.method, WeightMethod):
+        config = _with_tokens(config, found, findings)
         modules = _modules(config, found, findings)
         findings += _shared(config, modules, cast(Mapping[str, Entry], found.shared))
-        findings += _patterns(config, modules)
+        findings += _patterns(config, {name: module for name, module in modules.items() if name not in config.beside})
     elif isinstance(config.method, AttentionMethod):
         findings += _blocks(config.method, found)
     findings += [*_dtypes(file.entries), *_scales(modules), *_start(config), *_saved(config, found), *_folder(Path(folder))]
@@ -166,6 +168,17 @@ def _sorted(config: AdapterConfig, entries: Mapping[str, Tensor], findings: list
         findings.append(Finding(WRONG, str(error)))
         own = {key: entry for key, entry in entries.items() if key in config.method.file_keys}
         return Sorted({}, {}, {}, {}, own, {})
+
+
+def _with_tokens(config: AdapterConfig, found: Sorted, findings: list[Finding]) -> AdapterConfig:
+    """The configuration that knows which modules have trained tokens."""
+    try:
+        config = with_tokens_of(config, found.modules)
+    except PeftRefError as error:
+        findings.append(Finding(WRONG, str(error)))
+    if config.tokens and not any(KEY in own for own in found.modules.values()):
+        findings.append(Finding(WRONG, f"{WORD} asks for trained tokens, and the file has none ({KEY})."))
+    return config
 
 
 def _check_prompt(method: Prompt, own: Mapping[str, Entry]) -> None:

@@ -17,7 +17,7 @@ from peft_ref.checkpoints.pieces import Piece, pieces, same
 from peft_ref.checkpoints.plan import NDArray, Source
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
-from peft_ref.files.adapter import AdapterFile, from_state_dict, load_config, open_adapter
+from peft_ref.files.adapter import AdapterFile, AdapterModule, from_state_dict, load_config, open_adapter
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, parameter_name
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
@@ -26,7 +26,7 @@ from peft_ref.methods.lora import LoRA
 from peft_ref.methods.lora_parameter import Stack, shapes
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.parameters import Places, places
-from peft_ref.model.placing import Placed, place
+from peft_ref.model.placing import Placed, place, with_tokens
 from peft_ref.model.storing import beside
 
 # Architectures whose experts are stored (E, in, out); no file tells.
@@ -59,6 +59,7 @@ class Adapter(NamedTuple):
     config: AdapterConfig
     modules: Mapping[str, OnModule]
     parameters: Mapping[str, OnParameter]
+    following: Mapping[str, str]  # modules whose trained tokens are those of another one, in whose weight they are
     copies: Mapping[str, Piece]  # of modules_to_save, by the parameters' own names
     tied: Mapping[str, str]  # those whose copy is that of another name
     frozen: Mapping[str, Piece]  # what takes the place of frozen parameters: trained biases, saved embeddings
@@ -106,7 +107,10 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
         keys = {s.key: f"{PREFIX}{name}.{s.key}" for s in specs if s.saved and not s.shared}
         shared = {s.field: f"{SHARED_PREFIX}{names[name][s.field]}" for s in specs if s.saved and s.shared}
         absent = tuple(s.field for s in specs if getattr(params, s.field) is None)
+        if name in placed.following:
+            continue
         modules[name] = OnModule(method, layer, {k: there[f] for k, f in keys.items()}, {k: there[f] for k, f in shared.items()}, absent)
+    modules |= {name: _follower(name, modules[table], found.modules[name], there) for name, table in placed.following.items()}
     if source.weight != 1 and (other := [*saved, *(parameter_name(key) for key in found.biases)]):
         raise ConfigError(
             f"{source.folder}: weight {source.weight} and a whole {other[0]}, which takes the place of the base's and has no scale.\n"
@@ -116,7 +120,16 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
         if second in saved and one in saved and not same(saved[second], saved[one]):
             raise KeyMismatchError(f"{second} and {one} are tied, and their copies differ (HF PEFT takes one of them).\n  Give one.")
     copies = {name: tensor for name, tensor in saved.items() if name not in placed.tied}
-    return Adapter(source, placed.config, modules, parameters, copies, placed.tied, frozen)
+    return Adapter(source, placed.config, modules, parameters, placed.following, copies, placed.tied, frozen)
+
+
+def _follower(name: str, table: OnModule, own: AdapterModule, there: Mapping[str, Piece]) -> OnModule:
+    """A head with the rows of the table it is tied to, which a file that holds both whole has once more."""
+    ((key, rows),) = table.tensors.items()
+    again = there.get(f"{PREFIX}{name}.{key}")
+    if again is not None and not same(again, rows):
+        raise KeyMismatchError(f"{again.name} and {rows.name} are of one weight, and differ (HF PEFT takes the table's).")
+    return OnModule(own.method, own.layer, table.tensors, {}, ())
 
 
 def _placed(model: Adapted, config: AdapterConfig, there: Mapping[str, Piece]) -> tuple[Placed, dict[str, OnParameter]]:
@@ -132,7 +145,8 @@ def _placed(model: Adapted, config: AdapterConfig, there: Mapping[str, Piece]) -
     parameters: dict[str, OnParameter] = {}
     for names in by_owner.values():
         parameters |= _in_order(names, found, there)
-    return Placed(config, found.layers), parameters
+    own = {name: layer for name, layer in found.layers.items() if name not in found.tokens}
+    return with_tokens(Placed(config, own), model), parameters
 
 
 def _in_order(names: Sequence[str], found: Places, there: Mapping[str, Piece]) -> dict[str, OnParameter]:

@@ -30,6 +30,7 @@ from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, check_adapter_name, sort_tensors
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
+from peft_ref.files.tokens import KEY, tokens_at
 from peft_ref.layers import Layer
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.reading.documents import read_bytes
@@ -64,6 +65,8 @@ def state_dict(modules: Mapping[str, AdapterModule]) -> dict[str, Array]:
     beside, shared = dict[str, Array](), dict[str, Array]()
     keys: Mapping[str, Mapping[str, str]] | None = None
     for name, (method, layer, params) in modules.items():
+        if not any(spec.saved for spec in method.spec(layer)):
+            continue
         packed, own = method.pack(layer, params), dict[str, Array]()
         keys = method.shared_keys(tuple(modules)) if keys is None else keys
         for spec in method.spec(layer):
@@ -112,6 +115,7 @@ def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> d
 def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> AdapterFile:
     """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
     found = sort_tensors(config, tensors)
+    config = with_tokens_of(config, found.modules)
     if isinstance(config.method, Prompt):
         table = found.prompt.get(SAVED)
         fitted = config.method if table is None else config.method.fitted(tuple(table.shape))
@@ -153,6 +157,20 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         biases=found.biases,
         embeddings=found.embeddings,
     )
+
+
+def with_tokens_of(config: AdapterConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> AdapterConfig:
+    """`config` that knows which modules have trained tokens, by their keys in a file, where no model has told it."""
+    if not config.tokens or config.beside:
+        return config
+    there = [name for name, own in modules.items() if KEY in own]
+    found = tokens_at(config.tokens, there)
+    if unnamed := [name for name in there if name not in found]:
+        raise KeyMismatchError(
+            f"{PREFIX}{unnamed[0]}.{KEY}: trainable_token_indices names {', '.join(config.tokens)}, and no {unnamed[0]!r}.\n"
+            "  The file belongs to another configuration."
+        )
+    return replace(config, beside=found)
 
 
 def spanned(config: AdapterConfig, layers: Mapping[str, Layer] | None, shapes: Mapping[str, tuple[int, ...]]) -> AdapterConfig:

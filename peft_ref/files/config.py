@@ -5,6 +5,7 @@
     patterns        where the method differs: rank_pattern, alpha_pattern, feedforward_modules, and block_size_pattern or
                     n_frequency_pattern of the methods that have such a size. AdaLoRA's rank_pattern is not by pattern
                     and no rank: {"<module>.lora_E": [which triplets its training kept]}, and alpha_pattern it does not read
+    beside          what an adapter does where it does not do its method: trainable_token_indices, once the modules are known
     housekeeping    everything else, also what a newer PEFT added: carried along, never interpreted
 
 What was read and not changed is written back to the byte. A key that is absent has PEFT's default.
@@ -39,11 +40,13 @@ from peft_ref.files.rules import (
     start_as_saved,
     switch_as_saved,
 )
+from peft_ref.files.tokens import TAKERS, WORD, tokens_asked
 from peft_ref.graph.pattern_keys import Keys
 from peft_ref.graph.patterns import SECONDS_PER_NAME, Matcher
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
+from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.prompts import Prompt
 from peft_ref.reading.documents import CONFIG, OWN, Limit, parsed
 
@@ -76,10 +79,13 @@ class AdapterConfig:
     targets: Targets = field(default_factory=Targets)
     patterns: Patterns = field(default_factory=Patterns)
     housekeeping: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, TokensBeside] = field(default_factory=dict, repr=False, compare=False)  # modules with a method of their own
     text: str | None = field(default=None, repr=False, compare=False)  # as it was read, for what has not changed since
 
     def method_for(self, module_name: str) -> WeightMethod[Any]:
         """The method of one module, with the rank, scale and place in the block that the patterns give it."""
+        if module_name in self.beside:
+            return self.beside[module_name]
         if not isinstance(self.method, WeightMethod):
             where = "it goes before its inputs" if isinstance(self.method, Prompt) else "it adds to attention blocks, alike to all of them"
             raise ConfigError(f"{type(self.method).__name__} adapts no layer of a model: {where}.")
@@ -103,6 +109,11 @@ class AdapterConfig:
             changes["is_feedforward"] = self._is_feedforward(module_name)
         changed: WeightMethod[Any] = dataclasses.replace(method, **changes) if changes else method  # type: ignore[type-var]
         return changed.on_module(module_name)
+
+    @cached_property
+    def tokens(self) -> Mapping[str, TokensBeside]:
+        """The tokens that are trained beside the method, by the ends of the layers' names; INPUT is the input embedding's."""
+        return tokens_asked(self.housekeeping.get(WORD), type(self).__name__) if self.method.peft_type in TAKERS else {}
 
     def pattern_key(self, name: str, module_name: str) -> str | None:
         """The key of `rank_pattern` or `alpha_pattern` that decides about this module, where PEFT reads it."""
@@ -196,6 +207,9 @@ def _split(data: Any, where: str) -> AdapterConfig:
         method = cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if data["peft_type"] in TAKERS:
+        tokens_asked(data.get(WORD), where)
+        check_names(data.get(WORD) if isinstance(data.get(WORD), Mapping) else None, f"{where}: {WORD}", MOST_SAVED)
     for name in (*field_names(Targets), *field_names(Patterns), *(f"{size}_pattern" for size in SIZES)):
         check_names(data.get(name), f"{where}: {name}", MOST_SAVED if name in COMPARED else MOST)
     given = {name: data[name] for name in field_names(Targets) if name in data}

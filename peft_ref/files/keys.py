@@ -2,6 +2,7 @@
 
     base_model.model.<module path>.lora_A.weight                in a file
     base_model.model.<module path>.lora_A.<adapter>.weight      in PEFT's memory: the adapter's name follows the parameter's own
+    base_model.model.<module path>.token_adapter.trainable_tokens_delta  the rows of trained tokens, beside another method (`tokens.py`)
     base_model.vera_A, base_model.tinylora_v.0                  what several layers share, once
     prompt_embeddings                                           a prompt's, which belongs to no module
     base_model.<module path>.weight                             beside a prompt, a module that was trained whole, or an embedding
@@ -22,6 +23,7 @@ from peft_ref.errors import ConfigError, KeyMismatchError
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.removed import name_of_today
 from peft_ref.files.safetensors import Tensor
+from peft_ref.files.tokens import KEY, WRAPPER
 from peft_ref.prompts import Prompt
 
 PREFIX = "base_model.model."
@@ -56,6 +58,7 @@ def told_apart(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[So
     """Which tensor is what, and every key that is nothing the configuration asks for, with why."""
     found, strangers = Sorted({}, {}, {}, {}, {}, {}), dict[str, str]()
     known, common = parameter_keys(type(config.method)), shared_keys(type(config.method))
+    known |= {KEY} if config.tokens else set()
     shared: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, str] = {}
@@ -72,7 +75,7 @@ def told_apart(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[So
             rest[key] = name
         else:
             modules.setdefault(place[0], {})[place[1]] = tensors[key]
-    of_tables = parameter_keys(type(config.method), only_embedding=True)
+    of_tables = parameter_keys(type(config.method), only_embedding=True) | {KEY}
     tables = {module for module, own in modules.items() if own.keys() & of_tables}
     for key, name in rest.items():
         kind = _other(name, config, tables)
@@ -140,7 +143,8 @@ def _is_shared(key: str, common: frozenset[str]) -> bool:
 def parameter_name(key: str, prefix: str = PREFIX) -> str:
     """The model's own name for what a key of `modules_to_save`, `biases` or `embeddings` holds; beside a prompt give PROMPT_PREFIX."""
     *path, last = key.removeprefix(prefix).split(".")
-    return ".".join([*path[:-1], last] if path[-1:] == ["base_layer"] else [*path, last])
+    wrappers = next((n for n in (2, 1) if path[-n:] == [WRAPPER, "base_layer"][-n:]), 0)
+    return ".".join([*path[: len(path) - wrappers], last])
 
 
 def with_adapter_name(key: str, adapter: str, tuner_prefix: str) -> str:
@@ -190,7 +194,7 @@ def _other(name: str, config: AdapterConfig, tables: Collection[str]) -> str | N
     if name.endswith(".bias") and config.housekeeping.get("bias", "none") != "none":
         return "biases"
     module, _, last = parameter_name(name).rpartition(".")
-    adapted = f"{module}.base_layer.{last}" == name
+    adapted = name in (f"{module}.base_layer.{last}", f"{module}.{WRAPPER}.base_layer.{last}")
     if last in ("weight", "bias") and (module.rpartition(".")[2] in EMBEDDINGS or (adapted and module in tables)):
         return "embeddings"
     return None

@@ -39,12 +39,10 @@ SWITCHES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
         "alora_invocation_tokens": "aLoRA adapts only what follows its invocation tokens",
         "arrow_config": "Arrow routes between adapters",
-        "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
         "enable_lora": "PEFT 0.2 adapted parts of a fused layer with a grouped convolution (MergedLinear)",
     },
     "ADALORA": {
         "target_parameters": "target_parameters adapts bare parameters such as fused experts",
-        "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
     },
 }
 

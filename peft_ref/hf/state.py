@@ -174,6 +174,8 @@ class Layered(State):
         likes = {module: self.adapted.frozen(weight_name(self.adapted, module)) for module in read.modules}
         params = {}
         for module, found in brought_modules(read.modules, likes).items():
+            if module in adapter.following and found.params.D is None:
+                continue  # it has the rows of another
             specs = found.method.spec(found.layer)
             kept = {s.field: getattr(adapter.modules[module].params, s.field) for s in specs if not s.saved}
             whole = found._replace(params=found.params._replace(**kept))
@@ -205,7 +207,8 @@ class Layered(State):
         for adapter in self.adapted.adapters.values():
             method = adapter.config.method
             if isinstance(method, AdaLoRA) and not adapter.config.housekeeping.get("inference_mode"):
-                return method.orthogonality({module: found.params for module, found in adapter.modules.items()})
+                own = {module: found.params for module, found in adapter.modules.items() if module not in adapter.config.beside}
+                return method.orthogonality(own)
         return 0.0
 
 
@@ -234,7 +237,8 @@ def _of_rows(model: Adapted, inputs: Inputs, rows: Sequence[str]) -> Output:
 def _said(model: Adapted, name: str) -> Adapted:
     """`model` whose adapter's configuration says what PEFT's says once it is placed: fan_in_fan_out, by the last of its linear modules."""
     adapter = model.adapters[name]
-    kinds = [kind for module in adapter.modules if (kind := model.layer(module).kind) in ("linear", "transposed_linear")]
+    own = [module for module in adapter.modules if module not in adapter.config.beside]
+    kinds = [kind for module in own if (kind := model.layer(module).kind) in ("linear", "transposed_linear")]
     if adapter.config.method.peft_type not in FAN or not kinds:
         return model
     housekeeping = {**adapter.config.housekeeping, "fan_in_fan_out": kinds[-1] == "transposed_linear"}

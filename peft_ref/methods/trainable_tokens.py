@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple, final
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class Params(NamedTuple):
     D: Annotated[Array, "tokens size", Key("trainable_tokens_delta", kinds=KINDS)]
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
 class TrainableTokens(Reweight[Params]):
     token_indices: tuple[int, ...] = ()
@@ -43,6 +42,7 @@ class TrainableTokens(Reweight[Params]):
     kinds: ClassVar[frozenset[str]] = KINDS
     replaces: ClassVar[bool] = True
     params_type: ClassVar[type[tuple[Any, ...]]] = Params
+    key: ClassVar[str] = "trainable_tokens_delta"
 
     def __post_init__(self) -> None:
         tokens: Any = self.token_indices
@@ -64,14 +64,14 @@ class TrainableTokens(Reweight[Params]):
 
     def measured(self, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
         """An embedding that is just large enough: a file does not tell how many words there are."""
-        size = shapes.get("trainable_tokens_delta", ())
+        size = shapes.get(self.key, ())
         return Embedding(num_embeddings=max(self.token_indices, default=0) + 1, embedding_dim=size[1]) if len(size) == 2 else None
 
     def init(self, layer: Layer, W: Array, rng: np.random.Generator) -> Start[Params]:
         if not self.init_weights:
-            return Start(Params(to(rng.normal(size=tuple(self.dims(layer).values())), W)), W)
+            return Start(self.to_params(D=to(rng.normal(size=tuple(self.dims(layer).values())), W)), W)
         rows = _rows(layer, W)
-        return Start(Params(self._chosen(rows) @ rows), W)
+        return Start(self.to_params(D=self._chosen(rows) @ rows), W)
 
     def weight(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         S = self._chosen(_rows(layer, W))
@@ -82,7 +82,7 @@ class TrainableTokens(Reweight[Params]):
     ) -> WeightGradients[Params]:
         G = _rows(layer, dW)
         S = self._chosen(G)
-        return WeightGradients(Params(S @ G), _rows(layer, self._replaced(S, G, 0 * G)), db)
+        return WeightGradients(self.to_params(D=S @ G), _rows(layer, self._replaced(S, G, 0 * G)), db)
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:
         rows = _rows(layer, W)

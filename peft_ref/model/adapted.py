@@ -51,6 +51,7 @@ class Attached:
     whole: tuple[str, ...] = ()  # those modules
     tied: Mapping[str, str] = field(default_factory=dict)  # parameters whose copy is that of another name
     mirrored: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
+    following: Mapping[str, str] = field(default_factory=dict)  # modules whose trained tokens are those of another one
     trainable: bool = False
     multiplier: float = 1.0  # of its scale, for a while: no part of the configuration
 

@@ -37,6 +37,7 @@ from peft_ref.model.placing import Placed, bias_of, check_apart, check_new, plac
 from peft_ref.model.sharing import common, shared
 from peft_ref.model.switching import trained
 from peft_ref.model.ties import Ties, changed_name, check_ties, names_of, parted
+from peft_ref.model.tokens import followed
 
 
 def add(
@@ -68,6 +69,7 @@ def add(
         lora = modules[head].method
         source, target = (table, head) if isinstance(lora, LoRA) and lora.init_lora_weights is False else (head, table)
         modules[target] = modules[target]._replace(params=transposed(modules[source].params))
+    modules = followed(modules, placed.following)
     return joined(model, name, placed, modules, blocks=blocks, trainable=not placed.config.housekeeping.get("inference_mode", False))
 
 
@@ -140,6 +142,7 @@ def joined(
         whole=placed.saved,
         tied=placed.tied,
         mirrored=placed.mirrored,
+        following=placed.following,
         trainable=trainable and first,
     )
     free = biases_of(model.base, placed) if first and trainable else frozenset[str]()
@@ -185,6 +188,7 @@ def update(
                 raise ShapeError(f"{name!r} at {module!r}: {spec.field} is {came}, expected {spec.shape}.\n  {old.method} on {old.layer}.")
         modules[module] = old._replace(params=values)
     check_mirrored(modules, adapter.mirrored)
+    modules = followed(modules, adapter.following, (params or {}).keys())
     saved = one_copy(saved or {}, adapter.tied)
     if unknown := sorted(saved.keys() - adapter.saved.keys()):
         raise KeyMismatchError(f"adapter {name!r} has no copy of {unknown[0]!r}.\n  It has {', '.join(adapter.saved) or 'none'}.")

@@ -13,7 +13,7 @@ The combination is a new adapter, neither active nor trainable. With one adapter
 
 HF      LoraModel.add_weighted_adapter; IA3Model's is in `combine_ia3.py`.
 followed        use_rslora stays on while alpha is set to r: what comes out is sqrt(r) times too large. A lora_bias comes out zero, DoRA's
-                magnitudes fresh, modules_to_save as the base's own
+                magnitudes fresh, modules_to_save and trained tokens as the base's own
 not followed    where patterns gave a module another rank, the configuration does not say so and its file cannot be loaded: here it does
 refused         an existing name, for which HF does nothing; more weights than adapters, or fewer, which HF drops; a grouped convolution
                 under cat, whose groups HF mixes; pissa and olora, which change the frozen weight once more
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from peft_ref.arrays import Array, namespace, row_norm, to, zeros_like
-from peft_ref.contracts import Method
+from peft_ref.contracts import Method, WeightMethod
 from peft_ref.errors import ConfigError, UnsupportedLayerError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig, Patterns
@@ -42,6 +42,7 @@ from peft_ref.model.adapted import Adapted, Attached
 from peft_ref.model.attaching import joined, weight_name
 from peft_ref.model.numbers import wide
 from peft_ref.model.placing import check_new, place
+from peft_ref.model.tokens import followed
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = (*SAME_RANK, "cat", "svd", *(f"{kind}_svd" for kind in SAME_RANK[1:]))
@@ -102,13 +103,23 @@ def add_weighted(
     placed = place(model, config)
     modules: dict[str, AdapterModule] = {}
     for module, layer in placed.layers.items():
+        if module in placed.config.beside:
+            modules[module] = AdapterModule(*_fresh(model, module, layer, placed.config))
+            continue
         here = [_source(a, module, w) for a, w in zip(sources, weights, strict=True) if module in a.modules]
         if not here:
             raise ConfigError(f"none of the adapters is on {module!r} (HF PEFT refuses it too).\n  Narrow their target_modules.")
         A, B = combined(kind, layer, here, options)
         method = as_lora(placed.config.method_for(module))
         modules[module] = _module(method, layer, A, B, model, module)
+    modules = followed(modules, placed.following)
     return joined(model, name, placed._replace(config=with_ranks(placed.config, modules)), modules, trainable=False)
+
+
+def _fresh(model: Adapted, module: str, layer: Layer, config: AdapterConfig) -> tuple[WeightMethod[Any], Layer, Any]:
+    """Trained tokens as they start."""
+    method, W = config.method_for(module), layer.fold(model.frozen(weight_name(model, module)))
+    return method, layer, method.init(layer, wide(W), np.random.default_rng(0)).params
 
 
 def combined(kind: str, layer: Layer, sources: Sequence[Source], o: Options) -> tuple[Array, Array]:
@@ -181,7 +192,7 @@ def all_targets(sources: Sequence[Attached]) -> str | tuple[str, ...]:
 def with_ranks(config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> AdapterConfig:
     """`config` with the patterns that give every module the rank and alpha that it has."""
     whole = as_lora(config.method)
-    other = {re.escape(name): as_lora(m.method) for name, m in modules.items() if m.method != whole}
+    other = {re.escape(name): as_lora(m.method) for name, m in modules.items() if name not in config.beside and m.method != whole}
     ranks = {name: method.r for name, method in other.items() if method.r != whole.r}
     alphas = {name: method.lora_alpha for name, method in other.items() if method.lora_alpha != whole.lora_alpha}
     return replace(config, patterns=replace(config.patterns, rank_pattern=ranks, alpha_pattern=alphas)) if other else config

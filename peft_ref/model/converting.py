@@ -61,6 +61,11 @@ def converted(
     check_on_its_weight(file.config)
     if not file.modules:
         raise ConfigError(f"{type(file.config.method).__name__} changes no layer's weight: there is nothing that a LoRA could be.")
+    if file.config.tokens:
+        raise ConfigError(
+            "an adapter with trainable_token_indices: rows that take the place of others are no LoRA, and it would be without them.\n"
+            "  Merge it, or train a LoRA without."
+        )
     if file.shared:
         raise ConfigError(
             f"{type(file.config.method).__name__}'s layers share {', '.join(file.shared)}.\n  Give the model: it tells which."

@@ -26,11 +26,17 @@ class LazyModules(Mapping[str, AdapterModule]):
     """The modules of an adapter in `file`. Its header is checked now, its numbers come later, like `like`."""
 
     def __init__(
-        self, file: SafetensorsFile, config: AdapterConfig, layers: Mapping[str, Layer], like: Array, beside: Mapping[str, Any]
+        self,
+        file: SafetensorsFile,
+        config: AdapterConfig,
+        layers: Mapping[str, Layer],
+        like: Array,
+        beside: Mapping[str, Any],
+        following: Mapping[str, str],
     ) -> None:
         self.like = like
         self._beside = beside  # by module, what is not read from its own tensors: what it shares, what is made again
-        self._file, self._config, self._layers = file, config, dict(layers)
+        self._file, self._config, self._layers, self._following = file, config, dict(layers), dict(following)
         for name, layer in self._layers.items():
             for spec in read_later(config.method_for(name).spec(layer)):
                 if (came := file.entries[f"{PREFIX}{name}.{spec.key}"].shape) != spec.stored_shape:
@@ -38,6 +44,8 @@ class LazyModules(Mapping[str, AdapterModule]):
 
     def __getitem__(self, name: str) -> AdapterModule:
         layer = self._layers[name]
+        if name in self._following:
+            return AdapterModule(self._config.method_for(name), layer, self[self._following[name]].params)
         method = self._config.method_for(name)
         tensors = {s.key: brought(self._file.read(f"{PREFIX}{name}.{s.key}"), self.like) for s in read_later(method.spec(layer))}
         if method.swaps:

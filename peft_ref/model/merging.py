@@ -23,8 +23,9 @@ from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.model.adapted import Adapted, Merged
 from peft_ref.model.attaching import overlaid, weight_name
 from peft_ref.model.numbers import as_stored, is_finite, wide
-from peft_ref.model.switching import refuse_together
+from peft_ref.model.switching import check_tokens, refuse_together
 from peft_ref.model.ties import Ties, changed_name, check_ties
+from peft_ref.model.tokens import followed_everywhere
 from peft_ref.stack import Adapter, step
 
 
@@ -44,6 +45,7 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
     refuse_together(model, wanted, "merged")
     before = () if any(_replaces_all(model, name) for name in wanted) else model.merged.names
     every = (*before, *(name for name in wanted if name not in before))
+    check_tokens(model, every, "merged")
     ties = model.merged.ties if ties == "refuse" else ties
     weights: dict[str, Array] = {}
     untied = frozenset[str]()
@@ -87,6 +89,8 @@ def _merge_at(model: Adapted, module: str, name: str, weights: dict[str, Array],
     layer, key, bias = model.layer(module), weight_name(model, module), model.modules()[module].bias
     method, params, _ = model.adapters[name].adapter(module)
     what = f"merging {name!r} at {module!r}"
+    if ties == "refuse" and followed_everywhere(model.adapters[name].following, module):
+        ties = "share"
     kept, untied = changed_name(model.base, key, ties, what)
     frozen = model.frozen(key)
     stored = weights.get(kept, frozen)

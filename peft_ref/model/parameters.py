@@ -31,6 +31,7 @@ from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.methods.lora_parameter import Stack, check, delta, init, keys, pack, stack_of, unpack
 from peft_ref.model.numbers import as_stored, brought, to_file, wide
+from peft_ref.model.tokens import check_beside, in_order, tokens_beside
 
 
 class OnParameter(NamedTuple):
@@ -51,6 +52,7 @@ class Places(NamedTuple):
     parameters: Mapping[str, tuple[LoRA, Stack]]
     layers: Mapping[str, Layer]
     keys: Mapping[str, str]
+    tokens: frozenset[str] = frozenset()  # those of the layers that have trained tokens
 
 
 def add(graph: Graph, config: AdapterConfig, rng: np.random.Generator, *, transposed: Collection[str] = ()) -> ParameterAdapter:
@@ -132,4 +134,7 @@ def places(graph: Graph, config: AdapterConfig, transposed: Collection[str]) -> 
         found[name] = own, stack_of(graph.parameters()[graph.resolve(name)].shape, owner in transposed)
         owned.setdefault(owner, []).append(last)
     layers = {module: layer for module in matched.modules if (layer := graph.modules()[module].layer) is not None}
-    return Places(found, layers, keys(owned))
+    tokens = tokens_beside(config, graph)
+    check_beside(replace(config, beside=tokens.methods), layers, matched.saved)
+    own = {module: layer for module in tokens.methods if (layer := graph.modules()[module].layer) and module not in tokens.following}
+    return Places(found, in_order(graph, {**layers, **own}), keys(owned), frozenset(own))

@@ -6,7 +6,7 @@ modules_to_save, IA3's feed-forward modules. What is saved later says so too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ from peft_ref.graph.targets import match
 from peft_ref.graph.tying import Tie, asks, embedding_tie, targets_with_table, with_table
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
+from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import NOTHING, Adapted
+from peft_ref.model.tokens import check_beside, in_order, tied_to_table, tokens_beside
 
 TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
@@ -38,6 +40,7 @@ class Placed(NamedTuple):
     saved: tuple[str, ...] = ()  # the modules that are trained in full
     tied: Mapping[str, str] = NOTHING  # the parameters of those whose copy is that of another name
     mirrored: Mapping[str, str] = NOTHING  # the modules whose factors are those of another one, transposed
+    following: Mapping[str, str] = NOTHING  # the modules whose trained tokens are those of another one
     blocks: Mapping[str, AttentionBlock] = NOTHING  # the attention blocks that get one
 
 
@@ -75,11 +78,26 @@ def place(model: Adapted, config: AdapterConfig) -> Placed:
     mirrored = {} if table is None else dict.fromkeys(table.others, table.table)
     layers = {name: model.layer(name) for name in dict.fromkeys((*matched.modules, *mirrored))}
     config = spanned(config, layers, {})
-    for name, layer in layers.items():
-        config.method_for(name).check_layer(layer, name)
     saved = (*matched.saved, *(m for m in dict.fromkeys(s.rpartition(".")[0] for s in tied) if m not in matched.saved))
     check_mirrors(config, layers, mirrored)
-    return Placed(config, layers, saved, tied, mirrored)
+    following = tied_to_table(graph, layers) if isinstance(method, TrainableTokens) else {}
+    if following:
+        layers = in_order(graph, {**layers, **{name: model.layer(name) for name in following}})
+    placed = with_tokens(Placed(config, layers, saved, tied, mirrored, following), model)
+    for name, layer in placed.layers.items():
+        placed.config.method_for(name).check_layer(layer, name)
+    return placed
+
+
+def with_tokens(placed: Placed, model: Adapted) -> Placed:
+    """The same with the modules that have trained tokens."""
+    if not placed.config.tokens:
+        return placed
+    methods, following = tokens_beside(placed.config, model.base)
+    config = replace(placed.config, beside=methods)
+    check_beside(config, placed.layers, placed.saved)
+    layers = in_order(model.base, {**placed.layers, **{name: model.layer(name) for name in methods}})
+    return placed._replace(config=config, layers=layers, following=following)
 
 
 def _in_attention(config: AdapterConfig, method: AttentionMethod[Any], graph: Graph) -> Placed:
@@ -191,11 +209,14 @@ def check_new(model: Adapted, name: str, config: AdapterConfig) -> None:
 
 
 def check_apart(model: Adapted, name: str, placed: Placed) -> None:
-    """Raise `ConfigError` where one adapter would adapt what another, or it itself, trains in full.
+    """Raise `ConfigError` where one adapter would adapt what another, or it itself, trains in full, or trains tokens of.
 
     HF refuses the same module; inside of one it puts adapters into the copy, each of its own.
     """
+    beside = {name: placed.config.beside} | {other: adapter.config.beside for other, adapter in model.adapters.items()}
     adapted = {name: tuple(placed.layers)} | {other: tuple(adapter.modules) for other, adapter in model.adapters.items()}
+    for other in model.adapters:
+        check_tokens_alone((name, other), beside, adapted)
     whole = {name: placed.saved} | {other: adapter.whole for other, adapter in model.adapters.items()}
     for owner, saved in whole.items():
         for other, modules in adapted.items():
@@ -205,3 +226,12 @@ def check_apart(model: Adapted, name: str, placed: Placed) -> None:
                         f"adapter {owner!r} trains {above!r} in full, and {other!r} goes to {module!r}.\n"
                         "  Take one of them out: modules_to_save takes every module whose name ends so."
                     )
+
+
+def check_tokens_alone(pair: tuple[str, str], beside: Mapping[str, Collection[str]], modules: Mapping[str, Collection[str]]) -> None:
+    """Raise `ConfigError` where one of two adapters trains tokens of what the other adapts otherwise."""
+    for one, other in (pair, pair[::-1]):
+        if module := next((m for m in beside[one] if m in modules[other] and m not in beside[other]), None):
+            raise ConfigError(
+                f"{one!r} trains tokens of {module!r}, which {other!r} adapts too (HF PEFT refuses it too).\n  Take one of them out."
+            )

@@ -21,6 +21,7 @@ from peft_ref.layers import Layer
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.numbers import as_stored, brought, wide
 from peft_ref.model.placing import Placed
+from peft_ref.model.tokens import followed
 
 
 @final
@@ -54,6 +55,8 @@ def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModul
     out = dict(modules)
     made: Mapping[str, Any] | None = None
     for name, (method, layer, params) in modules.items():
+        if name in placed.following:
+            continue
         absent = [s for s in method.spec(layer) if not s.saved and getattr(params, s.field) is None]
         if any(not s.derived for s in absent) and made is None:
             made = common(model, placed, np.random.default_rng(0))
@@ -61,7 +64,7 @@ def completed(model: Adapted, placed: Placed, modules: Mapping[str, AdapterModul
         if made and drawn:
             out[name] = modules[name]._replace(params=params._replace(**{field: getattr(made[name], field) for field in drawn}))
         out[name] = worked_out(model, name, out[name], [s.field for s in absent if s.field not in drawn])
-    return out
+    return followed(out, placed.following, placed.following)
 
 
 def worked_out(model: Adapted, name: str, module: AdapterModule, fields: Sequence[str]) -> AdapterModule:

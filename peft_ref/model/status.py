@@ -18,6 +18,7 @@ from peft_ref.arrays import device as device_of
 from peft_ref.contracts import ParamSpec, WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.files.rules import field_names
+from peft_ref.files.tokens import WRAPPER
 from peft_ref.model.adapted import Adapted, Attached
 from peft_ref.model.lazy import LazyModules
 
@@ -27,6 +28,7 @@ MODEL_CLASSES |= {"LN_TUNING": "LNTuningModel"}
 LAYER_CLASSES = {"linear": "Linear", "transposed_linear": "Linear", "embedding": "Embedding"}
 PREFIX = "model."  # of module names under HF's tuner
 COPIES = "ModulesToSaveWrapper"
+TOKENS = "TrainableTokensLayer"  # within a wrapper
 IRREGULAR: Literal["irregular"] = "irregular"
 
 
@@ -78,7 +80,8 @@ def count(model: Adapted) -> Count:
     for adapter in model.adapters.values():
         own = _numbers(model, adapter)
         own += sum(math.prod(copy.shape) for key, copy in adapter.saved.items() if key in known or key in model.base.tied())
-        total += own + _held(model, adapter) + (len(adapter.modules) if "live_r" in field_names(type(adapter.config.method)) else 0)
+        adapted = len(adapter.modules) - len(adapter.config.beside)
+        total += own + _held(model, adapter) + (adapted if "live_r" in field_names(type(adapter.config.method)) else 0)
         trainable += own if adapter.trainable else 0
     return Count(trainable, total)
 
@@ -88,7 +91,11 @@ def layer_status(model: Adapted) -> list[LayerStatus]:
     model.refuse_attention("layer_status")
     found = []
     for module in (*model.modules(), *model.aliases()):
-        on = {name: adapter for name, adapter in model.adapters.items() if module in adapter.modules}
+        here = {name: adapter for name, adapter in model.adapters.items() if module in adapter.modules}
+        if beside := [name for name, adapter in here.items() if module in adapter.config.beside]:
+            tokens = _status(model, module, beside, TOKENS, [name for name in model.active_names if name in beside])
+            found.append(tokens._replace(name=f"{tokens.name}.{WRAPPER}"))
+        on = {name: adapter for name, adapter in here.items() if name not in beside}
         for kind in dict.fromkeys(adapter.config.method.peft_type for adapter in on.values()):
             names = [name for name, adapter in on.items() if adapter.config.method.peft_type == kind]
             found.append(_status(model, module, names, _layer_class(kind, model.layer(module).kind), list(model.active_names)))
@@ -129,6 +136,8 @@ def _numbers(model: Adapted, adapter: Attached) -> int:
     method = adapter.config.method
     own, keys = 0, method.shared_keys(tuple(adapter.modules)) if isinstance(method, WeightMethod) else {}
     for name in adapter.modules:
+        if name in adapter.following:
+            continue
         for s in _specs(model, adapter.config.method_for(name), name):
             if s.trained and s.shared:
                 once[keys[name][s.field]] = math.prod(s.shape)

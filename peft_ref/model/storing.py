@@ -18,7 +18,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -40,7 +40,10 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, shared_keys, sort_tensors
 from peft_ref.files.rules import field_names
 from peft_ref.files.safetensors import RawTensor, Tensor
+from peft_ref.files.tokens import KEY, WRAPPER
 from peft_ref.graph.patterns import Matcher
+from peft_ref.methods.tokens_beside import TokensBeside
+from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import in_block, joined, started, weight_in, weight_name
 from peft_ref.model.lazy import LazyModules, read_later
@@ -73,6 +76,7 @@ def _loaded(model: Adapted, folder: str | os.PathLike[str], name: str, subfolder
     placed = place(model, config)
     file = open_adapter(folder, subfolder)
     another = isinstance(config.method, WeightMethod) and config.method.saves_another_form
+    another |= any(f"{PREFIX}{head}.{key}" in file.entries for head in placed.following for key in (KEY, TrainableTokens.key))
     if not lazy or placed.blocks or another:  # what is on attention blocks is small and read at once
         return _attached(model, name, placed, _read(placed, {key: file.tensor(key) for key in file.entries}), None, trainable, ties)
     specs = {m: placed.config.method_for(m).spec(layer) for m, layer in placed.layers.items()}
@@ -83,7 +87,9 @@ def _loaded(model: Adapted, folder: str | os.PathLike[str], name: str, subfolder
     beside = _read(placed._replace(layers={}), {key: file.tensor(key) for key in file.entries.keys() - keys - again})
     like = model.frozen(weight_name(model, next(iter(placed.layers)))) if placed.layers else np.zeros(0)
     given = given_apart(model, placed, beside.shared, like)
-    return _attached(model, name, placed, beside, LazyModules(file, placed.config, placed.layers, like, given), trainable, ties)
+    return _attached(
+        model, name, placed, beside, LazyModules(file, placed.config, placed.layers, like, given, placed.following), trainable, ties
+    )
 
 
 def attach(model: Adapted, name: str, file: AdapterFile, *, trainable: bool = False, ties: Ties = "refuse") -> Adapted:
@@ -104,14 +110,22 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
     adapter = model.attached(name)
     config = replace(adapter.config, housekeeping={**adapter.config.housekeeping, "inference_mode": True})
     copies = {**adapter.saved, **{second: adapter.saved[first] for second, first in adapter.tied.items()}}
+    tables = _embeddings(model, config, embeddings)
+    modules = _as_numpys(adapter.modules) if isinstance(config.method, WeightMethod) and config.method.swaps else adapter.modules
     return AdapterFile(
         config=config,
-        modules=_as_numpys(adapter.modules) if isinstance(config.method, WeightMethod) and config.method.swaps else adapter.modules,
+        modules={**modules, **_heads_beside(modules, tables, adapter.following)} if adapter.following else modules,
         attention=adapter.blocks,
         modules_to_save={f"{PREFIX}{key}": to_file(copy) for key, copy in copies.items()},
         biases={_stored_key(model, key): to_file(model.frozen(key)) for key in _biases(model, config, copies)},
-        embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in _embeddings(model, config, embeddings)},
+        embeddings={_stored_key(model, key): to_file(model.frozen(key)) for key in tables},
     )
+
+
+def _heads_beside(modules: Mapping[str, AdapterModule], tables: list[str], following: Mapping[str, str]) -> dict[str, AdapterModule]:
+    """The heads that are saved whole, beside which HF saves the rows that they have of the table once more."""
+    heads = [head for head in following if f"{head}.weight" in tables]
+    return {head: modules[head]._replace(method=replace(cast(TokensBeside, modules[head].method), own=True)) for head in heads}
 
 
 def _as_numpys(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
@@ -225,6 +239,8 @@ def _adapted(model: Adapted) -> set[str]:
 
 def _stored_key(model: Adapted, name: str) -> str:
     module, _, last = name.rpartition(".")
+    if any(module in adapter.config.beside for adapter in model.adapters.values()):
+        return f"{PREFIX}{module}.{WRAPPER}.base_layer.{last}"
     return f"{PREFIX}{module}.base_layer.{last}" if module in _adapted(model) else f"{PREFIX}{name}"
 
 
@@ -245,7 +261,7 @@ def _embeddings(model: Adapted, config: AdapterConfig, wanted: bool | Literal["a
     if wanted == "auto":
         targets = config.targets.target_modules
         named = _matches(targets) if isinstance(targets, str) else bool({"embed_tokens", "lm_head"} & set(targets or ()))
-        tables = tables & _adapted(model) if named else set()
+        tables = tables & _adapted(model) if named and not config.tokens else set()
     return [key for module in sorted(tables) if (key := model.modules()[module].weight)]
 
 

@@ -91,6 +91,8 @@ def _more_columns(B: Array, n: int) -> Array:
 
 def _check_alike(old: AdapterConfig, new: AdapterConfig) -> None:
     before, after = as_lora(old.method), as_lora(new.method)
+    if old.tokens or new.tokens:
+        raise ConfigError("an adapter with trainable_token_indices is not swapped here.\n  Load it as an adapter of its own.")
     if type(before) is not type(after):
         raise ConfigError("one adapter is a DoRA, the other is not (HF PEFT refuses it too).\n  Load it as an adapter of its own.")
     pairs = {

@@ -38,6 +38,7 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
                 raise ConfigError(
                     f"adapters {other!r} and {name!r} both have a copy of {key} (HF PEFT refuses it too).\n  Activate one of them."
                 )
+    check_tokens(model, names, "active")
     return trained(replace(model, active_names=names, merged=Merged()), () if inference else names)
 
 
@@ -49,6 +50,20 @@ def refuse_together(model: Adapted, names: Sequence[str], what: str) -> None:
             f"adapters {', '.join(alone)} {what} together: of {model.adapters[alone[0]].config.method.peft_type} one acts at a time"
             " (HF PEFT refuses it too).\n  Name one."
         )
+
+
+def check_tokens(model: Adapted, names: Sequence[str], what: str) -> None:
+    """Raise `ConfigError` for several adapters that train tokens of one module: all of them at once, or the same tokens merged."""
+    there: dict[str, tuple[str, set[int]]] = {}
+    for name in names:
+        for module, method in model.attached(name).config.beside.items():
+            other, tokens = there.get(module, (name, set[int]()))
+            if other != name and (what == "active" or tokens & set(method.token_indices)):
+                raise ConfigError(
+                    f"adapters {other!r} and {name!r} both train tokens of {module!r} and are {what} together (HF PEFT refuses it too).\n"
+                    "  Name one of them."
+                )
+            there[module] = name, tokens | set(method.token_indices)
 
 
 def enable(model: Adapted) -> Adapted:

@@ -19,6 +19,7 @@ from peft_ref.checkpoints.inspecting import WRONG, Finding, Inspection, Module, 
 from peft_ref.checkpoints.inspecting_base import Base
 from peft_ref.checkpoints.spectrum import DeltaNumbers, Measured
 from peft_ref.files.safetensors import Entry
+from peft_ref.files.tokens import WORD
 from peft_ref.prompts import Prompt
 
 VERSION = 1
@@ -121,6 +122,7 @@ def facts(told: Told) -> list[tuple[str, str]]:
         ("settings", ", ".join(f"{name}={_json(value)}" for name, value in i.settings.items()) or "the method's defaults"),
         ("targets", _json(flat["target_modules"]) if flat.get("target_modules") is not None else ""),
         ("patterns", "; ".join(f"{w} {_json(flat[w])}" for w in ("rank_pattern", "alpha_pattern") if flat.get(w))),
+        ("trained tokens", _json(flat[WORD]) if i.config.tokens else ""),
         ("file", _file(i)),
         *((kind.replace("_", " "), beside(entries)) for kind, entries in i.beside.items()),
     ]

@@ -77,14 +77,16 @@ def learner_of(model: Model, adapted: Adapted, name: str = "default") -> Trainin
         references=references,
         attention={block: found.method for block, found in adapter.blocks.items()},
         mirrored=adapter.mirrored,
+        following=adapter.following,
         task_type=adapter.config.housekeeping.get("task_type") or "",
         penalty=method if isinstance(method, AdaLoRA) else None,
         row_drops=row_drops(adapter.config),
     )
+    own = {module: found for module, found in adapter.modules.items() if module not in adapter.following}
     params = Trainable(
-        adapters={name: found.params for on in (unshared(adapter.modules), adapter.blocks) for name, found in on.items()},
+        adapters={name: found.params for on in (unshared(own), adapter.blocks) for name, found in on.items()},
         weights={**_copies(adapted, adapter), **{key: adapted.weight(key) for key in sorted(adapted.trainable_biases)}},
-        shared=shared(adapter.modules),
+        shared=shared(own),
     )
     return Training(learner=learner, params=params, config=adapter.config, adapted=adapted, name=name)
 
@@ -139,7 +141,9 @@ def _pruned(file: AdapterFile, kept: Mapping[str, Any]) -> AdapterFile:
     """An AdaLoRA without the triplets that its allocator took away, as PEFT saves it."""
     modules = {}
     for name, (method, layer, params) in file.modules.items():
-        assert isinstance(method, AdaLoRA)
+        if not isinstance(method, AdaLoRA):  # tokens that are trained beside it
+            modules[name] = file.modules[name]
+            continue
         cut, left = sliced(method, params, [bool(keep) for keep in kept[name]])
         modules[name] = AdapterModule(cut, layer, left)
     config = replace(file.config, patterns=replace(file.config.patterns, rank_pattern=rank_pattern(kept)))

@@ -75,6 +75,7 @@ class Learner:
     methods: Mapping[str, WeightMethod[Any]] = field(default_factory=dict)  # by module
     attention: Mapping[str, AttentionMethod[Any]] = field(default_factory=dict)  # by attention block
     mirrored: Mapping[str, str] = field(default_factory=dict)  # modules whose factors are those of another one, transposed
+    following: Mapping[str, str] = field(default_factory=dict)  # modules whose trained tokens are those of another one, and trained with it
     references: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by module and field, which key of `shared` it refers to
     prompt: Prompt | None = None
     task_type: str = "CAUSAL_LM"
@@ -107,11 +108,19 @@ class Learner:
     def whole(self, p: Trainable) -> dict[str, Any]:
         """Every module's parameters with what they share."""
         given = {name: {which: p.shared[key] for which, key in self.references.get(name, {}).items()} for name in p.adapters}
-        return {name: params._replace(**given[name]) if given[name] else params for name, params in p.adapters.items()}
+        whole = {name: params._replace(**given[name]) if given[name] else params for name, params in p.adapters.items()}
+        return {**whole, **{name: whole[other] for name, other in self.following.items()}}
+
+    def penalised(self, adapters: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that AdaLoRA's penalty and allocator are about: not tokens that are trained beside them."""
+        return {name: params for name, params in adapters.items() if isinstance(self.methods.get(name), AdaLoRA)}
 
     def _apart(self, adapters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
         """Gradients of the modules, those of what they share added up."""
         rest, sums = dict(adapters), dict[str, Array]()
+        for name, other in self.following.items():
+            if (d := rest.pop(name, None)) is not None:
+                rest[other] = add_params(rest[other], d) if rest.get(other) is not None else d
         for name, references in self.references.items():
             for which, key in references.items() if name in rest else ():
                 if (d := getattr(rest[name], which)) is not None:
@@ -133,7 +142,7 @@ class Learner:
             if share:
                 every.append(share * self._loss_of(self.model.forward(self.net_at(p, batch.dropout), inputs).loss))
         if self.penalty is not None:
-            every.append(self.penalty.orthogonality(p.adapters))
+            every.append(self.penalty.orthogonality(self.penalised(p.adapters)))
         return sum(every[1:], every[0])
 
     def loss_vjp(self, p: Trainable, batches: Sequence[Batch]) -> Found:
@@ -156,9 +165,9 @@ class Learner:
                     prompt[name] = prompt[name] + d if name in prompt else d
         adapters = {name: params[0] for name, params in net_gradients.adapters.items()}
         if self.penalty is not None:
-            losses.append(self.penalty.orthogonality(p.adapters))
-            more = self.penalty.orthogonality_vjp(p.adapters, 1.0)
-            adapters = {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
+            losses.append(self.penalty.orthogonality(self.penalised(p.adapters)))
+            more = self.penalty.orthogonality_vjp(self.penalised(p.adapters), 1.0)
+            adapters |= {name: add_params(adapters[name], d) if name in adapters else d for name, d in more.items()}
         adapters, sums = self._apart(adapters)
         gradients = Trainable(
             adapters={name: adapters.get(name) for name in p.adapters},

@@ -69,6 +69,7 @@ def step(learner: Learner, recipe: Recipe, state: State, batches: Sequence[Batch
     params = learner.left_by_noise(params, start, batches[-1])
     made, allocation = state.step + 1, state.allocation
     if learner.penalty is not None:
-        allocation, adapters = allocator.after_step(learner.penalty, allocation, params.adapters, clipped[0].adapters, made)
-        params = params._replace(adapters=adapters)
+        own, moved_by = learner.penalised(params.adapters), learner.penalised(clipped[0].adapters)
+        allocation, adapters = allocator.after_step(learner.penalty, allocation, own, moved_by, made)
+        params = params._replace(adapters={**params.adapters, **adapters})
     return Stepped(State(made, params, optimizer, allocation), loss, clipped[1])

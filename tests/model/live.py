@@ -21,7 +21,7 @@ from peft_ref.model.placing import place  # noqa: E402
 from peft_ref.model.storing import attach  # noqa: E402
 
 nn = torch.nn
-OWN = ("lora_", "ia3_", "hada_", "modules_to_save")  # the names after which an adapter's stands
+OWN = ("lora_", "ia3_", "hada_", "modules_to_save", "trainable_tokens_")  # the names after which an adapter's stands
 
 
 class Net(nn.Module):  # type: ignore[misc]  # torch has no types here

@@ -137,6 +137,20 @@ CASES: Mapping[str, Case] = {
     "factors of a table and its head, tied": Case(
         peft.LoraConfig, {**R, "target_modules": [*Q, "lm_head"], "ensure_weight_tying": True}, "tied llama"
     ),
+    "tokens beside lora": Case(
+        peft.LoraConfig,
+        {**R, "target_modules": Q, "trainable_token_indices": {"embed_tokens": [9, 3, 1], "lm_head": [3, 2]}},
+        "llama",
+        4,
+        2,
+    ),
+    "tokens beside lora, tied": Case(peft.LoraConfig, {**R, "target_modules": Q, "trainable_token_indices": [9, 3, 1]}, "tied llama", 4, 2),
+    "tokens beside adalora, tied": Case(
+        peft.AdaLoraConfig,
+        {"init_r": 4, "target_r": 2, "tfinal": 2, "total_step": 4, "target_modules": Q, "trainable_token_indices": [9, 3, 1]},
+        "tied llama",
+        4,
+    ),
     "lora on gpt2": Case(peft.LoraConfig, {**R, "target_modules": ["c_attn", "c_fc", "wte"]}, "gpt2", 5, 2),
     "lora on a classifier": Case(peft.LoraConfig, {**R, "target_modules": ["query", "value"]}, "bert", 5, 1, "SEQ_CLS"),
     "prompt on a classifier": Case(peft.PromptTuningConfig, N, "bert", 5, 1, "SEQ_CLS"),

@@ -1,0 +1,242 @@
+"""trainable_token_indices of a LoRA in a plan, beside PEFT's merge to the bit; in `verify`, in `inspect` and on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints.beside_peft import (
+    DTYPES,
+    array_of,
+    carried_out,
+    differing,
+    llama,
+    made,
+    merged_by_peft,
+    nn,
+    peft,
+    quietly,
+    saved_adapter,
+    saved_base,
+)
+
+from peft_ref.checkpoints.inspecting import inspect  # isort: skip
+from peft_ref.checkpoints.plan import Source  # isort: skip
+from peft_ref.checkpoints.planning import ROUNDINGS, plan  # isort: skip
+from peft_ref.cli import main  # isort: skip
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, PeftRefError  # isort: skip
+from peft_ref.files.adapter import load_config, open_adapter, save_tensors  # isort: skip
+
+from peft_ref.graph import CheckpointGraph  # isort: skip
+from peft_ref.model.adapted import adapt  # isort: skip
+from peft_ref.model.parameters import load, save  # isort: skip
+from peft_ref.model.storing import load as load_onto  # isort: skip
+from tests.checkpoints.test_plan_parameters import Mixture  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("quiet")
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def lora(**options: Any) -> Any:
+    return peft.LoraConfig(**{"r": 6, "lora_alpha": 9, "target_modules": ["q_proj"], **options})
+
+
+CASES: Mapping[str, tuple[Callable[[], Any], frozenset[str]]] = {  # and which tensors of a tied model get rows
+    "list": (lambda: lora(trainable_token_indices=[99, 3, 50], modules_to_save=["norm"]), frozenset({TABLE})),
+    "both alike": (lambda: lora(trainable_token_indices={"lm_head": [99, 3], "embed_tokens": [99, 3]}), frozenset({TABLE, HEAD})),
+    "both apart": (lambda: lora(trainable_token_indices={"lm_head": [5], "embed_tokens": [99, 3]}), frozenset({TABLE, HEAD})),
+    "head": (lambda: lora(trainable_token_indices={"lm_head": [5]}), frozenset({HEAD})),
+    "adalora": (
+        lambda: peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, target_modules=["q_proj"], trainable_token_indices=[7]),
+        frozenset({TABLE}),
+    ),
+}
+ASKED = ("both apart", "head")  # of a tied model the one weight gets rows that are not meant for both of its names
+
+
+def folders(tmp_path: Path, case: str, dtype: str, tied: bool = False) -> tuple[Any, Path, Path]:
+    model = made(lambda: llama(tie_word_embeddings=tied), dtype)
+    return model, saved_base(model, tmp_path / "base"), saved_adapter(model, CASES[case][0](), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_has_the_bits_of_pefts(tmp_path: Path, case: str, dtype: str, tied: bool) -> None:
+    model, base, adapter = folders(tmp_path, case, dtype, tied)
+    for rounding in ROUNDINGS[: 2 if case == "adalora" else 3]:
+        theirs = merged_by_peft(model, [adapter], rounding)
+        ours = carried_out(plan(base, [Source(adapter)], rounding=rounding, exact=True, ties="share" if case in ASKED else "refuse"))
+        assert not differing({name: theirs[name] for name in ours}, ours), rounding
+        before = {name: array_of(tensor) for name, tensor in model.state_dict().items()}
+        moved = {name for name in (TABLE, HEAD) if name in ours and differing({name: before[name]}, {name: ours[name]})}
+        assert moved == ({TABLE} if tied else CASES[case][1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parted_names_of_a_tied_weight_get_the_rows_that_are_theirs(tmp_path: Path, case: str) -> None:
+    """What the adapter computes unmerged: each name its own rows, and a head that follows the table's."""
+    model, base, adapter = folders(tmp_path, case, "F32", tied=True)
+    ours = carried_out(plan(base, [Source(adapter)], ties="untie"))
+    live = peft.PeftModel.from_pretrained(model, adapter).base_model.model
+    for module in ("model.embed_tokens", "lm_head"):
+        assert not differing({"W": array_of(live.get_submodule(module).weight)}, {"W": ours[f"{module}.weight"]}), module
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_other_rows_for_one_name_of_a_tied_weight_ask_what_to_do(tmp_path: Path, case: str) -> None:
+    _, base, adapter = folders(tmp_path, case, "F32", tied=True)
+    with pytest.raises(NotMergeableError, match="ties='untie'"):
+        plan(base, [Source(adapter)])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_was_saved_whole_comes_before_the_rows(tmp_path: Path, tied: bool) -> None:
+    model, base, _ = folders(tmp_path, "list", "F32", tied)
+    tuned = peft.get_peft_model(made(lambda: llama(tie_word_embeddings=tied), "F32", seed=5), CASES["list"][0]())
+    tuned.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    theirs = merged_by_peft(model, [tmp_path / "whole"])
+    ours = carried_out(plan(base, [Source(tmp_path / "whole")], exact=True, ties="share"))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    assert differing({TABLE: array_of(model.state_dict()[TABLE])}, {TABLE: ours[TABLE]})[TABLE] > 1000
+
+
+@pytest.mark.parametrize("targets", [None, ["embed_tokens"], ["lm_head"]], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_nothing_but_tokens_has_pefts_bits_on_a_tied_model_too(tmp_path: Path, tied: bool, targets: list[str] | None) -> None:
+    model = made(lambda: llama(tie_word_embeddings=tied), "BF16")
+    base = saved_base(model, tmp_path / "base")
+    adapter = saved_adapter(model, peft.TrainableTokensConfig(token_indices=[99, 3], target_modules=targets), tmp_path / "adapter")
+    theirs = merged_by_peft(model, [adapter])
+    ours = carried_out(plan(base, [Source(adapter)], exact=True, ties="share" if targets == ["lm_head"] else "refuse"))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+
+
+def test_a_head_whose_rows_are_saved_again_must_have_the_tables(tmp_path: Path) -> None:
+    _, base, adapter = folders(tmp_path, "list", "F32", tied=True)
+    file = open_adapter(adapter)
+    tensors = {key: file.tensor(key) for key in file.entries}
+    head = ROWS.replace("model.embed_tokens", "lm_head")
+    save_tensors(tmp_path / "same", load_config(adapter), {**tensors, head: tensors[ROWS]}, {})
+    plan(base, [Source(tmp_path / "same")])
+    save_tensors(tmp_path / "other", load_config(adapter), {**tensors, head: tensors[ROWS] + 1}, {})
+    with pytest.raises(KeyMismatchError, match="of one weight, and differ"):
+        plan(base, [Source(tmp_path / "other")])
+    for lazy in (False, True):
+        with pytest.raises(KeyMismatchError, match="to which it is tied"):
+            load_onto(adapt(CheckpointGraph(base)), tmp_path / "other", lazy=lazy)
+
+
+def test_adapters_with_other_tokens_merge_together_and_with_the_same_ones_not(tmp_path: Path) -> None:
+    model = made(llama, "BF16")
+    base, folder = saved_base(model, tmp_path / "base"), dict[str, Path]()
+    for seed, (name, options) in enumerate(
+        {
+            "a": {"trainable_token_indices": [3, 50]},
+            "b": {"trainable_token_indices": [4]},
+            "same": {"trainable_token_indices": [7, 50]},
+            "table": {"target_modules": ["embed_tokens"]},
+        }.items()
+    ):
+        folder[name] = saved_adapter(model, lora(**options), tmp_path / name, seed)
+    theirs = merged_by_peft(model, [folder["a"], folder["b"]])
+    ours = carried_out(plan(base, [Source(folder["a"]), Source(folder["b"])], exact=True))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    for other, said in (("same", "token 50"), ("table", "trains tokens of 'model.embed_tokens'")):
+        with pytest.raises(ConfigError, match=said):
+            plan(base, [Source(folder["a"]), Source(folder[other])])
+    with pytest.raises(ConfigError, match="no delta that could be scaled"):
+        plan(base, [Source(folder["a"], 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("no token 100 among 100 rows", lambda c: c.update(trainable_token_indices=[100, 3, 50])),
+        ("no 'model.embed_tokens'|names 'wte'", lambda c: c.update(trainable_token_indices={"wte": [99, 3, 50]})),
+        ("trainable_tokens_delta", lambda c: c.update(trainable_token_indices=[99, 3])),
+        ("trainable_tokens_delta", lambda c: c.update(trainable_token_indices=None)),
+        ("is a target of the adapter", lambda c: c.update(target_modules=["q_proj", "embed_tokens"])),
+        ("trained in full", lambda c: c.update(modules_to_save=["embed_tokens", "norm"])),
+    ],
+)
+def test_a_configuration_that_is_not_the_files_is_one_error(tmp_path: Path, said: str, change: Callable[[dict[str, Any]], None]) -> None:
+    _, base, adapter = folders(tmp_path, "list", "F32")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    change(config)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(PeftRefError, match=said):
+        plan(base, [Source(adapter)])
+
+
+def test_rows_beside_bare_parameters_are_merged(tmp_path: Path) -> None:
+    class Words(Mixture):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(30, 48)
+
+    model = made(Words, "BF16")
+    base = saved_base(model, tmp_path / "base")
+    (base / "config.json").write_text("{}")
+    said = {"target_parameters": ["experts.down_proj"], "trainable_token_indices": {"embed_tokens": [29, 4]}}
+    adapter = saved_adapter(model, lora(target_modules=["q"], **said), tmp_path / "adapter")
+    theirs = merged_by_peft(model, [adapter])
+    assert not differing(theirs, carried_out(plan(base, [Source(adapter)], exact=True)))
+    kept = load(CheckpointGraph(base), adapter)
+    assert kept.file.modules.keys() == {"layers.0.q", "layers.1.q", "embed_tokens"}
+    save(tmp_path / "again", kept)
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_command_line_merges_verifies_and_inspects_it(tmp_path: Path, tied: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model, base, adapter = folders(tmp_path, "list", "BF16", tied)
+    theirs = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with quietly():
+        theirs.save_pretrained(tmp_path / "theirs")
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "ours"), "--exact"]) == 0
+    weights = [(tmp_path / whose / "model.safetensors").read_bytes() for whose in ("ours", "theirs")]
+    assert weights[0] == weights[1]
+    assert main(["verify", str(base), str(adapter), str(tmp_path / "theirs")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(base), str(adapter), str(base)]) == 1
+    assert "trainable_tokens: not-merged" in capsys.readouterr().out
+    assert main(["inspect", str(base), str(adapter)]) == 0
+    told = capsys.readouterr().out
+    assert "trained tokens   [99, 3, 50]" in told
+    assert "FINE" in told
+    found = inspect(adapter)
+    assert found.modules["model.embed_tokens"].parameters == 3 * 48
+    assert [finding.said for finding in found.findings] == ["Dtypes of the tensors are mixed: 5 of F32, 5 of BF16."]  # modules_to_save
+
+
+def test_a_pattern_of_targets_is_not_asked_about_the_rows(tmp_path: Path) -> None:
+    said = lora(target_modules=r".*\.q_proj", trainable_token_indices=[3])
+    adapter = saved_adapter(made(llama, "F32"), said, tmp_path / "adapter")
+    assert inspect(adapter).findings == ()
+
+
+def test_inspect_says_that_rows_are_missing(tmp_path: Path) -> None:
+    _, base, adapter = folders(tmp_path, "list", "F32")
+    file = open_adapter(adapter)
+    tensors = {key: file.tensor(key) for key in file.entries if key != ROWS}
+    save_tensors(tmp_path / "torn", load_config(adapter), tensors, {})
+    assert any("the file has none" in finding.said for finding in inspect(tmp_path / "torn").findings)
+    with pytest.raises(KeyMismatchError, match="trainable_tokens_delta"):
+        plan(base, [Source(tmp_path / "torn")])
+
+
+def test_inspect_beside_a_base_says_which_rows_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, base, adapter = folders(tmp_path, "both apart", "F32")
+    file = open_adapter(adapter)
+    tensors = {key: file.tensor(key) for key in file.entries if key != ROWS}
+    save_tensors(tmp_path / "torn", load_config(adapter), tensors, {})
+    assert main(["inspect", str(tmp_path / "torn")]) == 0
+    assert main(["inspect", str(base), str(tmp_path / "torn")]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 4 modules that target_modules matches or trainable_token_indices means in the base have no adapter" in told
