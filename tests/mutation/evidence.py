@@ -29,7 +29,7 @@ LAWS = sorted(f"laws/{p.name}" for p in (ROOT / "tests" / "laws").glob("test_*.p
 FOLDERS = (
     *LAWS,
     *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py", "files/test_config_space.py"),
-    *("check/test_init_laws.py", "model/test_sharing.py", "graph/test_live_order.py"),
+    *("check/test_init_laws.py", "model/test_sharing.py", "model/test_tokens.py", "graph/test_live_order.py"),
 )
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-q", "--backend", "numpy", "-m", "not sweep"]
 Record = dict[str, Any]
