@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peft_ref.errors import ConfigError
 from peft_ref.layers import Embedding
 from peft_ref.methods import CPT, TrainableTokens
+from peft_ref.methods.tokens_beside import TokensBeside
 
 NO_NUMBERS: list[Any] = [True, False, 1.0, "1", None, [1]]
 
@@ -48,3 +50,20 @@ def test_a_list_of_indices_is_kept_as_a_tuple_so_that_methods_are_compared_and_h
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_without_tokens_every_table_is_large_enough(rows: int) -> None:
     TrainableTokens().check_layer(Embedding(num_embeddings=rows, embedding_dim=3))
+
+
+TABLE = Embedding(num_embeddings=5, embedding_dim=3)
+KEY = "token_adapter.trainable_tokens_delta"
+
+
+def test_tokens_beside_another_method_are_the_same_rows_under_a_key_of_their_own() -> None:
+    beside, alone = TokensBeside(token_indices=(4, 1)), TrainableTokens(token_indices=(4, 1))
+    (of_it,), (of_one,) = beside.spec(TABLE), alone.spec(TABLE)
+    assert (of_it.key, of_it.saved) == (KEY, True)
+    assert of_it._replace(key=of_one.key) == of_one
+    assert not TokensBeside(token_indices=(4, 1), own=False).spec(TABLE)[0].saved
+    assert beside.measured({KEY: (2, 3)}) == alone.measured({of_one.key: (2, 3)}) == TABLE
+    assert beside.measured({of_one.key: (2, 3)}) is None
+    assert beside.alone == alone
+    W = np.random.default_rng(0).normal(size=TABLE.shape)
+    assert type(beside.init(TABLE, W, np.random.default_rng(0)).params).__module__ == TokensBeside.__module__
