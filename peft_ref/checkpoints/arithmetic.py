@@ -17,7 +17,7 @@ import numpy as np
 
 from peft_ref.checkpoints.plan import NDArray
 
-TILE = (128, 512)
+TILE = (96, 512)
 _buffers = threading.local()
 
 

@@ -24,7 +24,7 @@ from peft_ref.errors import MergeError, ShapeError
 from peft_ref.files.safetensors import BITS, dtypes, header
 
 RANGE = 64 << 20  # of a copy, at multiples of itself: blocks of a file system stay whole, so it can share them
-BLOCK = 1 << 20  # of rows, in bytes of the wider dtype: what becomes of them stays in the cache
+BLOCK = 3 << 18  # of rows, in bytes of the wider dtype: what becomes of them stays in the cache, and of 4 kB long ones it is two tiles
 
 
 class Range(NamedTuple):

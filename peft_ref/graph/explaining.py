@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from peft_ref.graph.decide import EXCLUDED, SAVED, TARGET, Rules, Verdict, suffixes
@@ -47,6 +46,8 @@ def unmatched(entries: tuple[str, ...], graph: Graph) -> list[str]:
 
 def nearest(target: str | tuple[str, ...] | None, parameters: tuple[str, ...] | None, graph: Graph) -> list[str]:
     """Up to six names that look like what was asked for: ends of names with as many parts as the entry has."""
+    from difflib import get_close_matches  # for those alone who missed: a merge counts every MB
+
     found: dict[str, None] = {}
     for entries, names in (
         ((target,) if isinstance(target, str) else target or (), graph.modules()),
