@@ -31,7 +31,7 @@ from peft_ref import errors
 from peft_ref.checkpoints.blas import one_thread
 from peft_ref.checkpoints.job import Job
 from peft_ref.checkpoints.todo import TELL_EVERY, Progress, Todo
-from peft_ref.checkpoints.work import Bench, Piece, pieces, start, tasks
+from peft_ref.checkpoints.work import Bench, pieces, start, tasks
 from peft_ref.errors import MergeError, PeftRefError
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -155,7 +155,10 @@ class Forked:
         if wait or time.monotonic() - self._looked >= TELL_EVERY:
             self._looked = time.monotonic()
             if select.select([read], [], [], wait)[0]:
-                if said := os.read(read, 1 << 16):
+                said = b""
+                while b"\n" not in said and (part := os.read(read, 1 << 16)):
+                    said += part
+                if said:
                     raise _as_error(json.loads(said.partition(b"\n")[0]))
                 return True
             for child in children:
@@ -189,22 +192,22 @@ class Forked:
             os._exit(status)
 
     def _work(self, worker: int, between: Callable[[], object]) -> None:
-        bench, own, job, mine = Bench(), None, None, list[Piece]()
-        while (taken := self._board.take(own)) is not None:
-            shard, place = taken
-            if shard != own or job is None:
-                if job is not None:
-                    job.close()
-                own, planned = shard, self._todo.shards[shard]
-                job = Job(planned, self._todo.sizes[planned.name], self._todo.folder, self._fsync)
+        bench, taken = Bench(), self._board.take(None)
+        while taken is not None:
+            shard = self._todo.shards[own := taken[0]]
+            job, mine = Job(shard, self._todo.sizes[shard.name], self._todo.folder, self._fsync), list(pieces(shard, self._begins[own]))
+            try:
                 job.begin()
-                mine = list(pieces(planned, self._begins[shard]))
-            for task in (task for piece in mine[place : place + 1] for task in tasks(piece)):  # of an empty shard there is none
-                self._board.count(worker, job.do(task, bench))
-                between()
-            if self._board.done(shard):
-                job.finish()
-                self._board.finish()
+                while taken is not None and taken[0] == own:
+                    for task in (task for piece in mine[taken[1] :][:1] for task in tasks(piece)):  # of an empty shard there is none
+                        self._board.count(worker, job.do(task, bench))
+                        between()
+                    if self._board.done(own):
+                        job.finish()
+                        self._board.finish()
+                    taken = self._board.take(own)
+            finally:
+                job.close()
 
 
 def _refuse_killed(ended: Any) -> None:
