@@ -54,7 +54,7 @@ def test_without_exchange_the_old_output_waits_aside_for_one_moment(tmp_path: Pa
 def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_state(tmp_path: Path, before: bool, workers: str) -> None:
     found = killed(tmp_path, workers, "12", "1", before=before, shards=4, rows=60, columns=3000)
     assert found.keys() <= {"old", "new", "killed", "ended"}
-    assert found["old"] + found["new"] == 12
+    assert found.get("old", 0) + found.get("new", 0) == 12  # of few kills all may find the same
 
 
 @pytest.mark.sweep
@@ -64,5 +64,5 @@ def test_two_hundred_kills(tmp_path: Path, before: bool, workers: str) -> None:
     found = killed(tmp_path, workers, "200", "2", before=before, shards=6, rows=60, columns=20000)
     print(found)
     assert found.keys() <= {"old", "new", "killed", "ended"}
-    assert found["old"] + found["new"] == 200
+    assert found.get("old", 0) + found.get("new", 0) == 200  # of few kills all may find the same
     assert found["killed"] > 100
