@@ -112,12 +112,12 @@ def row_norm(V: Array) -> Array:
 
 def at_least(x: Array, least: float) -> Array:
     """Each number of x, or `least` where it is less."""
-    return namespace(x).where(x < least, zeros_like(x.shape, x) + least, x)
+    return namespace(x).where(x >= least, x, zeros_like(x.shape, x) + least)
 
 
 def at_least_vjp(x: Array, least: float, dy: Array) -> Array:
     """The gradient of x: at `least` itself that of what is above, as torch has it."""
-    return namespace(dy).where(x < least, zeros_like(dy.shape, dy), dy)
+    return namespace(dy).where(x >= least, dy, zeros_like(dy.shape, dy))
 
 
 def thin_svd(W: Array) -> tuple[Array, Array, Array]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref.arrays import Array, column, namespace, row_norm, to, zeros_like
+from peft_ref.arrays import Array, at_least, column, namespace, row_norm, to, zeros_like
 from peft_ref.contracts import Factors, Key, LowRank, Start
 from peft_ref.layers import Layer
 from peft_ref.ranges import positive, probability
@@ -84,13 +84,8 @@ class DeLoRA(LowRank[Params]):
 
     def _per_length(self, p: Params) -> Array:
         """c / lambda (r,)."""
-        lengths = _at_least(row_norm(p.A)) * _at_least(row_norm(namespace(p.B).matrix_transpose(p.B)))
+        lengths = at_least(row_norm(p.A), LEAST) * at_least(row_norm(namespace(p.B).matrix_transpose(p.B)), LEAST)
         return 1.0 / self.r / lengths
-
-
-def _at_least(norm: Array) -> Array:
-    xp = namespace(norm)
-    return xp.where(norm >= LEAST, norm, norm * 0.0 + LEAST)
 
 
 def _over_square(norm: Array) -> Array:
