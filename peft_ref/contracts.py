@@ -26,6 +26,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeAlias, TypeVar,
 import numpy as np
 
 from peft_ref.arrays import Array, namespace
+from peft_ref.changes import Delta as Delta
+from peft_ref.changes import Factors as Factors
+from peft_ref.changes import Scaled as Scaled
+from peft_ref.changes import Turned as Turned
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError, UnsupportedLayerError
 from peft_ref.layers import Layer
 from peft_ref.parameters import EVERY_KIND as EVERY_KIND
@@ -272,20 +276,21 @@ class WeightMethod(Method, Generic[P]):
         values: dict[str, Array | None] = dict.fromkeys(declared(self.params_type))
         return cast(P, self.params_type(**{**values, **arrays}))
 
+    def product(self, layer: Layer, p: P) -> Scaled | Turned | None:
+        """`weight` on a linear layer as a product, where it is one for W = W0.
+
+        y and dx hold what the gradient of a product needs, so that on a large layer no dW is formed. `weight` and its gradient say the
+        same, on every layer and for numbers of any library.
+        """
+        return None
+
+    def product_vjp(self, layer: Layer, p: P, d: Scaled | Turned) -> P:
+        """The gradient of p, given that of what `product` returned; what it holds constant has none."""
+        raise NotImplementedError(f"{type(self).__name__} has a product and no product_vjp.")
+
     def differentiated(self, layer: Layer, p: P, W0: Array) -> WeightMap[P]:
         """The map (p, W, b) -> (W', b') whose derivative at `p` `weight_vjp` is: `weight`, unless a part is held constant on purpose."""
         return lambda q, W, b: self.weight(layer, q, W, b, W0)
-
-
-class Factors(NamedTuple):
-    B: Array  # (out, r/groups)
-    A: Array  # (r, in)
-    b: Array | None = None  # (out,), added to the bias
-
-
-class Delta(NamedTuple):
-    W: Array  # (out, in)
-    b: Array | None = None  # (out,)
 
 
 class LowRank(WeightMethod[P]):
@@ -296,6 +301,18 @@ class LowRank(WeightMethod[P]):
 
     @abstractmethod
     def factors_vjp(self, p: P, d: Factors) -> P: ...
+
+    @final
+    def product(self, layer: Layer, p: P) -> Scaled:
+        """`weight` on a linear layer as a product."""
+        return Scaled(factors=self.factors(p))
+
+    @final
+    def product_vjp(self, layer: Layer, p: P, d: Scaled | Turned) -> P:
+        """The gradient of p, given that of what `product` returned."""
+        assert isinstance(d, Scaled)
+        assert d.factors is not None
+        return self.factors_vjp(p, d.factors)
 
     @final
     def delta(self, layer: Layer, p: P) -> Delta:
@@ -348,35 +365,8 @@ class Additive(WeightMethod[P]):
         return taken_out(self, Delta(W, b), self.delta(layer, p))
 
 
-class Scaled(NamedTuple):
-    """W' = r k (W + B A), row i times r_i k_i, where k is held constant; b' = b, or r k b."""
-
-    rows: Array  # r (out,)
-    held: Array | None = None  # k (out,)
-    factors: Factors | None = None
-    bias: bool = False  # whether the bias is scaled too
-
-
-class Turned(NamedTuple):
-    """W' = W F with the blocks of F (n, b, b) on a diagonal, n b = in; b' = b."""
-
-    blocks: Array
-
-
 class Reweight(WeightMethod[P]):
-    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse.
-
-    Where `weight` is `Scaled` or `Turned` it may say so in `product`: y and dx hold what the gradient of such a map needs, so that on a
-    large layer no dW is formed. Both say the same, `weight` on every layer and for numbers of any library.
-    """
-
-    def product(self, layer: Layer, p: P, W0: Array) -> Scaled | Turned | None:
-        """`weight` on a linear layer as a product, where it is one."""
-        return None
-
-    def product_vjp(self, layer: Layer, p: P, W0: Array, d: Scaled | Turned) -> P:
-        """The gradient of p, given that of what `product` returned; what it holds constant has none."""
-        raise NotImplementedError(f"{type(self).__name__} has a product and no product_vjp.")
+    """(W', b') = T(W, b). A subclass writes `weight`, `weight_vjp` and `unmerge`, its inverse."""
 
 
 def added(method: WeightMethod[Any], base: Delta, delta: Delta) -> tuple[Array, Array | None]:

@@ -16,7 +16,6 @@ from peft_ref.arrays import Array, as_rows
 
 LEAST = 2**16  # entries of a matrix from which on the tiles pay; the plain formulas' bits stay below it
 TILE = 256  # rows of a few thousand numbers: one or two MB
-TALL = 2048  # rows that a large product is as fast on as on all at once
 
 
 def is_large(M: Array, *others: Array | None) -> bool:
@@ -29,10 +28,9 @@ def is_large(M: Array, *others: Array | None) -> bool:
     )
 
 
-def tiles(n: int, size: int | None = None) -> Iterator[slice]:
+def tiles(n: int) -> Iterator[slice]:
     """The rows 0 to n, a tile at a time."""
-    size = size or TILE
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+    return (slice(start, min(start + TILE, n)) for start in range(0, n, TILE))
 
 
 def by_rows(f: Callable[[slice], Array], like: Array) -> Array:
@@ -80,25 +78,26 @@ def column_dots(a: Array, b: Array) -> Array:
 
 def scaled(W: Array, rows: Array | None, B: Array | None, A: Array | None) -> Array:
     """r (W + B A)  with row i times r_i."""
-
-    def tile_of(tile: slice) -> Array:
-        V = W[tile]
-        if B is not None:
-            V = B[tile] @ A
-            V += W[tile]
-        return V if rows is None else V * rows[tile, None]
-
-    return by_rows(tile_of, W)
+    return by_rows(lambda tile: _added(W, B, A, tile) if rows is None else _added(W, B, A, tile) * rows[tile, None], W)
 
 
-def row_norms(W: Array, B: Array, A: Array) -> Array:
-    """The Euclidean norm of every row of W + B A."""
-    norms = np.empty(W.shape[0], W.dtype)
+def unit_scaled(W: Array, rows: Array, B: Array, A: Array) -> tuple[Array, Array]:
+    """r V / |V|  with row i of V = W + B A times r_i / its Euclidean norm |V|_i, and those norms."""
+    out, norms = np.empty(W.shape, W.dtype), np.empty(W.shape[0], W.dtype)
     for tile in tiles(W.shape[0]):
-        V = B[tile] @ A
-        V += W[tile]
+        V = _added(W, B, A, tile)
         norms[tile] = np.sqrt(np.einsum("ij,ij->i", V, V))
-    return norms
+        np.multiply(V, (rows[tile] / norms[tile])[:, None], out=out[tile])
+    return out, norms
+
+
+def _added(W: Array, B: Array | None, A: Array | None, tile: slice) -> Array:
+    """These rows of W + B A."""
+    if B is None:
+        return W[tile]
+    V = B[tile] @ A
+    V += W[tile]
+    return V
 
 
 def turned(V: Array, F: Array) -> Array:
@@ -113,21 +112,16 @@ def turned(V: Array, F: Array) -> Array:
     return out.reshape(V.shape)
 
 
-def turned_product_vjp(W: Array, F: Array, x: Array, dy: Array) -> tuple[Array, Array]:
-    """For t = dy W:  t blockdiag(F), and the blocks (n, b, b) on the diagonal of t^T x."""
-    (n, b, _), x_rows, dy_rows, F = F.shape, as_rows(x), as_rows(dy), np.ascontiguousarray(F)
-    dx, dF = np.empty(x_rows.shape, x_rows.dtype), np.zeros(F.shape, F.dtype)
-    for wide in tiles(x_rows.shape[0], TALL):
-        t_rows = dy_rows[wide] @ W
-        for tile in tiles(t_rows.shape[0]):
-            t, x_tile, out = t_rows[tile], x_rows[wide][tile], dx[wide][tile]
-            if b == 1:
-                np.multiply(t, F.reshape(n), out=out)
-                dF += np.einsum("ti,ti->i", t, x_tile).reshape(n, 1, 1)
-            else:
-                np.matmul(_blocks(t, n), F, out=_blocks(out, n))
-                dF += _blocks(t, n).mT @ _blocks(x_tile, n)
-    return dx.reshape(x.shape), dF
+def turned_vjp(V: Array, d: Array, n: int) -> Array:
+    """The n blocks (n, b, b) on the diagonal of V^T d: the gradient of F in `turned`."""
+    V, d = as_rows(V), as_rows(d)
+    b = V.shape[1] // n
+    if b == 1:
+        return column_dots(V, d).reshape(n, 1, 1)
+    dF = np.zeros((n, b, b), V.dtype)
+    for tile in tiles(V.shape[0]):
+        dF += _blocks(V[tile], n).mT @ _blocks(d[tile], n)
+    return dF
 
 
 def _blocks(V: Array, n: int) -> Any:

@@ -2,7 +2,7 @@
 
     by rows    a method whose rows are apart (`by_rows`) is asked for a tile of them at a time:  W'[t] = T(W[t])
     Scaled     W' = r k (W + B A),  u = x W'^T:   dx = dy W'   dr_i = sum_t dy_ti u_ti / r_i   dB = r k dy^T (x A^T)   dA = (dy r k B)^T x
-    Turned     W' = W F,  t = dy W:               dx = t F     dF = the blocks of t^T x
+    Turned     W' = W F,  t = dy W:               dx = t F     dF = the blocks of t^T x = F^-T times those of dx^T x
 
 So the gradient of a product is read from u, dx and narrow products, and no dW is formed. The same numbers as `weight` and `weight_vjp`,
 but for the order of sums.
@@ -23,6 +23,7 @@ from peft_ref.layers import Layer, Linear
 
 P = TypeVar("P", bound=tuple[Any, ...])
 SMALL = 2.0**-40  # a row that is scaled by less says nothing of what it was
+NEARLY = 0.5  # how far F^T F may be from 1: no direction is scaled by less than 0.7 or more than 1.3
 
 
 class ProductGradients(NamedTuple):
@@ -31,12 +32,18 @@ class ProductGradients(NamedTuple):
     b: Array | None
 
 
-def folded(s: Scaled | Turned, W: Array, b: Array | None) -> tuple[Array, Array | None]:
-    """(W', b')"""
+def folded(s: Scaled | Turned, W: Array, b: Array | None) -> tuple[Scaled | Turned, tuple[Array, Array | None]]:
+    """The product with what it holds constant, and (W', b')."""
     if isinstance(s, Turned):
-        return dense.turned(W, s.blocks), b
-    B, A, _ = s.factors or (None, None, None)
-    return dense.scaled(W, _rows(s), B, A), _rows(s) * b if s.bias and b is not None else b
+        return s, (dense.turned(W, s.blocks), b)
+    B, A, c = s.factors or (None, None, None)
+    if s.unit:
+        after, norms = dense.unit_scaled(W, s.rows, B, A)
+        s = s._replace(held=1 / norms)
+    else:
+        after = dense.scaled(W, s.rows, B, A)
+    b = _rows(s) * b if s.bias and b is not None else b
+    return s, (after, c if b is None else b if c is None else b + c)
 
 
 def folded_vjp(
@@ -50,31 +57,43 @@ def folded_vjp(
     db: Array | None,
     narrow: Sequence[tuple[Array, Array]] = (),
 ) -> ProductGradients:
-    """The gradients of y = x W'^T + b' for x, for what the product is made of and for b: given W' (`folded`), u = x W'^T where it is known,
-    db', and what other paths of x add to dx."""
+    """The gradients of y = x W'^T + b' for x, for what the product is made of and for b: given W' (`folded`; W itself where x was turned
+    instead), u = x W'^T where it is known, db', and what other paths of x add to dx."""
     if isinstance(s, Turned):
-        dx, dF = dense.turned_product_vjp(W, s.blocks, x, dy)
-        return ProductGradients(sum((dense.product(h, A) for h, A in narrow), dx), Turned(dF), db)
-    r = _rows(s)
-    drows, dfactors = _row_gradients(s, W, x, dense.product(x, folded.T) if u is None else u, dy), None
+        return _turned_vjp(s.blocks, W, folded, x, dy, db, narrow)
+    r, drows, dfactors = _rows(s), None, None
     if s.factors is not None:
-        B, A, _ = s.factors
-        dB = column(r) * dense.product_vjp(dense.product(x, A.T), dy)
-        dfactors = Factors(dB, dense.product_vjp(x, dense.product(dy, column(r) * B)))
-    if s.bias and b is not None and db is not None:
-        drows, db = drows + db * b, db * r
-    return ProductGradients(
-        dense.sum_of_products([(dy, folded), *narrow]), Scaled(drows if s.held is None else drows * s.held, factors=dfactors), db
-    )
+        B, A, c = s.factors
+        dB = dense.product_vjp(dense.product(x, A.T), dy)
+        dA = dense.product_vjp(x, dense.product(dy, B if r is None else column(r) * B))
+        dfactors = Factors(dB if r is None else column(r) * dB, dA, None if c is None else db)
+    if r is not None:
+        drows = _row_gradients(r, s.factors, W, x, dense.product(x, folded.T) if u is None else u, dy)
+        if s.bias and b is not None and db is not None:
+            drows, db = drows + db * b, db * r
+        drows = drows if s.held is None else drows * s.held
+    return ProductGradients(dense.sum_of_products([(dy, folded), *narrow]), Scaled(drows, factors=dfactors), db)
 
 
-def _row_gradients(s: Scaled, W: Array, x: Array, u: Array, dy: Array) -> Array:
-    """Of r k: what u would be without it, times dy. A row of next to nothing is computed anew."""
-    r = _rows(s)
+def _turned_vjp(
+    F: Array, W: Array, folded: Array, x: Array, dy: Array, db: Array | None, narrow: Sequence[tuple[Array, Array]]
+) -> ProductGradients:
+    """Through W', where there is one and F is nearly orthogonal, so that nothing is lost in its inverse; else through t."""
+    if folded is W or np.max(np.sum(abs(F.mT @ F - np.eye(F.shape[1], dtype=F.dtype)), axis=2)) > NEARLY:
+        t = dense.product(dy, W)
+        dx, dF = dense.turned(t, F), dense.turned_vjp(t, x, F.shape[0])
+    else:
+        dx = dense.product(dy, folded)
+        dF = np.linalg.solve(F.mT, dense.turned_vjp(dx, x, F.shape[0]))
+    return ProductGradients(sum((dense.product(h, A) for h, A in narrow), dx), Turned(dF), db)
+
+
+def _row_gradients(r: Array, factors: Factors | None, W: Array, x: Array, u: Array, dy: Array) -> Array:
+    """Of r, what scales the rows: what u would be without it, times dy. A row of next to nothing is computed anew."""
     tiny = abs(r) < SMALL
     d = dense.column_dots(dy, u) / np.where(tiny, 1, r)
     if tiny.any():
-        V = W[tiny] if s.factors is None else W[tiny] + s.factors.B[tiny] @ s.factors.A
+        V = W[tiny] if factors is None else W[tiny] + factors.B[tiny] @ factors.A
         d[tiny] = dense.column_dots(as_rows(dy)[:, tiny], as_rows(x) @ V.T)
     return d
 
@@ -105,8 +124,8 @@ def weight_vjp(
     return WeightGradients(method.to_params(**values), _joined([g.W for g in parts]) if wanted else dW, _joined([g.b for g in parts]))
 
 
-def _rows(s: Scaled) -> Array:
-    return s.rows if s.held is None else s.rows * s.held
+def _rows(s: Scaled) -> Array | None:
+    return s.rows if s.held is None or s.rows is None else s.rows * s.held
 
 
 def _by_rows(method: WeightMethod[Any]) -> set[str]:

@@ -3,8 +3,9 @@
     y_0 = layer(x; W_0, b_0),    (W_k, b_k) = T_k(W_{k-1}, b_{k-1}),    y = layer(x; W_n, b_n)
 
 Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
-one where a grouped convolution's weight cannot hold the delta. An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0);
-one whose rows drop out adds  layer(x; m * (T(W_0) - W_0), b' - b_0). One that is drawn anew in training acts with the noise it is given.
+one where a grouped convolution's weight cannot hold the delta. (It costs more where one is alone on a large layer and x has more rows than
+W: there what it adds is added to W.) An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0);  one whose rows drop out adds
+layer(x; m * (T(W_0) - W_0), b' - b_0). One that is drawn anew in training acts with the noise it is given.
 """
 
 from __future__ import annotations
@@ -225,17 +226,18 @@ def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
     b = _bias(layer, W, b, adapters)
     floats = [p for a in adapters for p in a.params if p is not None and not is_integer(p)]
     is_large = isinstance(layer, Linear) and dense.is_large(W, b, x, *floats)
-    folded = [a for a, side in zip(adapters, sides, strict=True) if not side]
-    product = None
-    if is_large and len(folded) == 1 and isinstance(folded[0].method, Reweight):
-        product = folded[0].method.product(layer, folded[0].params, W)
-    turns_input = isinstance(product, Turned) and as_rows(x).shape[0] < W.shape[0]
+    is_long = as_rows(x).shape[0] >= W.shape[0] if is_large else False
+    if is_long and len(adapters) == 1 and isinstance(adapters[0].method, LowRank) and adapters[0].dropout is None:
+        sides = [False]
+    acting = [a for a, side in zip(adapters, sides, strict=True) if not side]
+    product = acting[0].method.product(layer, acting[0].params) if is_large and len(acting) == 1 else None
+    turns_input = isinstance(product, Turned) and not is_long
     Ws, bs = [W], [b]
     for a, side in zip(adapters, sides, strict=True):
         if side or turns_input:
             after = Ws[-1], bs[-1]
         elif product is not None:
-            after = large.folded(product, W, b)
+            product, after = large.folded(product, W, b)
         elif is_large and a.method.by_rows:
             after = large.weight(layer, a.method, a.params, Ws[-1], bs[-1], W)
         else:
@@ -308,8 +310,7 @@ def _large_gradients(at: _SetUp, x: Array, u: Array | None, dy: Array, db: Array
         dx, product, db = large.folded_vjp(at.product, at.Ws[0], at.bs[0], at.Ws[-1], x, u, dy, db, narrow)
         k = at.sides.index(False)
         method = at.adapters[k].method
-        assert isinstance(method, Reweight)
-        known[k] = method.product_vjp(at.layer, at.adapters[k].params, at.Ws[0], product)
+        known[k] = method.product_vjp(at.layer, at.adapters[k].params, product)
     for a, side_dx in dropped:
         dx = dx + _drop(a, side_dx)
     return dx, known, db

@@ -20,7 +20,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from peft_ref import dense
 from peft_ref.arrays import Array, column, namespace, row_norm
 from peft_ref.contracts import Factors, Key, Reweight, Scaled, Start, Turned, WeightGradients, WeightMap, conv_key
 from peft_ref.errors import UnsupportedLayerError
@@ -104,11 +103,10 @@ class DoRA(Reweight[Params]):
         dB = self.scale * (dV @ xp.matrix_transpose(p.A))
         return WeightGradients(Params(dA, dB, dm), dV, db)
 
-    def product(self, layer: Layer, p: Params, W0: Array) -> Scaled:
-        B = self.scale * p.B
-        return Scaled(p.m, held=1 / dense.row_norms(W0, B, p.A), factors=Factors(B, p.A))
+    def product(self, layer: Layer, p: Params) -> Scaled:
+        return Scaled(p.m, factors=Factors(self.scale * p.B, p.A), unit=True)
 
-    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+    def product_vjp(self, layer: Layer, p: Params, d: Scaled | Turned) -> Params:
         assert isinstance(d, Scaled)
         assert d.factors is not None
         return Params(A=d.factors.A, B=self.scale * d.factors.B, m=d.rows)

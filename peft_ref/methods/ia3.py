@@ -64,10 +64,10 @@ class IA3(Reweight[Params]):
             dl = dl + db * b
         return WeightGradients(Params(dl), column(p.l) * dW, None if db is None else p.l * db)
 
-    def product(self, layer: Layer, p: Params, W0: Array) -> Scaled | Turned:
+    def product(self, layer: Layer, p: Params) -> Scaled | Turned:
         return Turned(column(column(p.l))) if self.is_feedforward else Scaled(p.l, bias=True)
 
-    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+    def product_vjp(self, layer: Layer, p: Params, d: Scaled | Turned) -> Params:
         return Params(d.rows if isinstance(d, Scaled) else d.blocks[:, 0, 0])
 
     def unmerge(self, layer: Layer, p: Params, W: Array, b: Array | None, W0: Array) -> tuple[Array, Array | None]:

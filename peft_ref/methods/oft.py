@@ -109,11 +109,11 @@ class OFT(Reweight[Params]):
         dF = mT(self._rows(layer, W)) @ self._rows(layer, dW)
         return WeightGradients(self._factor_vjp(layer, acting, dF), self._turned(layer, dW, mT(self._factor(layer, acting))), db)
 
-    def product(self, layer: Layer, p: Params, W0: Array) -> Turned:
+    def product(self, layer: Layer, p: Params) -> Turned:
         F, (n, b) = self._factor(layer, self.acting(p)), self.blocks(layer)
         return Turned(namespace(F).broadcast_to(F, (n, b, b)))
 
-    def product_vjp(self, layer: Layer, p: Params, W0: Array, d: Scaled | Turned) -> Params:
+    def product_vjp(self, layer: Layer, p: Params, d: Scaled | Turned) -> Params:
         assert isinstance(d, Turned)
         return self._factor_vjp(layer, self.acting(p), d.blocks)
 

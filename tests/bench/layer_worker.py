@@ -38,6 +38,7 @@ METHODS: dict[str, WeightMethod[Any]] = {
     "FourierFT": FourierFT(n_frequency=1000, scaling=150.0),
 }
 LEAST = 0.25  # seconds that a sample takes
+CALLS = 3  # and as many calls: of one alone, a tenth of its time can be the machine's
 
 
 def products(what: str, method: str) -> int:
@@ -165,7 +166,7 @@ def timed(call: Callable[[], Any], limits: Sequence[Callable[[], Any]]) -> dict[
     calls: list[float] = []
     least: list[float] = []
     busy, start = time.process_time(), time.perf_counter()
-    while time.perf_counter() - start < LEAST:
+    while len(calls) < CALLS or time.perf_counter() - start < LEAST:
         calls.append(once(call))
         least.append(sum(map(once, limits)))
     wall = time.perf_counter() - start

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_ref import dense, large, stack
-from peft_ref.contracts import Reweight, Scaled, WeightMethod
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.layers import Linear
 from peft_ref.methods import IA3, METHODS, FourierFT, HiRA, LoHa, LoRA, half_spectrum
@@ -27,7 +27,7 @@ from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion, map_
 
 LINEAR = [pair for pair in PAIRS if pair[1] in ("linear", "transposed_linear")]
 BY_ROWS = [pair for pair in LINEAR if METHODS.weights[pair[0]].by_rows]
-PRODUCTS = [(name, kind) for name, kind in LINEAR if getattr(METHODS.weights[name], "product", Reweight.product) is not Reweight.product]
+PRODUCTS = [(name, kind) for name, kind in LINEAR if METHODS.weights[name].product is not WeightMethod.product]
 # A chain of some ten sums of a few numbers each, of size one to ten, in float64: below 100 x 2^-53 of the largest. Methods that divide or
 # take powers lose two or three more digits at times, in either way.
 ROUNDING = 1e-11
@@ -38,7 +38,6 @@ def called_large(rows: int = 2) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "LEAST", 0)
         patch.setattr(dense, "TILE", rows)
-        patch.setattr(dense, "TALL", rows + 1)
         patch.setattr(half_spectrum, "TILE", rows)
         yield
 
@@ -181,29 +180,30 @@ def test_a_method_by_rows_is_its_rows(name: str, kind: str, data: st.DataObject)
 @given(data=st.data())
 @LAW
 def test_a_product_is_the_weight_and_its_gradient(name: str, kind: str, data: st.DataObject) -> None:
-    """x = 1 and dy = G^T make y = W'^T, so that any G is the gradient of the weight; rows that are scaled by nothing among them."""
+    """x = 1 and dy = G^T make y = W'^T, so that any G is the gradient of the weight; rows or inputs scaled by nothing among them."""
     case = data.draw(cases(name, kind))
     params = case.params()
-    at = (case.layer, params, case.W, case.b, case.W)
-    s = case.method.product(case.layer, params, case.W)
-    if isinstance(s, Scaled) and data.draw(st.booleans()):
+    if scale := next((field for field in ("m", "l") if hasattr(params, field) and data.draw(st.booleans())), None):
         nothing = data.draw(st.sampled_from((0.0, 1e-30)))
-        first = "m" if hasattr(params, "m") else "l"
-        at = (case.layer, params._replace(**{first: np.concatenate([[nothing], getattr(params, first)[1:]])}), *at[2:])
-        s = case.method.product(case.layer, at[1], case.W)
+        params = params._replace(**{scale: np.concatenate([[nothing], getattr(params, scale)[1:]])})
+    at = (case.layer, params, case.W, case.b, case.W)
     G, db = case.numbers(10, case.layer.shape), None if case.b is None else case.numbers(11, case.b.shape)
-    want, g = case.method.weight(*at), case.method.weight_vjp(*at, G, db)
+    try:
+        want, g = case.method.weight(*at), case.method.weight_vjp(*at, G, db)
+    except NotMergeableError:
+        return  # what is added to the bias of a layer without one
+    product = case.method.product(case.layer, params)
+    assert product is not None
     with called_large():
-        W, b = large.folded(s, case.W, case.b)
+        s, (W, b) = large.folded(product, case.W, case.b)
         got = large.folded_vjp(s, case.W, case.b, W, np.eye(case.layer.shape[1]), None, np.ascontiguousarray(G.T), db)
     assert_close(W, want[0], "W'")
     assert_close(got.x, G.T @ want[0], "dx")
-    for one, other, what in ((b, want[1], "b'"), (got.b, g.b, "db")):
-        assert (one is None) == (other is None)
-        if other is not None:
-            assert_close(one, other, what)
-    for one, other, what in zip(case.method.product_vjp(case.layer, at[1], case.W, got.product), g.params, g.params._fields, strict=True):
-        assert_close(one, other, f"d{what}", rounding=1e-11)
+    of_params = case.method.product_vjp(case.layer, params, got.product)
+    for one, other, what in ((b, want[1], "b'"), (got.b, g.b, "db"), *zip(of_params, g.params, g.params._fields, strict=True)):
+        assert (one is None) == (other is None), what
+        if one is not None and other is not None:
+            assert_close(one, other, what, rounding=1e-11)
 
 
 def exact(f: Callable[..., Any], *arrays: Host) -> tuple[Host, Host]:
@@ -231,18 +231,18 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda x, dy, h, A, B, W, F, b: dense.scaled(W, b, B, A),
         lambda x, dy, h, A, B, W, F, b: (W + B @ A) * b[:, None],
     ),
-    "row_norms": (
-        lambda x, dy, h, A, B, W, F, b: dense.row_norms(W, B, A) ** 2,
+    "unit_scaled": (
+        lambda x, dy, h, A, B, W, F, b: dense.unit_scaled(W, b, B, A)[0] * dense.unit_scaled(W, b, B, A)[1][:, None],
+        lambda x, dy, h, A, B, W, F, b: (W + B @ A) * b[:, None],
+    ),
+    "unit_scaled, norms": (
+        lambda x, dy, h, A, B, W, F, b: dense.unit_scaled(W, b, B, A)[1] ** 2,
         lambda x, dy, h, A, B, W, F, b: ((W + B @ A) ** 2).sum(1),
     ),
     "turned": (lambda x, dy, h, A, B, W, F, b: dense.turned(x, F), lambda x, dy, h, A, B, W, F, b: x @ block_diagonal(F)),
-    "turned_product_vjp, dx": (
-        lambda x, dy, h, A, B, W, F, b: dense.turned_product_vjp(W, F, x, dy)[0],
-        lambda x, dy, h, A, B, W, F, b: dy @ W @ block_diagonal(F),
-    ),
-    "turned_product_vjp, dF": (
-        lambda x, dy, h, A, B, W, F, b: dense.turned_product_vjp(W, F, x, dy)[1],
-        lambda x, dy, h, A, B, W, F, b: diagonal(W.T @ dy.T @ x, F.shape[1]),
+    "turned_vjp": (
+        lambda x, dy, h, A, B, W, F, b: dense.turned_vjp(dy @ W, x, len(F)),
+        lambda x, dy, h, A, B, W, F, b: diagonal((dy @ W).T @ x, F.shape[1]),
     ),
 }
 
@@ -334,7 +334,20 @@ def test_rotations_turn_the_input_or_the_weight_whichever_has_fewer_rows(tokens:
     adapters = [Adapter(method, method.to_params(R=rng.normal(size=(1 if share else 2, 3))))]
     plain = stack.forward(layer, W, None, adapters, x), stack.vjp(layer, W, None, adapters, x, dy)
     with called_large():
+        assert stack._set_up(layer, W, None, adapters, x).turns_input == (tokens < 8)
         y, pull = stack.forward_and_vjp(layer, W, None, adapters, x)
     assert_close(y, plain[0], "y", rounding=ROUNDING)
     assert_close(pull(dy).x, plain[1].x, "dx", rounding=ROUNDING)
     assert_close(pull(dy).params[0].R, plain[1].params[0].R, "dR", rounding=ROUNDING)
+
+
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_a_low_rank_adapter_alone_is_added_to_the_weight_of_a_long_input(tokens: int) -> None:
+    """And not where it is one of two, or has dropout: then what it adds is no part of one weight's product."""
+    rng, layer, method = np.random.default_rng(0), Linear(in_features=6, out_features=8), LoRA(r=2)
+    W, x = rng.normal(size=(8, 6)), rng.normal(size=(tokens, 6))
+    a = Adapter(method, method.to_params(A=rng.normal(size=(2, 6)), B=rng.normal(size=(8, 2))))
+    with called_large():
+        assert stack._set_up(layer, W, None, [a], x).sides == [tokens < 8]
+        assert stack._set_up(layer, W, None, [a, a], x).sides == [True, True]
+        assert stack._set_up(layer, W, None, [a._replace(dropout=Dropout(x > 0, 0.5))], x).sides == [True]

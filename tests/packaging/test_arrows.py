@@ -22,7 +22,7 @@ FLOORS = (
     {"dense"},
     {"layers", "attention", "activations"},
     {"norms"},
-    {"parameters"},
+    {"parameters", "changes"},
     {"contracts"},
     {"prompts", "attending", "conditioned", "large"},
     {"registry"},  # HF's names and the type of the table of methods: it knows the contracts, and METHODS is made of it
@@ -49,6 +49,7 @@ MATHEMATICS = {
     "norms",
     "attention",
     "activations",
+    "changes",
     "contracts",
     "prompts",
     "attending",
