@@ -16,6 +16,7 @@ from peft_ref.arrays import Array, as_rows
 
 LEAST = 2**16  # entries of a matrix from which on the tiles pay; the plain formulas' bits stay below it
 TILE = 256  # rows of a few thousand numbers: one or two MB
+APART = 16  # numbers between two rows that are read side by side: rows a power of two apart would share a few places of the caches
 
 
 def is_large(M: Array, *others: Array | None) -> bool:
@@ -106,9 +107,11 @@ def turned(V: Array, F: Array) -> Array:
     if b == 1:
         return V * F.reshape(n)
     rows, F = as_rows(V), np.ascontiguousarray(F)
-    out = np.empty(rows.shape, rows.dtype)
-    for tile in tiles(rows.shape[0]):
-        np.matmul(_blocks(rows[tile], n), F, out=_blocks(out[tile], n))
+    out, turned_tile = np.empty(rows.shape, rows.dtype), _spaced(rows)
+    for tile, V_tile in _copied_tiles(rows):
+        to = turned_tile[: V_tile.shape[0]]
+        np.matmul(_blocks(V_tile, n), F, out=_blocks(to, n))
+        out[tile] = to
     return out.reshape(V.shape)
 
 
@@ -119,9 +122,24 @@ def turned_vjp(V: Array, d: Array, n: int) -> Array:
     if b == 1:
         return column_dots(V, d).reshape(n, 1, 1)
     dF = np.zeros((n, b, b), V.dtype)
-    for tile in tiles(V.shape[0]):
-        dF += _blocks(V[tile], n).mT @ _blocks(d[tile], n)
+    for (_, V_tile), (_, d_tile) in zip(_copied_tiles(V), _copied_tiles(d), strict=True):
+        dF += _blocks(V_tile, n).mT @ _blocks(d_tile, n)
     return dF
+
+
+def _spaced(rows: Array) -> Array:
+    """Room for a tile of these rows."""
+    height, width = rows.shape
+    return np.empty((min(TILE, height), width + APART), rows.dtype)[:, :width]
+
+
+def _copied_tiles(rows: Array) -> Iterator[tuple[slice, Array]]:
+    """The rows a tile at a time, in one place: a tile is good until the next is asked for."""
+    room = _spaced(rows)
+    for tile in tiles(rows.shape[0]):
+        here = room[: tile.stop - tile.start]
+        here[...] = rows[tile]
+        yield tile, here
 
 
 def _blocks(V: Array, n: int) -> Any:
