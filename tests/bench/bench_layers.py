@@ -10,9 +10,10 @@ kernel pinned to Haswell (AVX2), as `OPENBLAS_CORETYPE` says on many CI machines
                 One forward and two with gradients; three for LoHa and FourierFT, which need the gradient of the whole weight
     neutral x   our limit / PEFT's: what would be left of x if both libraries multiplied matrices equally fast
 
-A sample is the fastest of its calls, a cell the median of its samples, a ratio that of two medians. While a sample runs the whole machine
-is watched: one during which others used more than a twentieth of it is taken again, a few times; then the quietest count, and the table
-says how loud they were. With `--threads 1` the clock is the processor time of the process, which a busy machine disturbs far less.
+A sample is the fastest of its calls, with the products right after it; a cell is the median of its samples, a ratio that of two medians.
+While a sample runs the whole machine is watched: one during which others used more than a twentieth of it is taken again, a few times;
+then the quietest count, and the table says how loud they were. With `--threads 1` the clock is the processor time of the process, which a
+busy machine disturbs far less.
 `--readme` writes the table into README.md, `--json FILE` every number.
 """
 
