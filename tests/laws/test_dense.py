@@ -341,6 +341,20 @@ def test_rotations_turn_the_input_or_the_weight_whichever_has_fewer_rows(tokens:
     assert_close(pull(dy).params[0].R, plain[1].params[0].R, "dR", rounding=ROUNDING)
 
 
+def test_a_block_without_numbers_spoils_no_other() -> None:
+    rng, layer = np.random.default_rng(0), Linear(in_features=6, out_features=8)
+    method = METHODS.weights["oft"](r=0, oft_block_size=3, use_cayley_neumann=False)  # type: ignore[call-arg]
+    W, x, dy, R = rng.normal(size=(8, 6)), rng.normal(size=(9, 6)), rng.normal(size=(9, 8)), rng.normal(size=(2, 3))
+    R[0, 1] = np.nan
+    adapters = [Adapter(method, method.to_params(R=R))]
+    plain = stack.vjp(layer, W, None, adapters, x, dy)
+    with called_large():
+        large_one = stack.vjp(layer, W, None, adapters, x, dy)
+    for got, want, good in ((large_one.x, plain.x, np.s_[:, 3:]), (large_one.params[0].R, plain.params[0].R, np.s_[1:])):
+        assert np.array_equal(np.isnan(got), np.isnan(want))
+        assert_close(got[good], want[good], "the other block", rounding=ROUNDING)
+
+
 @pytest.mark.parametrize("tokens", [7, 8])
 def test_a_low_rank_adapter_alone_is_added_to_the_weight_of_a_long_input(tokens: int) -> None:
     """And not where it is one of two, or has dropout: then what it adds is no part of one weight's product."""
