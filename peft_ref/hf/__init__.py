@@ -95,6 +95,10 @@ from peft_ref.hf.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from peft_ref.methods.bdlora import BdLoraConfig
+from peft_ref.methods.kasa import KasaConfig
+from peft_ref.methods.monteclora import MontecloraConfig
+from peft_ref.methods.velora import VeloraConfig
 from peft_ref.registry import PeftType, TaskType
 
 __all__ = [
@@ -112,6 +116,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BaseModel",
+    "BdLoraConfig",
     "BeftConfig",
     "C3AConfig",
     "CPTConfig",
@@ -125,12 +130,14 @@ __all__ = [
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "KasaConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
     "ModelOutput",
+    "MontecloraConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "OFTConfig",
@@ -163,6 +170,7 @@ __all__ = [
     "TrainableTokensConfig",
     "UniLoraConfig",
     "VBLoRAConfig",
+    "VeloraConfig",
     "VeraConfig",
     "WaveFTConfig",
     "convert_to_lora",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -77,7 +77,7 @@ class PeftConfig:
         name = type(self).__name__
         if self.kind is None:
             raise ConfigError(f"{name} is no method.\n  There are {', '.join(cls.__name__ for cls in CLASSES.values())}.")
-        return from_dict(dict(sorted(self.to_dict().items())), name)
+        return from_dict(_in_order(self.to_dict()), name)
 
     def fresh(self) -> AdapterConfig:
         """`frozen` for an adapter that is to be made, whose start and options have to be those that were asked for."""
@@ -160,8 +160,18 @@ def _folder(path: str | os.PathLike[str], subfolder: str | None) -> Path:
     return Path(path) if subfolder is None else Path(path) / subfolder
 
 
+def _in_order(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Sorted, and the maps within too, as PEFT writes them; but for patterns, of which the first that matches wins."""
+    return {
+        key: dict(sorted(value.items())) if isinstance(value, Mapping) and not key.endswith("_pattern") else value
+        for key, value in sorted(said.items())
+    }
+
+
 def plain(value: Any) -> Any:
-    """As JSON has it: an enumeration's word as text, PEFT's own too."""
+    """As JSON has it: an enumeration's word as text, PEFT's own too; a value of a class as a map."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, set | frozenset):

@@ -1,11 +1,13 @@
 """The configuration of every method that is built: PEFT's fields, names and defaults.
 
 HF      peft.LoraConfig and its like. DoRA is LoraConfig(use_dora=True). A field of a method that is not built may only say that it is off.
+        What a map within a LoraConfig says is one of its class, as in PEFT; here that is a value, and a key that it has not is an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft_ref.errors import ConfigError
@@ -17,6 +19,10 @@ from peft_ref.hf.config import (
     PromptTuningInit,
     registered,
 )
+from peft_ref.methods.bdlora import BdLoraConfig
+from peft_ref.methods.kasa import KasaConfig
+from peft_ref.methods.monteclora import MontecloraConfig
+from peft_ref.methods.velora import VeloraConfig
 from peft_ref.registry import PeftType, TaskType
 
 
@@ -45,17 +51,17 @@ class LoraConfig(PeftConfig):
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | dict[str, Any] | None = None
     layer_replication: list[list[int]] | None = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    kasa_config: KasaConfig | dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
     kind: ClassVar[PeftType | None] = PeftType.LORA
@@ -65,6 +71,32 @@ class LoraConfig(PeftConfig):
         "corda_config",
         "lora_ga_config",
     )
+
+    def __post_init__(self) -> None:
+        for name, cls in VARIANTS.items():
+            setattr(self, name, _within(cls, name, getattr(self, name)))
+        super().__post_init__()
+
+
+VARIANTS: dict[str, type[Any]] = {
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+}
+
+
+def _within(cls: type[Any], name: str, value: Any) -> Any:
+    """A map as one of its class; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    known = [f.name for f in fields(cls)]
+    if unknown := sorted(str(key) for key in value if key not in known):
+        raise ConfigError(f"LoraConfig: {name} has no {', '.join(unknown)}.\n  A {cls.__name__} has {', '.join(known)}.")
+    try:
+        return cls(**{key: tuple(v) if isinstance(v, list | set) else v for key, v in value.items()})
+    except ConfigError as error:
+        raise ConfigError(f"LoraConfig: {name}: {error}") from error
 
 
 @registered

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 import peft  # noqa: E402
 
 from peft_ref import hf  # noqa: E402
-from peft_ref.errors import FileFormatError  # noqa: E402
+from peft_ref.errors import ConfigError, FileFormatError  # noqa: E402
 from peft_ref.methods import METHODS  # noqa: E402
 from tests.methods import facts  # noqa: E402
 
@@ -24,9 +24,13 @@ CLASSES = {cls.__name__: cls for cls in hf.PEFT_TYPE_TO_CONFIG_MAPPING.values()}
 NEEDED: dict[str, dict[str, Any]] = {"AdaLoraConfig": {"total_step": 9}, "CPTConfig": {"task_type": "CAUSAL_LM"}}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "LoraConfig": [
-        {"r": 3, "target_modules": ["q"], "task_type": "CAUSAL_LM", "rank_pattern": {"a": 3}, "alpha_pattern": {"b": 2.5}},
+        {"r": 3, "target_modules": ["q"], "task_type": "CAUSAL_LM", "rank_pattern": {"a": 3, "b": 4}, "alpha_pattern": {"b": 2.5}},
         {"use_dora": True, "target_modules": "all-linear", "modules_to_save": ["a", "b"], "bias": "all", "revision": "main"},
         {"init_lora_weights": "pissa", "target_modules": "q|v", "exclude_modules": ["k"], "lora_bias": False, "use_rslora": True},
+        {"kasa_config": {"beta": 0.5}, "target_modules": ["q"]},
+        {"velora_config": {"num_groups": 4}, "target_modules": ["q"]},
+        {"monteclora_config": {"num_samples": 3, "use_entropy": True}, "target_modules": ["q"]},
+        {"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2, "match_strict": False}, "target_modules": ["q"]},
         {"layers_to_transform": [0, 1], "layers_pattern": "layers", "target_modules": ["q"], "base_model_name_or_path": "x"},
     ],
     "AdaLoraConfig": [{"deltaT": 2, "tinit": 1, "tfinal": 2, "orth_reg_weight": 0.1}],
@@ -92,3 +96,47 @@ def test_words_are_pefts() -> None:
 def test_a_folder_without_a_configuration_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"has no adapter_config\.json"):
         hf.PeftConfig.from_pretrained(tmp_path)
+
+
+WITHIN = {
+    "kasa_config": "KasaConfig",
+    "velora_config": "VeloraConfig",
+    "monteclora_config": "MontecloraConfig",
+    "use_bdlora": "BdLoraConfig",
+}
+
+
+@pytest.mark.parametrize("field", WITHIN)
+def test_what_stands_within_a_configuration_is_pefts_too(field: str, tmp_path: Path) -> None:
+    """Its fields and defaults; given as one of its class, as a map, or read from PEFT's file."""
+    theirs, ours = getattr(peft, WITHIN[field]), getattr(hf, WITHIN[field])
+    assert {f.name: f.default for f in fields(ours)} == {f.name: f.default for f in fields(theirs)}
+    expected = hf.LoraConfig(**{field: ours()})
+    peft.LoraConfig(**{field: theirs()}).save_pretrained(tmp_path)
+    for config in (hf.LoraConfig(**{field: {}}), hf.PeftConfig.from_pretrained(tmp_path)):
+        assert getattr(config, field) == getattr(expected, field) == ours()
+    assert expected.to_dict()[field] == peft.LoraConfig(**{field: theirs()}).to_dict()[field]
+
+
+@pytest.mark.parametrize("field", WITHIN)
+def test_a_key_that_is_none_of_them_is_an_error(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} has no betta"):
+        hf.LoraConfig(**{field: {"betta": 1}})
+
+
+def test_what_cannot_be_within_a_configuration_says_where() -> None:
+    with pytest.raises(ConfigError, match=r"LoraConfig: kasa_config: .*beta"):
+        hf.LoraConfig(kasa_config={"beta": -1.0})
+    with pytest.raises(ConfigError, match="kasa_config=3"):
+        hf.LoraConfig(kasa_config=3)  # type: ignore[arg-type]
+
+
+def test_the_first_pattern_wins_before_and_after_a_configuration_is_saved(tmp_path: Path) -> None:
+    """PEFT sorts patterns when it writes them: then another one is the first, and its own adapter no longer fits."""
+    patterns = {"q|v": 3, "q": 5}
+    for side, name in ((peft, "theirs"), (hf, "ours")):
+        side.LoraConfig(target_modules=["q", "v"], rank_pattern=patterns).save_pretrained(tmp_path / name)
+    assert list(peft.PeftConfig.from_pretrained(tmp_path / "theirs").rank_pattern) == ["q", "q|v"]
+    read = hf.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert isinstance(read, hf.LoraConfig)
+    assert list(read.rank_pattern or {}) == ["q|v", "q"]

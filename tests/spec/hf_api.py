@@ -24,7 +24,7 @@ Row = Same | Different | Left
 
 NOT_BUILT = "the method is not built here"
 TUNER = "there is no model class for each method: PeftModel holds a value of peft_ref.model"
-VARIANT = "what it configures is not built here; LoraConfig refuses the option"
+FROM_DATA = "LoraConfig keeps the map as it is; the start that it describes is made from data, by peft_ref.methods.{}"
 TORCH = "torch's or a device's business"
 AUTO = Different("the model is loaded from the folder that base_model_name_or_path names; there is no Hub")
 
@@ -68,11 +68,17 @@ CONFIG = Different(
     "fields by name only; a list of names stays a list; what is not built may only say that it is off; checked when it is made"
 )
 
+WITHIN = Different("fields by name only; a value, which is not written into; a key that it has not is an error; checked when it is made")
+
 NAMES: dict[str, Row] = {
     # methods that are not built
     **{f"{name}Config": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
     **{f"{name}Model": Left(NOT_BUILT) for name in NOT_BUILT_METHODS},
-    **{f"{name}Config": Left(VARIANT) for name in ("Arrow", "BdLora", "Eva", "Kasa", "LoraGA", "LoraRuntime", "Monteclora", "Velora")},
+    "ArrowConfig": Left("what it configures is not built here; LoraConfig refuses the option"),
+    **{f"{name}Config": WITHIN for name in ("BdLora", "Kasa", "Monteclora", "Velora")},
+    "EvaConfig": Left(FROM_DATA.format("eva_init")),
+    "LoraGAConfig": Left(FROM_DATA.format("lora_ga_init")),
+    "LoraRuntimeConfig": Left(TORCH),
     "LoftQConfig": Left("`loftq_config` is a map of its two keys, as PEFT keeps it"),
     # configurations
     **{f"{name}Config": CONFIG for name in BUILT_METHODS},
