@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from peft_ref.arrays import namespace
 from peft_ref.errors import ConfigError, KeyMismatchError, TargetError
@@ -23,8 +23,17 @@ from peft_ref.graph.protocol import Graph
 from peft_ref.graph.tying import Tie, embedding_tie
 from peft_ref.layers import Layer
 from peft_ref.methods.tokens_beside import TokensBeside
+from peft_ref.methods.trainable_tokens import TrainableTokens
 
 TYING = "ensure_weight_tying"
+
+
+class Trains(NamedTuple):
+    """An adapter, as far as others must know of it."""
+
+    name: str  # as an error calls it
+    tokens: Mapping[str, TrainableTokens]  # by module
+    modules: Collection[str]  # all that it adapts
 
 
 class Beside(NamedTuple):
@@ -93,6 +102,29 @@ def check_beside(config: AdapterConfig, layers: Collection[str], saved: Collecti
             raise ConfigError(
                 f"{name!r} has trained tokens and {above!r} is trained in full (HF PEFT refuses it too, or cannot run it).\n"
                 f"  Take it out of modules_to_save, or out of {WORD}."
+            )
+
+
+def check_tokens_alone(one: Trains, other: Trains) -> None:
+    """Raise `ConfigError` where one of two adapters trains tokens of what the other adapts otherwise."""
+    for a, b in ((one, other), (other, one)):
+        if module := next((m for m in a.tokens if m in b.modules and m not in b.tokens), None):
+            raise ConfigError(
+                f"{a.name} trains tokens of {module!r}, which {b.name} adapts too (HF PEFT refuses it too).\n  Take one of them out."
+            )
+
+
+def check_tokens(one: Trains, other: Trains, when: Literal["active", "merged"]) -> None:
+    """Raise `ConfigError` for two adapters with the same tokens of one module; of two that are active, with any of one module."""
+    for module, method in one.tokens.items():
+        if module not in other.tokens:
+            continue
+        both = set(method.token_indices) & set(other.tokens[module].token_indices)
+        if both or when == "active":
+            what = f"token {min(both)}" if both else "tokens"
+            raise ConfigError(
+                f"adapters {one.name} and {other.name} both train {what} of {module!r} and are {when} together (HF PEFT refuses it too).\n"
+                "  Take one of them."
             )
 
 

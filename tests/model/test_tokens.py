@@ -289,7 +289,7 @@ def test_two_adapters_with_tokens_are_not_active_together_and_merge_where_the_to
         activate(ours, ["a", "b"])
     with pytest.raises(ValueError, match="Only one adapter"):
         theirs.base_model.set_adapter(["a", "b"])
-    with pytest.raises(ConfigError, match=r"'a' and 'c' both train tokens of 'model.embed_tokens' and are merged"):
+    with pytest.raises(ConfigError, match=r"'a' and 'c' both train token 2 of 'model.embed_tokens' and are merged"):
         merge(ours, ["a", "c"])
     with pytest.raises(ValueError, match="disjunct"):
         theirs.merge_adapter(["a", "c"])
