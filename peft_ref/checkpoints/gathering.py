@@ -30,7 +30,7 @@ from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.ties import Ties, changed_name, names_of
-from peft_ref.model.tokens import Trains, check_tokens, check_tokens_alone, followed_everywhere
+from peft_ref.model.tokens import check_tokens, check_tokens_alone, followed_everywhere, trains
 
 HALF = ("F16", "BF16")
 
@@ -74,7 +74,7 @@ class Gathered:
 
     def merge(self, adapters: Sequence[Adapter]) -> None:
         """What the adapters add, module by module as in PEFT: it shows where two modules have one weight."""
-        for one, other in combinations([Trains(str(a.source.folder), a.config.beside, a.modules) for a in adapters], 2):
+        for one, other in combinations([trains(str(a.source.folder), a.config, a.modules) for a in adapters], 2):
             check_tokens_alone(one, other)
             check_tokens(one, other, "merged")
         for module in self._model.modules():

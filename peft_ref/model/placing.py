@@ -27,7 +27,7 @@ from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import NOTHING, Adapted
-from peft_ref.model.tokens import Trains, check_beside, check_tokens_alone, in_order, tied_to_table, tokens_beside
+from peft_ref.model.tokens import check_beside, check_tokens_alone, in_order, tied_to_table, tokens_beside, trains
 
 TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
@@ -215,8 +215,7 @@ def check_apart(model: Adapted, name: str, placed: Placed) -> None:
     """
     adapted = {name: tuple(placed.layers)} | {other: tuple(adapter.modules) for other, adapter in model.adapters.items()}
     for other, adapter in model.adapters.items():
-        own = Trains(repr(name), placed.config.beside, placed.layers)
-        check_tokens_alone(own, Trains(repr(other), adapter.config.beside, adapter.modules))
+        check_tokens_alone(trains(repr(name), placed.config, placed.layers), trains(repr(other), adapter.config, adapter.modules))
     whole = {name: placed.saved} | {other: adapter.whole for other, adapter in model.adapters.items()}
     for owner, saved in whole.items():
         for other, modules in adapted.items():

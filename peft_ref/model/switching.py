@@ -18,7 +18,7 @@ from typing import Literal
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.model.adapted import Adapted, Merged
-from peft_ref.model.tokens import Trains, check_tokens
+from peft_ref.model.tokens import check_tokens, trains
 
 SCALING = "lora_"  # the prefix of those whose layer has a scale that can be changed
 
@@ -56,9 +56,9 @@ def refuse_together(model: Adapted, names: Sequence[str], what: str) -> None:
 
 
 def refuse_tokens(model: Adapted, names: Sequence[str], what: Literal["active", "merged"]) -> None:
-    """Raise `ConfigError` for several adapters that train tokens of one module: all of them at once, or the same tokens merged."""
+    """Raise `ConfigError` for several adapters whose trained tokens do not go together."""
     there = [(name, model.attached(name)) for name in names]
-    for one, other in combinations([Trains(repr(name), a.config.beside, a.modules) for name, a in there], 2):
+    for one, other in combinations([trains(repr(name), a.config, a.modules) for name, a in there], 2):
         check_tokens(one, other, what)
 
 

@@ -105,6 +105,11 @@ def check_beside(config: AdapterConfig, layers: Collection[str], saved: Collecti
             )
 
 
+def trains(name: str, config: AdapterConfig, modules: Collection[str]) -> Trains:
+    method = config.method
+    return Trains(name, dict.fromkeys(modules, method) if isinstance(method, TrainableTokens) else config.beside, modules)
+
+
 def check_tokens_alone(one: Trains, other: Trains) -> None:
     """Raise `ConfigError` where one of two adapters trains tokens of what the other adapts otherwise."""
     for a, b in ((one, other), (other, one)):
@@ -115,12 +120,12 @@ def check_tokens_alone(one: Trains, other: Trains) -> None:
 
 
 def check_tokens(one: Trains, other: Trains, when: Literal["active", "merged"]) -> None:
-    """Raise `ConfigError` for two adapters with the same tokens of one module; of two that are active, with any of one module."""
+    """Raise `ConfigError` for two adapters with the same tokens of one module; beside another method only one is active with any."""
     for module, method in one.tokens.items():
         if module not in other.tokens:
             continue
         both = set(method.token_indices) & set(other.tokens[module].token_indices)
-        if both or when == "active":
+        if both or (when == "active" and isinstance(method, TokensBeside)):
             what = f"token {min(both)}" if both else "tokens"
             raise ConfigError(
                 f"adapters {one.name} and {other.name} both train {what} of {module!r} and are {when} together (HF PEFT refuses it too).\n"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.checkpoints.beside_peft import (
@@ -152,6 +153,45 @@ def test_adapters_with_other_tokens_merge_together_and_with_the_same_ones_not(tm
             plan(base, [Source(folder["a"]), Source(folder[other])])
     with pytest.raises(ConfigError, match="no delta that could be scaled"):
         plan(base, [Source(folder["a"], 0.5)])
+
+
+def plain(model: Any, folder: Path, *lists: list[int], targets: Sequence[list[str] | None] = (None, None)) -> list[Path]:
+    """An adapter of nothing but tokens for each list."""
+    configs = [peft.TrainableTokensConfig(token_indices=a, target_modules=t) for a, t in zip(lists, targets, strict=True)]
+    return [saved_adapter(model, config, folder / f"a{n}", seed=n) for n, config in enumerate(configs)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_adapters_of_nothing_but_tokens_merge_together_where_no_token_is_in_both(tmp_path: Path, dtype: str, tied: bool) -> None:
+    model = made(lambda: llama(tie_word_embeddings=tied), dtype)
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4, 50])
+    theirs = merged_by_peft(model, adapters)
+    ours = carried_out(plan(base, [Source(folder) for folder in adapters], exact=True))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    before = array_of(model.state_dict()[TABLE])
+    assert np.flatnonzero((ours[TABLE] != before).any(axis=1)).tolist() == [3, 4, 50, 99]
+
+
+@pytest.mark.parametrize("targets", [(None, None), (None, ["lm_head"])], ids=["table", "head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_adapters_of_nothing_but_tokens_that_share_one_are_refused_before_anything_is_written(
+    tmp_path: Path, tied: bool, targets: Sequence[list[str] | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that is tied to the table has the rows of the adapter on the table."""
+    model = made(lambda: llama(tie_word_embeddings=tied), "F32")
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4, 3], targets=targets)
+    apart = not tied and targets[1] is not None
+    with pytest.raises(KeyError if apart else ValueError, match="a1" if apart else "Only disjunct token indices"):
+        merged_by_peft(model, adapters)
+    if apart:  # each has its own module, which PEFT looks for both in
+        plan(base, [Source(folder) for folder in adapters])
+        return
+    there = sorted(tmp_path.iterdir())
+    assert main(["merge", str(base), *map(str, adapters), "-o", str(tmp_path / "out")]) == 1
+    where = "lm_head" if targets[1] else "model.embed_tokens"
+    assert f"a0 and {adapters[1]} both train token 3 of {where!r} and are merged together" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,34 @@ def test_two_adapters_with_tokens_are_not_active_together_and_merge_where_the_to
     )
 
 
+def test_adapters_of_nothing_but_tokens_are_together_where_no_token_is_in_both() -> None:
+    lists = {"a": [7, 2], "b": [3], "c": [2, 1]}
+    theirs = peft.get_peft_model(net(False), peft.TrainableTokensConfig(token_indices=lists["a"]), adapter_name="a")
+    for name in "bc":
+        theirs.add_adapter(name, peft.TrainableTokensConfig(token_indices=lists[name]))
+    for seed, name in enumerate(lists):
+        randomise(theirs, name, seed)
+    ours = mirrored(frozen_graph(net(False)), theirs, tuple(lists))
+    theirs.base_model.set_adapter(["b", "a"])
+    both = activate(ours, ["b", "a"])
+    np.testing.assert_array_equal(forward(both, TABLE, X[TABLE]), layer_output(theirs, TABLE, X[TABLE]))
+    with pytest.raises(ConfigError, match=r"'a' and 'c' both train token 2 of 'model.embed_tokens' and are active together"):
+        activate(ours, ["a", "c"])
+    theirs.base_model.set_adapter(["a", "c"])
+    with pytest.raises(ValueError, match="disjunct"):
+        layer_output(theirs, TABLE, X[TABLE])
+    for before, names in (([], ["a", "c"]), (["a"], ["c"])):  # at once, or one after the other
+        theirs.merge_adapter(before)
+        with pytest.raises(ValueError, match="disjunct"):
+            theirs.merge_adapter(names)
+        with pytest.raises(ConfigError, match=r"both train token 2 of 'model.embed_tokens' and are merged together"):
+            merge(merge(ours, before), names)
+    theirs.unmerge_adapter()
+    theirs.merge_adapter(["b", "c"])
+    merged = merge(activate(ours, "b"), ["b", "c"])
+    np.testing.assert_array_equal(forward(merged, TABLE, X[TABLE]), layer_output(theirs, TABLE, X[TABLE]))
+
+
 def test_an_adapter_on_a_table_and_one_with_tokens_of_it_are_not_together() -> None:
     tokens, table = {"trainable_token_indices": [3]}, {"target_modules": ["embed_tokens"]}
     for first, second in ((tokens, table), (table, tokens)):
