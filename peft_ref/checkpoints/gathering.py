@@ -25,6 +25,7 @@ from peft_ref.checkpoints.ways import cuts, init_of, needs_bias, rounded_first, 
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
+from peft_ref.files.tokens import name_of
 from peft_ref.methods.ia3 import IA3
 from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
@@ -176,7 +177,7 @@ class Gathered:
 
     def _check(self, adapter: Adapter, found: OnModule, what: str) -> None:
         """Raise where the method has no place in this weight, or not so."""
-        method, name = found.method, type(found.method).__name__
+        method, name = found.method, name_of(found.method)
         if isinstance(method, LowRank) and found.layer.groups > 1:
             raise NotMergeableError(
                 f"{what}: a convolution in groups has no place for the delta (HF PEFT refuses it too).\n  Keep the adapter beside the base."
@@ -192,8 +193,9 @@ class Gathered:
                 "  HF PEFT refuses it too. Make a plain LoRA of it first: peft-ref convert --initial."
             )
         if adapter.source.weight != 1 and not isinstance(method, LowRank | Additive):
+            called = f"the {name} of its {adapter.config.method.peft_type}" if isinstance(method, TokensBeside) else name
             raise ConfigError(
-                f"{adapter.source.folder}: weight {adapter.source.weight} with {name}, which adds no delta that could be scaled.\n"
+                f"{adapter.source.folder}: weight {adapter.source.weight} with {called}: there is no delta that could be scaled.\n"
                 "  Use weight 1."
             )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.methods.tokens_beside import KEY as KEY
 from peft_ref.methods.tokens_beside import WRAPPER as WRAPPER
@@ -37,6 +38,11 @@ def tokens_asked(value: Any, where: str) -> Mapping[str, TokensBeside]:
         except ConfigError as error:
             raise ConfigError(f"{at}: {error}") from None
     return found
+
+
+def name_of(method: WeightMethod[Any]) -> str:
+    """A method as errors call it: by what its user has written."""
+    return WORD if isinstance(method, TokensBeside) else type(method).__name__
 
 
 def tokens_at(tokens: Mapping[str, TokensBeside], modules: Collection[str]) -> dict[str, TokensBeside]:

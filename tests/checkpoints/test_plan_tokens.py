@@ -151,8 +151,19 @@ def test_adapters_with_other_tokens_merge_together_and_with_the_same_ones_not(tm
     for other, said in (("same", "token 50"), ("table", "trains tokens of 'model.embed_tokens'")):
         with pytest.raises(ConfigError, match=said):
             plan(base, [Source(folder["a"]), Source(folder[other])])
-    with pytest.raises(ConfigError, match="no delta that could be scaled"):
-        plan(base, [Source(folder["a"], 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("case", "called"),
+    [("both alike", "the trainable_token_indices of its LORA"), ("adalora", "the trainable_token_indices of its ADALORA")],
+)
+def test_a_weight_other_than_1_is_refused_by_the_name_that_the_configuration_gives_the_rows(
+    tmp_path: Path, case: str, called: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, base, adapter = folders(tmp_path, case, "F32")
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--weights", "0.5"]) == 1
+    assert f"{adapter}: weight 0.5 with {called}: there is no delta that could be scaled.\n  Use weight 1." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def plain(model: Any, folder: Path, *lists: list[int], targets: Sequence[list[str] | None] = (None, None)) -> list[Path]:
