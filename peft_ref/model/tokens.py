@@ -74,9 +74,16 @@ def _followed(own: Mapping[str, TokensBeside], tie: Tie) -> Beside:
 
 
 def tied_to_table(graph: Graph, modules: Collection[str]) -> dict[str, str]:
-    """Of an adapter that is nothing but trained tokens: what is tied to the table follows it, and is in the file too."""
+    """Of an adapter that is nothing but trained tokens, on these modules: what is tied to the table follows it, and is in the file too."""
     tie = embedding_tie(graph)
-    return dict.fromkeys(tie.others, tie.table) if tie is not None and tie.table in modules else {}
+    if tie is None or tie.table not in modules:
+        return {}
+    if named := [name for name in tie.others if name in modules]:
+        raise ConfigError(
+            f"target_modules names {tie.table!r}, and {named[0]!r} too, which is tied to it (HF PEFT takes both, and cannot run).\n"
+            f"  Name {tie.table!r} alone: what is tied to it has its rows."
+        )
+    return dict.fromkeys(tie.others, tie.table)
 
 
 def input_embedding(graph: Graph) -> str:

@@ -25,7 +25,8 @@ from tests.checkpoints.beside_peft import (
     saved_base,
 )
 
-from peft_ref.checkpoints.inspecting import inspect  # isort: skip
+from peft_ref.checkpoints.fitting import fitted  # isort: skip
+from peft_ref.checkpoints.inspecting import WRONG, inspect  # isort: skip
 from peft_ref.checkpoints.plan import Source  # isort: skip
 from peft_ref.checkpoints.planning import ROUNDINGS, plan  # isort: skip
 from peft_ref.cli import main  # isort: skip
@@ -223,6 +224,27 @@ def test_a_configuration_that_is_not_the_files_is_one_error(tmp_path: Path, said
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(PeftRefError, match=said):
         plan(base, [Source(adapter)])
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head"], r".*(embed_tokens|lm_head)"], ids=str)
+def test_a_head_that_is_named_beside_the_table_it_is_tied_to_is_one_error(
+    tmp_path: Path, targets: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[99, 3], target_modules=targets)
+    for tied in (False, True):
+        model, folder = made(lambda tied=tied: llama(tie_word_embeddings=tied), "F32"), tmp_path / str(tied)
+        base, adapter = saved_base(model, folder / "base"), saved_adapter(model, config, folder / "adapter")
+        theirs = merged_by_peft(model, [adapter])
+        if not tied:
+            ours = carried_out(plan(base, [Source(adapter)], exact=True))
+            assert not differing({name: theirs[name] for name in ours}, ours)
+            assert not [finding for finding in fitted(inspect(adapter), CheckpointGraph(base)).findings if finding.level == WRONG]
+    said = "names 'model.embed_tokens', and 'lm_head' too, which is tied to it (HF PEFT takes both, and cannot run)"
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["inspect", str(base), str(adapter)]) == 1
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_beside_bare_parameters_are_merged(tmp_path: Path) -> None:

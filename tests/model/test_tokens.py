@@ -172,21 +172,6 @@ def test_a_head_that_is_a_target_is_not_saved_whole_beside_tokens(tmp_path: Path
     assert open_adapter(tmp_path / "ours").entries.keys() == open_adapter(tmp_path / "theirs").entries.keys()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_is_tied_follows_an_adapter_of_nothing_but_tokens_too(tied: bool, tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(net(tied), peft.TrainableTokensConfig(token_indices=[7, 2]))
-    randomise(theirs, "default", 3)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load(adapt(frozen_graph(net(tied))), tmp_path / "theirs", trainable=True)
-    for module in (TABLE, HEAD):
-        np.testing.assert_allclose(forward(ours, module, X[module]), layer_output(theirs, module, X[module]), rtol=1e-12, atol=1e-12)
-    assert count(ours)[:2] == theirs.get_nb_trainable_parameters()
-    save(ours, tmp_path / "ours")
-    assert (tmp_path / "ours/adapter_model.safetensors").read_bytes() == (tmp_path / "theirs/adapter_model.safetensors").read_bytes()
-    merged = merge_and_unload(ours)
-    np.testing.assert_array_equal(merged.weight(f"{HEAD}.weight"), theirs.merge_and_unload().lm_head.weight.detach().numpy())
-
-
 def test_a_head_that_follows_has_the_tables_new_rows() -> None:
     ours = add(adapt(frozen_graph(net(True))), "default", config_of(lora(trainable_token_indices=[7, 2])), np.random.default_rng(0))
     old = ours.adapters["default"].modules[TABLE].params
@@ -298,34 +283,6 @@ def test_two_adapters_with_tokens_are_not_active_together_and_merge_where_the_to
     np.testing.assert_array_equal(
         both.weight(f"{TABLE}.weight"), fresh.merge_and_unload(adapter_names=["b", "a"]).get_submodule(TABLE).weight.detach().numpy()
     )
-
-
-def test_adapters_of_nothing_but_tokens_are_together_where_no_token_is_in_both() -> None:
-    lists = {"a": [7, 2], "b": [3], "c": [2, 1]}
-    theirs = peft.get_peft_model(net(False), peft.TrainableTokensConfig(token_indices=lists["a"]), adapter_name="a")
-    for name in "bc":
-        theirs.add_adapter(name, peft.TrainableTokensConfig(token_indices=lists[name]))
-    for seed, name in enumerate(lists):
-        randomise(theirs, name, seed)
-    ours = mirrored(frozen_graph(net(False)), theirs, tuple(lists))
-    theirs.base_model.set_adapter(["b", "a"])
-    both = activate(ours, ["b", "a"])
-    np.testing.assert_array_equal(forward(both, TABLE, X[TABLE]), layer_output(theirs, TABLE, X[TABLE]))
-    with pytest.raises(ConfigError, match=r"'a' and 'c' both train token 2 of 'model.embed_tokens' and are active together"):
-        activate(ours, ["a", "c"])
-    theirs.base_model.set_adapter(["a", "c"])
-    with pytest.raises(ValueError, match="disjunct"):
-        layer_output(theirs, TABLE, X[TABLE])
-    for before, names in (([], ["a", "c"]), (["a"], ["c"])):  # at once, or one after the other
-        theirs.merge_adapter(before)
-        with pytest.raises(ValueError, match="disjunct"):
-            theirs.merge_adapter(names)
-        with pytest.raises(ConfigError, match=r"both train token 2 of 'model.embed_tokens' and are merged together"):
-            merge(merge(ours, before), names)
-    theirs.unmerge_adapter()
-    theirs.merge_adapter(["b", "c"])
-    merged = merge(activate(ours, "b"), ["b", "c"])
-    np.testing.assert_array_equal(forward(merged, TABLE, X[TABLE]), layer_output(theirs, TABLE, X[TABLE]))
 
 
 def test_an_adapter_on_a_table_and_one_with_tokens_of_it_are_not_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,16 @@ def test_trainabletokens_q6_adapters_on_different_modules_do_not_go_together() -
     for module, rows in (("model.embed_tokens", [1, 4]), ("lm_head", [1])):
         moved = np.asarray(merged.weight(f"{module}.weight")) - ours.frozen(f"{module}.weight")
         assert np.flatnonzero(moved.any(axis=1)).tolist() == rows
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trainabletokens_q7_a_head_named_beside_the_table_it_is_tied_to_cannot_run(tied: bool) -> None:
+    theirs = peft.get_peft_model(llama(tied), tokens(4, 1, of=["embed_tokens", "lm_head"]))
+    ours = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 1], "target_modules": ["embed_tokens", "lm_head"]}
+    with pytest.raises(ValueError, match="wraps an unknown layer") if tied else contextlib.nullcontext():
+        theirs(torch.arange(5)[None])
+    with pytest.raises(ConfigError, match=r"Name 'model.embed_tokens' alone") if tied else contextlib.nullcontext():
+        add(adapt(frozen_graph(llama(tied))), "default", from_dict(ours), np.random.default_rng(0))
 
 
 def test_a_token_that_is_not_there_is_refused_on_both_sides() -> None:
