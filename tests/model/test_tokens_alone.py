@@ -129,3 +129,12 @@ def test_the_tables_that_are_saved_whole_are_pefts_to_the_byte(case: str, target
         save(ours, tmp_path / f"ours{n}", embeddings=wanted)
         for file in FILES:
             assert (tmp_path / f"ours{n}" / file).read_bytes() == (tmp_path / f"theirs{n}" / file).read_bytes(), (wanted, file)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_beside_a_table_that_is_adapted_one_with_trained_tokens_is_not_saved_whole(tied: bool, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(net(tied), lora(target_modules=["embed_tokens"], trainable_token_indices={"lm_head": [3]}))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    save(load(adapt(frozen_graph(net(tied))), tmp_path / "theirs", ties="share"), tmp_path / "ours", embeddings=True)
+    for file in FILES:
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
