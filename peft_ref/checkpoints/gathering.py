@@ -25,9 +25,8 @@ from peft_ref.checkpoints.ways import cuts, init_of, needs_bias, rounded_first, 
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
-from peft_ref.files.tokens import name_of
+from peft_ref.files.tokens import TokensBeside, name_of
 from peft_ref.methods.ia3 import IA3
-from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.ties import Ties, changed_name, names_of

@@ -96,7 +96,10 @@ def with_tokens(placed: Placed, model: Adapted) -> Placed:
     methods, following = tokens_beside(placed.config, model.base)
     config = replace(placed.config, beside=methods)
     check_beside(config, placed.layers, placed.saved)
-    layers = in_order(model.base, {**placed.layers, **{name: model.layer(name) for name in methods}})
+    own = {name: model.layer(name) for name in methods}
+    for name, layer in own.items():
+        methods[name].alone.check_layer(layer, name)
+    layers = in_order(model.base, {**placed.layers, **own})
     return placed._replace(config=config, layers=layers, following=following)
 
 

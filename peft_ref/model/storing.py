@@ -41,10 +41,9 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, shared_keys, sort_tensors
 from peft_ref.files.rules import field_names
 from peft_ref.files.safetensors import RawTensor, Tensor
-from peft_ref.files.tokens import KEY, WRAPPER
+from peft_ref.files.tokens import KEY, WRAPPER, TokensBeside
 from peft_ref.graph.patterns import Matcher
 from peft_ref.graph.tying import ASKING
-from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import in_block, joined, started, weight_in, weight_name

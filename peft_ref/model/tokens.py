@@ -18,11 +18,10 @@ from peft_ref.errors import ConfigError, KeyMismatchError, TargetError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS
-from peft_ref.files.tokens import INPUT, WORD
+from peft_ref.files.tokens import INPUT, WORD, TokensBeside
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.tying import Tie, embedding_tie
 from peft_ref.layers import Layer
-from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 
 TYING = "ensure_weight_tying"

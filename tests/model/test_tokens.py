@@ -225,7 +225,7 @@ def live(tied: bool = False, **options: Any) -> None:
         ({"trainable_token_indices": [3], "modules_to_save": ["lm_head"], "tied": True}, "'lm_head' is trained in full"),
         ({"trainable_token_indices": [3], "target_modules": ["lm_head"], "tied": True}, "'lm_head' has trained tokens"),
         ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [1]}, "ensure_weight_tying": True, "tied": True}, "other tokens"),
-        ({"trainable_token_indices": {"input_layernorm": [3]}}, "norm"),
+        ({"trainable_token_indices": {"input_layernorm": [3]}}, "TrainableTokens at 'model.layers.0.input_layernorm': a norm layer"),
     ],
 )  # fmt: skip
 def test_what_peft_refuses_or_cannot_run_is_refused(options: dict[str, Any], said: str) -> None:
