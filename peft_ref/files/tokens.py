@@ -77,3 +77,21 @@ def tokens_at(tokens: Mapping[str, TokensBeside], modules: Collection[str]) -> d
         if (name := next((name for name in tokens if module.endswith(name)), None)) is not None:
             found[module] = tokens[name]
     return found
+
+
+def once_more(keys: Collection[str]) -> dict[str, str]:
+    """The keys whose rows are those of another key, of adapters of nothing but tokens.
+
+    With every further adapter HF wraps what is tied to the table once more, and saves what each wrapper has: one and the same tensor.
+    """
+    found = {}
+    for key in keys:
+        *path, last = key.split(".")
+        n = next((n for n in range(len(path), 0, -1) if path[n - 1] != "base_layer"), 0)
+        if last == TrainableTokens.key and n < len(path) and (own := ".".join([*path[:n], last])) in keys:
+            found[key] = own
+    return found
+
+
+def differs(key: str, own: str) -> str:
+    return f"{key} is not {own}, whose rows it should hold once more (HF PEFT drops it).\n  Take it out, if those are the right ones."

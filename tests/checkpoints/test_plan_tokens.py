@@ -247,6 +247,26 @@ def test_a_head_that_is_named_beside_the_table_it_is_tied_to_is_one_error(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_rows_that_peft_saved_once_more_beside_a_second_adapter_are_merged_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = made(lambda: llama(tie_word_embeddings=True), "BF16")
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4])
+    live = peft.PeftModel.from_pretrained(made(lambda: llama(tie_word_embeddings=True), "BF16"), adapters[0])
+    live.load_adapter(adapters[1], "second")
+    live.save_pretrained(tmp_path / "both")
+    file = open_adapter(tmp_path / "both")
+    tensors = {key: file.tensor(key) for key in file.entries}
+    again = "base_model.model.lm_head.base_layer.trainable_tokens_delta"
+    assert again in tensors
+    theirs = merged_by_peft(model, [adapters[0]])
+    ours = carried_out(plan(base, [Source(tmp_path / "both")], exact=True))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    assert main(["inspect", str(base), str(tmp_path / "both")]) == 0
+    assert f"{again} should be base_model.model.lm_head.trainable_tokens_delta once more" in " ".join(capsys.readouterr().out.split())
+    save_tensors(tmp_path / "other", load_config(tmp_path / "both"), {**tensors, again: tensors[again] + 1}, {})
+    with pytest.raises(KeyMismatchError, match=r"other: .*base_layer\.trainable_tokens_delta is not .*lm_head\.trainable_tokens_delta"):
+        plan(base, [Source(tmp_path / "other")])
+
+
 def test_rows_beside_bare_parameters_are_merged(tmp_path: Path) -> None:
     class Words(Mixture):
         def __init__(self) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
-from peft_ref.errors import ConfigError
+from peft_ref.errors import ConfigError, KeyMismatchError
+from peft_ref.files.adapter import all_tensors, from_state_dict, load_adapter, open_adapter
 from peft_ref.files.config import from_dict
 from peft_ref.model.adapted import adapt
 from peft_ref.model.attaching import add
@@ -138,3 +139,37 @@ def test_beside_a_table_that_is_adapted_one_with_trained_tokens_is_not_saved_who
     save(load(adapt(frozen_graph(net(tied))), tmp_path / "theirs", ties="share"), tmp_path / "ours", embeddings=True)
     for file in FILES:
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+
+
+def test_rows_that_peft_saves_once_more_for_every_further_adapter_are_read_once(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(net(True), tokens(7, 2))
+    for n, name in enumerate(("default", "b", "c")):
+        if n:
+            theirs.add_adapter(name, tokens(3 + n))
+        randomise(theirs, name, n)
+    theirs.save_pretrained(tmp_path)
+    ids, file = torch.arange(9)[None], load_adapter(tmp_path)
+    assert sorted(file.modules) == [HEAD, TABLE]
+    assert len(open_adapter(tmp_path).entries) == 4
+    ours = load(adapt(frozen_graph(net(True))), tmp_path)
+    alone = peft.PeftModel.from_pretrained(net(True), tmp_path)
+    alone(ids)
+    for module in (TABLE, HEAD):
+        np.testing.assert_allclose(forward(ours, module, X[module]), layer_output(alone, module, X[module]), rtol=1e-12, atol=1e-12)
+    save(ours, tmp_path / "ours")
+    alone.save_pretrained(tmp_path / "alone")
+    assert (tmp_path / "ours" / FILES[1]).read_bytes() == (tmp_path / "alone" / FILES[1]).read_bytes()
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows + 1, lambda rows: rows[:1]], ids=["other", "fewer"])
+def test_rows_that_are_there_once_more_and_differ_are_refused(change: Any, tmp_path: Path) -> None:
+    both_named(True, None, tmp_path)
+    file = load_adapter(tmp_path)
+    tensors = all_tensors(file)
+    rows = tensors[f"base_model.model.{HEAD}.trainable_tokens_delta"]
+    again = f"base_model.model.{HEAD}.base_layer.trainable_tokens_delta"
+    assert from_state_dict(file.config, {**tensors, again: rows}).modules.keys() == file.modules.keys()
+    with pytest.raises(
+        KeyMismatchError, match=r"lm_head.base_layer.trainable_tokens_delta is not base_model.model.lm_head.trainable_tokens"
+    ):
+        from_state_dict(file.config, {**tensors, again: change(rows)})
