@@ -84,13 +84,9 @@ def once_more(keys: Collection[str]) -> dict[str, str]:
 
     With every further adapter HF wraps what is tied to the table once more, and saves what each wrapper has: one and the same tensor.
     """
-    found = {}
-    for key in keys:
-        *path, last = key.split(".")
-        n = next((n for n in range(len(path), 0, -1) if path[n - 1] != "base_layer"), 0)
-        if last == TrainableTokens.key and n < len(path) and (own := ".".join([*path[:n], last])) in keys:
-            found[key] = own
-    return found
+    rows = f".{TrainableTokens.key}"
+    wrapped = f".base_layer{rows}"
+    return {key: own for key in keys if key.endswith(wrapped) and (own := key.removesuffix(wrapped) + rows) in keys}
 
 
 def differs(key: str, own: str) -> str:

@@ -165,7 +165,7 @@ def test_rows_that_peft_saves_once_more_for_every_further_adapter_are_read_once(
 def test_rows_that_are_there_once_more_and_differ_are_refused(change: Any, tmp_path: Path) -> None:
     both_named(True, None, tmp_path)
     file = load_adapter(tmp_path)
-    tensors = all_tensors(file)
+    tensors = {key: np.ones_like(tensor) for key, tensor in all_tensors(file).items()}  # so that fewer rows are the same by broadcasting
     rows = tensors[f"base_model.model.{HEAD}.trainable_tokens_delta"]
     again = f"base_model.model.{HEAD}.base_layer.trainable_tokens_delta"
     assert from_state_dict(file.config, {**tensors, again: rows}).modules.keys() == file.modules.keys()
