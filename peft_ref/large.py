@@ -79,12 +79,12 @@ def _turned_vjp(
     F: Array, W: Array, folded: Array, x: Array, dy: Array, db: Array | None, narrow: Sequence[tuple[Array, Array]]
 ) -> ProductGradients:
     """Through W', where there is one and F is nearly orthogonal, so that nothing is lost in its inverse; else through t."""
-    if folded is W or np.max(np.sum(abs(F.mT @ F - np.eye(F.shape[1], dtype=F.dtype)), axis=2)) > NEARLY:
-        t = dense.product(dy, W)
-        dx, dF = dense.turned(t, F), dense.turned_vjp(t, x, F.shape[0])
-    else:
+    if folded is not W and np.max(np.sum(abs(F.mT @ F - np.eye(F.shape[1], dtype=F.dtype)), axis=2)) <= NEARLY:
         dx = dense.product(dy, folded)
         dF = np.linalg.solve(F.mT, dense.turned_vjp(dx, x, F.shape[0]))
+    else:
+        t = dense.product(dy, W)
+        dx, dF = dense.turned(t, F), dense.turned_vjp(t, x, F.shape[0])
     return ProductGradients(sum((dense.product(h, A) for h, A in narrow), dx), Turned(dF), db)
 
 

@@ -266,6 +266,24 @@ def test_a_kernel_computes_its_plain_line(kernel: str, dtype: Any, block: int, r
     assert np.all(abs(got - want) <= depth * np.finfo(dtype).eps / 2 * size)
 
 
+def test_room_for_a_tile_is_of_the_precision_of_its_numbers() -> None:
+    """Twice as wide, it would fit half of the caches."""
+    made, empty = [], np.empty
+    x, h, A, F = (np.ones(shape, np.float32) for shape in ((5, 6), (5, 2), (2, 6), (2, 3, 3)))
+
+    def watched(*given: Any) -> Host:
+        made.append(empty(*given))
+        return made[-1]
+
+    with called_large(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "empty", watched)
+        dense.sum_of_products([(x, np.eye(6, dtype=np.float32)), (h, A)])
+        dense.turned(x, F)
+        dense.turned_vjp(x, x, 2)
+    assert len(made) == 6
+    assert {array.dtype for array in made} == {np.dtype(np.float32)}
+
+
 @pytest.mark.parametrize("shape", [(65, 128), (64, 65), (130, 2), (1, 70), (70, 1)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_waves_are_sums_of_cosines_and_their_gradient_is_the_transpose(shape: tuple[int, int], dtype: Any) -> None:
@@ -325,12 +343,13 @@ def test_a_small_matrix_is_not_large() -> None:
     assert not dense.is_large(np.zeros((256, 256), dtype=object))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 9])
 @pytest.mark.parametrize("share", [False, True])
 def test_rotations_turn_the_input_or_the_weight_whichever_has_fewer_rows(tokens: int, share: bool) -> None:
     rng, layer = np.random.default_rng(0), Linear(in_features=6, out_features=8)
     method = METHODS.weights["oft"](r=0, oft_block_size=3, block_share=share, use_cayley_neumann=False)  # type: ignore[call-arg]
-    W, x, dy = rng.normal(size=(8, 6)), rng.normal(size=(tokens, 6)), rng.normal(size=(tokens, 8))
+    rows = (tokens,) if tokens % 2 else (2, tokens // 2)
+    W, x, dy = rng.normal(size=(8, 6)), rng.normal(size=(*rows, 6)), rng.normal(size=(*rows, 8))
     adapters = [Adapter(method, method.to_params(R=rng.normal(size=(1 if share else 2, 3))))]
     plain = stack.forward(layer, W, None, adapters, x), stack.vjp(layer, W, None, adapters, x, dy)
     with called_large():
@@ -339,6 +358,20 @@ def test_rotations_turn_the_input_or_the_weight_whichever_has_fewer_rows(tokens:
     assert_close(y, plain[0], "y", rounding=ROUNDING)
     assert_close(pull(dy).x, plain[1].x, "dx", rounding=ROUNDING)
     assert_close(pull(dy).params[0].R, plain[1].params[0].R, "dR", rounding=ROUNDING)
+
+
+def test_a_block_without_numbers_spoils_no_other() -> None:
+    rng, layer = np.random.default_rng(0), Linear(in_features=6, out_features=8)
+    method = METHODS.weights["oft"](r=0, oft_block_size=3, use_cayley_neumann=False)  # type: ignore[call-arg]
+    W, x, dy, R = rng.normal(size=(8, 6)), rng.normal(size=(9, 6)), rng.normal(size=(9, 8)), rng.normal(size=(2, 3))
+    R[0, 1] = np.nan
+    adapters = [Adapter(method, method.to_params(R=R))]
+    plain = stack.vjp(layer, W, None, adapters, x, dy)
+    with called_large():
+        large_one = stack.vjp(layer, W, None, adapters, x, dy)
+    for got, want, good in ((large_one.x, plain.x, np.s_[:, 3:]), (large_one.params[0].R, plain.params[0].R, np.s_[1:])):
+        assert np.array_equal(np.isnan(got), np.isnan(want))
+        assert_close(got[good], want[good], "the other block", rounding=ROUNDING)
 
 
 @pytest.mark.parametrize("tokens", [7, 8])

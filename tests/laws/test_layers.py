@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from peft_ref.check.variants import INPUTS, LAYERS
+from peft_ref.errors import ConfigError
+from peft_ref.layers import Conv, Embedding, Linear
 from peft_ref.norms import NORM
 
 
@@ -35,3 +37,30 @@ def test_apply_vjp_is_the_derivative_of_apply(name: str) -> None:
             along = (layer.apply(x + 1e-5 * to_x, W, b) - layer.apply(x - 1e-5 * to_x, W, b)) / 2e-5
         assert np.sum(dy * along) == pytest.approx(np.sum(grads.x * to_x), rel=1e-7 if layer.kind == NORM else 1e-10)
     assert layer.apply_vjp(x, W, None, dy).b is None
+
+
+REFUSED = {
+    "a convolution without a dimension": ({"kernel_size": ()}, "has 1 to 3 spatial dimensions"),
+    "a convolution of four dimensions": ({"kernel_size": (1, 1, 1, 1)}, "has 1 to 3 spatial dimensions"),
+    "a stride too many": ({"kernel_size": (3,), "stride": (1, 1)}, "does not fit kernel_size"),
+    "groups that do not divide the inputs": ({"kernel_size": (3,), "in_channels": 3, "groups": 2}, "must divide in_channels=3"),
+    "groups that do not divide the outputs": ({"kernel_size": (3,), "out_channels": 3, "groups": 2}, "and out_channels=3"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_convolution_that_cannot_be_is_refused(what: str) -> None:
+    given, text = REFUSED[what]
+    with pytest.raises(ConfigError, match=text):
+        Conv(**{"in_channels": 4, "out_channels": 4, **given})
+
+
+def test_a_layer_says_what_it_was_given_and_takes_no_more() -> None:
+    """What a linear layer has of a convolution is no size of its own; an embedding has no bias."""
+    assert repr(Linear(in_features=2, out_features=3)) == "Linear(bias=True, in_features=2, out_features=3, transposed=False)"
+    assert repr(Embedding(num_embeddings=2, embedding_dim=3)) == "Embedding(num_embeddings=2, embedding_dim=3)"
+    for field, value in (("kernel_size", (3,)), ("groups", 2)):
+        with pytest.raises(TypeError, match=field):
+            Linear(in_features=2, out_features=3, **{field: value})
+    with pytest.raises(TypeError, match="bias"):
+        Embedding(num_embeddings=2, embedding_dim=3, bias=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from peft_ref import stack
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.layers import Conv, Embedding, Linear
-from peft_ref.methods import METHODS, DoRA, LoRA
+from peft_ref.methods import IA3, METHODS, DoRA, LoHa, LoRA
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.compare import assert_close, assert_same_bits
 from tests.laws.strategies import LAW, PAIRS, Case, Host, cases, companion
+from tests.laws.test_dense import called_large
 from tests.methods import made
 
 ADDITIVE = [(name, kind) for name, kind in PAIRS if issubclass(METHODS[name], LowRank | Additive)]
@@ -231,6 +234,33 @@ def test_dropout_before_a_reweighting_adapter_is_refused() -> None:
     dora = Adapter(DoRA(r=2), replace(case, method=DoRA(r=2)).params(21))
     with pytest.raises(ConfigError, match="reweighting"):
         stack.forward(layer, case.W, None, [lora, dora], case.x)
+
+
+@pytest.mark.parametrize("first", [DoRA(r=2), LoHa(r=2), LoRA(r=2), IA3()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("dropped", [DoRA(r=2), LoHa(r=2), LoRA(r=2), IA3()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("large", [False, True])
+def test_what_an_adapter_with_dropout_adds_is_measured_at_the_frozen_layer(first: Any, dropped: Any, large: bool) -> None:
+    """layer(x; T_1(W_0)) + layer(drop(x); T_2(W_0) - W_0, b_2 - b_0), and its gradient, whatever T_1 is."""
+    layer = Linear(in_features=3, out_features=2)
+    one, two = (Case(method, layer, True, (4, 3), seed) for method, seed in ((first, 5), (dropped, 6)))
+    mask, W, b, x, dy = np.random.default_rng(1).random((4, 3)) > 0.4, one.W, one.b, one.x, one.dy
+    below, beside = Adapter(first, one.params()), Adapter(dropped, two.params(21))
+    (W1, b1), (W2, b2) = (stack.merge(layer, W, b, [a]) for a in (below, beside))
+    assert b is not None
+    assert b1 is not None
+    assert b2 is not None
+    seen = x * mask / 0.6
+    with called_large() if large else nullcontext():
+        y = stack.forward(layer, W, b, [below, beside._replace(dropout=Dropout(mask, 0.4))], x)
+        d = stack.vjp(layer, W, b, [below, beside._replace(dropout=Dropout(mask, 0.4))], x, dy)
+    assert_close(y, x @ W1.T + b1 + seen @ (W2 - W).T + b2 - b, "y")
+    assert_close(d.x, dy @ W1 + (dy @ (W2 - W)) * mask / 0.6, "dx")
+    for k, (a, rows) in enumerate(((below, x), (beside, seen))):
+        g = a.method.weight_vjp(layer, a.params, W, b, W, dy.T @ rows, dy.sum(0))
+        for got, want, field in zip(d.params[k], g.params, g.params._fields, strict=True):
+            assert (got is None) == (want is None), field
+            if want is not None:
+                assert_close(got, want, f"adapter {k}: d{field}", rounding=1e-11)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in PAIRS if kind == "embedding"])

@@ -1,4 +1,4 @@
-"""A mutation run over peft_ref/methods.      python -m tests.mutation --method lora --method oft
+"""A mutation run.      python -m tests.mutation --method lora --method oft        python -m tests.mutation --core peft_ref.stack
 
 Every mutant is asked of the tests that run its line until one fails. The results are appended to a file, so an interrupted run goes on
 where it was; a mutant is asked again when its file has changed, or with --again when it survived. What survives and is not in
@@ -18,17 +18,18 @@ from typing import Any
 
 from tests.mutation.equivalent import equivalents
 from tests.mutation.evidence import gather
-from tests.mutation.mutants import METHODS, Mutant, mutants
+from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.running import SURVIVED, UNRUN, Judge
-
-FILES = sorted(p.stem for p in METHODS.glob("*.py") if p.stem != "__init__")  # that one is the table, which tests/registry is about
+from tests.mutation.sources import FILES, OF_CORE, OF_METHODS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument(
-        "--method", action="append", choices=FILES, help="a file of peft_ref/methods, as often as you like; else all of them"
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument(
+        "--method", action="append", choices=OF_METHODS, help="a file of peft_ref/methods, as often as you like; else all of them"
     )
+    files.add_argument("--core", action="append", choices=[*OF_CORE, "all"], help="instead: a file under them, or all")
     parser.add_argument("--results", type=Path, default=Path(".mutation/results.jsonl"))
     parser.add_argument("--again", action="store_true", help="ask those that survived once more")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of tests that a mutant is asked at most")
@@ -37,9 +38,11 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", help="files of tests, instead of all that are evidence")
     given = parser.parse_args()
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    wanted = {stem: list(mutants(METHODS / f"{stem}.py")) for stem in given.method or FILES}
+    mutated, evidence = (OF_CORE, "evidence-core.json") if given.core else (OF_METHODS, "evidence.json")
+    asked = given.method or [name for name in given.core or mutated if name != "all"] or mutated
+    wanted = {name: list(mutants(FILES[name])) for name in asked}
     if not given.report:
-        gather(given.results.with_name("evidence.json"), lambda evidence: run(evidence, wanted, given), given.tests)
+        gather(given.results.with_name(evidence), mutated, lambda found: run(found, wanted, given), given.tests)
     return report(wanted, results(given.results), given.json)
 
 

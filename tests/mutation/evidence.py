@@ -1,7 +1,7 @@
-"""The evidence: pytest's own tests, with the lines of the methods that each of them runs, and how long it takes.
+"""The evidence: pytest's own tests, with the lines of the mutated files that each of them runs, and how long it takes.
 
 Nothing of it knows of mutants. A test that passes on the sound code and fails on a mutant kills it. The lines are kept in a file, by
-test; what is known of a test is forgotten when its module, or a file of the methods that it runs, has changed.
+test; what is known of a test is forgotten when its module, or one of those files that it runs, has changed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import coverage
 import pytest
 
-from tests.mutation.mutants import METHODS, ROOT
+from tests.mutation.sources import ROOT, module_of, name_of
 
 # Laws by NumPy alone, live PEFT, the pages' numbers, files and configurations, starts, training. The judge's own oracle is the code that is
 # mutated, so what only asks the judge is no evidence: `check` stands here for its laws of starts and its exact twins.
-ELSEWHERE = {"test_on_backends", "test_starts_on_backends", "test_layers"}  # what other libraries do, and layers without a method
+ELSEWHERE = {"test_on_backends", "test_starts_on_backends"}  # what other libraries do
 LAWS = sorted(f"laws/{p.name}" for p in (ROOT / "tests" / "laws").glob("test_*.py") if p.stem not in ELSEWHERE)
 FOLDERS = (
     *LAWS,
@@ -42,8 +42,8 @@ def digest(path: Path) -> str:
 class Evidence:
     """A plugin: pytest collects, and instead of a run `work` is done with the tests."""
 
-    def __init__(self, file: Path, work: Any) -> None:
-        self.file, self.work = file, work
+    def __init__(self, file: Path, mutated: Mapping[str, Path], work: Any) -> None:
+        self.file, self.mutated, self.work = file, mutated, work
         self.records: dict[str, Record] = json.loads(file.read_text()) if file.is_file() else {}
         self.items: dict[str, pytest.Item] = {}
         self.digests: dict[str, str] = {}
@@ -61,7 +61,7 @@ class Evidence:
     def learn(self) -> None:
         unknown = [item for name, item in self.items.items() if not self.known(name)]
         print(f"{len(self.items)} tests, {len(unknown)} of them new", flush=True)
-        tracer = coverage.Coverage(data_file=None, config_file=False, include=[f"{METHODS}/*"])
+        tracer = coverage.Coverage(data_file=None, config_file=False, include=[str(path) for path in self.mutated.values()])
         tracer.start()
         for n, item in enumerate(unknown):
             self.forget()
@@ -81,7 +81,7 @@ class Evidence:
             for line, contexts in data.contexts_by_lineno(file).items():
                 for name in contexts:
                     if name in lines:
-                        lines[name].setdefault(Path(file).stem, []).append(line)
+                        lines[name].setdefault(name_of(Path(file)), []).append(line)
         for name in names:
             self.records[name] |= {"lines": lines[name], "of": {p: self.digest(p) for p in self.sources(name, lines[name])}}
         self.file.write_text(json.dumps(self.records))
@@ -89,7 +89,7 @@ class Evidence:
     def sources(self, name: str, files: Any) -> Iterator[str]:
         """Below the repository's root, so that another checkout may go on from the same file."""
         yield name.partition("::")[0]
-        yield from (f"{METHODS.relative_to(ROOT)}/{stem}.py" for stem in files)
+        yield from (str(self.mutated[file].relative_to(ROOT)) for file in files)
 
     def known(self, name: str) -> bool:
         return name in self.records and all(self.digest(path) == was for path, was in self.records[name].get("of", {"": "-"}).items())
@@ -103,17 +103,18 @@ class Evidence:
             cache.cache_clear()
 
     def running(self, file: str, lines: tuple[int, int]) -> list[pytest.Item]:
-        """The tests that run one of these lines of a method's file."""
+        """The tests that run one of these lines of a file."""
         wanted = range(lines[0], lines[1] + 1)
         return [item for item, ran in self._passing() if any(n in wanted for n in ran.get(file, ()))]
 
     def using(self, file: str) -> list[pytest.Item]:
-        """The tests that run a method's file, or one that imports from it: what stands in a module runs when it is imported.
+        """The tests that run a file, or one that imports from it: what stands in a module runs when it is imported.
 
         And those that run none: they look at the classes themselves.
         """
-        name = re.compile(rf"peft_ref\.methods(\.{file}\b| import .*\b{file}\b)")
-        files = {file, *(p.stem for p in METHODS.glob("*.py") if name.search(p.read_text("utf-8")))}
+        package, _, stem = module_of(file).rpartition(".")
+        name = re.compile(rf"{re.escape(package)}(\.{stem}\b| import .*\b{stem}\b)")
+        files = {file, *(other for other, path in self.mutated.items() if name.search(path.read_text("utf-8")))}
         return [item for item, ran in self._passing() if not ran or not files.isdisjoint(ran)]
 
     def _passing(self) -> Iterator[tuple[pytest.Item, dict[str, list[int]]]]:
@@ -133,11 +134,11 @@ def runs(item: pytest.Item, following: pytest.Item | None) -> bool:
     return passed
 
 
-def gather(file: Path, work: Any, only: list[str]) -> int:
+def gather(file: Path, mutated: Mapping[str, Path], work: Any, only: list[str]) -> int:
     from hypothesis import Phase, settings
 
     settings.register_profile(
         "mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
     )
     settings.load_profile("mutation")
-    return int(pytest.main([*OPTIONS, *(only or (str(ROOT / "tests" / f) for f in FOLDERS))], plugins=[Evidence(file, work)]))
+    return int(pytest.main([*OPTIONS, *(only or (str(ROOT / "tests" / f) for f in FOLDERS))], plugins=[Evidence(file, mutated, work)]))

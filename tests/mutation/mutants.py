@@ -19,15 +19,15 @@ import libcst as cst
 from libcst.metadata import MetadataWrapper, PositionProvider, WhitespaceInclusivePositionProvider
 from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_string
 
-ROOT = Path(__file__).resolve().parents[2]
-METHODS = ROOT / "peft_ref" / "methods"
+from tests.mutation.sources import name_of
+
 INDENTS = tuple(" " * n for n in range(0, 24, 4))
 UNTOUCHED = (cst.Annotation, cst.Raise, cst.Import, cst.ImportFrom, cst.Decorator)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    file: str  # the stem of a file of peft_ref/methods
+    file: str  # its name in `sources.py`
     function: str  # its qualified name; empty for what stands in a class or in the module itself
     lines: tuple[int, int]  # where the changed expression stands; of a default all of its function, since the `def` runs on import
     old: str  # the changed lines, before and after
@@ -135,4 +135,6 @@ def mutants(path: Path) -> Iterator[Mutant]:
         now = module.code_for_node(changed).replace("\n", "\n" + indent)
         old, new = text[head:tail], text[head:first] + now + text[last:tail]
         if old != new:
-            yield Mutant(path.stem, function, lines, " ".join(old.split()), " ".join(new.split()), text[:first] + now + text[last:], call)
+            yield Mutant(
+                name_of(path), function, lines, " ".join(old.split()), " ".join(new.split()), text[:first] + now + text[last:], call
+            )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from tests.mutation.evidence import Evidence, runs
 from tests.mutation.mutants import Mutant
+from tests.mutation.sources import module_of
 
 KILLED, SURVIVED, BROKEN, TIMEOUT, UNRUN = "killed", "survived", "does not import", "timeout", "never run"
 GENERATED = {"__init__", "__dataclass_fields__", "__match_args__", "__replace__", "_field_defaults", "__new__"}
@@ -32,7 +33,7 @@ class Result(NamedTuple):
 
 
 def install(mutant: Mutant) -> None:
-    module = import_module(f"peft_ref.methods.{mutant.file}")
+    module = import_module(module_of(mutant.file))
     code = compile(mutant.source, str(module.__file__), "exec", dont_inherit=True)
     if mutant.function and (found := [c for c in _codes(code) if c.co_qualname == mutant.function]):
         function = _function(module, mutant.function)

@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("mutmut")
 from tests.mutation.equivalent import equivalents
-from tests.mutation.mutants import METHODS, ROOT, Mutant, mutants
+from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.running import install
+from tests.mutation.sources import FILES, ROOT
 
 SOURCE = '''"""A text."""
 
@@ -57,7 +58,7 @@ def test_who_runs_a_function_is_asked_about_its_defaults_too(tmp_path: Path) -> 
 
 
 def one(file: str, new: str) -> Mutant:
-    return next(m for m in mutants(METHODS / f"{file}.py") if m.new == new)
+    return next(m for m in mutants(FILES[file]) if m.new == new)
 
 
 def in_a_child(say: Callable[[], bool]) -> bool:
@@ -101,7 +102,7 @@ def test_a_table_is_changed_for_those_who_imported_it() -> None:
 
 @pytest.mark.parametrize("file", sorted({file for file, _, _ in equivalents()}))
 def test_every_equivalent_mutant_is_still_made(file: str) -> None:
-    made = {m.key for m in mutants(METHODS / f"{file}.py")}
+    made = {m.key for m in mutants(FILES[file])}
     stale = [key for key in equivalents() if key[0] == file and key not in made]
     assert not stale
 
