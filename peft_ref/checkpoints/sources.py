@@ -97,10 +97,10 @@ def modules_in(source: Source, config: AdapterConfig) -> list[str]:
 def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
     """What the adapter does to this model."""
     there = pieces(open_adapter(source.folder))
+    placed, parameters = _placed(model, config, there)
     for key, own in once_more(there).items():
         if not same(there[key], there[own]):
             raise KeyMismatchError(f"{source.folder}: {differs(key, own)}")
-    placed, parameters = _placed(model, config, there)
     rest = {name: _hollow(p) for name, p in there.items() if not any(p in (on.A, on.B) for on in parameters.values())}
     found = from_state_dict(placed.config, rest, placed.layers)
     saved, frozen = (_pieces(part, there) for part in beside(_keyed(found), placed.tied))
