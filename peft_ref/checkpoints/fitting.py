@@ -24,7 +24,8 @@ from peft_ref.graph.blocks import attention_blocks
 from peft_ref.graph.replicated import ReplicatedGraph
 from peft_ref.graph.targets import match
 from peft_ref.layers import Layer, Linear
-from peft_ref.model.tokens import tokens_beside
+from peft_ref.methods.trainable_tokens import TrainableTokens
+from peft_ref.model.tokens import tied_to_table, tokens_beside
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.sizes import WIDTHS
 
@@ -150,6 +151,8 @@ def _left_out(inspection: Inspection, graph: Graph, renamed: Renaming) -> list[F
     try:
         matched = match(config.targets, graph, peft_type=method.peft_type, task_type=config.housekeeping.get("task_type")).modules
         wanted = (*matched, *(name for name, tokens in tokens_beside(config, graph).methods.items() if tokens.own))
+        if isinstance(method, TrainableTokens):
+            wanted = (*wanted, *tied_to_table(graph, matched))
     except PeftRefError as error:
         return [Finding(WRONG, f"PEFT would not put this adapter onto the base. {error}")]
     there = {renamed(name) for name in inspection.found.modules}

@@ -10,6 +10,7 @@ The order of what happens to one tensor is PEFT's, which loads all adapters befo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, Literal, NamedTuple, final
 
 from peft_ref.checkpoints.base import Base
@@ -24,12 +25,12 @@ from peft_ref.checkpoints.ways import cuts, init_of, needs_bias, rounded_first, 
 from peft_ref.contracts import Additive, LowRank
 from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, ShapeError
 from peft_ref.files.safetensors import BITS
+from peft_ref.files.tokens import TokensBeside, name_of
 from peft_ref.methods.ia3 import IA3
-from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.ties import Ties, changed_name, names_of
-from peft_ref.model.tokens import followed_everywhere
+from peft_ref.model.tokens import check_tokens, check_tokens_alone, followed_everywhere, trains
 
 HALF = ("F16", "BF16")
 
@@ -39,19 +40,6 @@ class Asked(NamedTuple):
     exact: bool
     dtype: str | None
     ties: Ties
-
-
-def check_tokens(one: Adapter, other: Adapter) -> None:
-    """Raise `ConfigError` where both train the same tokens of a module, or one trains tokens of what the other adapts otherwise."""
-    for module in one.modules.keys() & other.modules.keys():
-        a, b = one.modules[module].method, other.modules[module].method
-        if isinstance(a, TokensBeside) != isinstance(b, TokensBeside):
-            problem = f"one trains tokens of {module!r}, which the other adapts too"
-        elif isinstance(a, TokensBeside) and isinstance(b, TokensBeside) and set(a.token_indices) & set(b.token_indices):
-            problem = f"both have rows for token {min(set(a.token_indices) & set(b.token_indices))} of {module!r}"
-        else:
-            continue
-        raise ConfigError(f"{one.source.folder} and {other.source.folder}: {problem} (HF PEFT refuses it too).\n  Merge one of them.")
 
 
 @final
@@ -86,9 +74,9 @@ class Gathered:
 
     def merge(self, adapters: Sequence[Adapter]) -> None:
         """What the adapters add, module by module as in PEFT: it shows where two modules have one weight."""
-        for n, adapter in enumerate(adapters):
-            for other in adapters[:n]:
-                check_tokens(other, adapter)
+        for one, other in combinations([trains(str(a.source.folder), a.config, a.modules) for a in adapters], 2):
+            check_tokens_alone(one, other)
+            check_tokens(one, other, "merged")
         for module in self._model.modules():
             for adapter in adapters:
                 if module in adapter.modules:
@@ -188,7 +176,7 @@ class Gathered:
 
     def _check(self, adapter: Adapter, found: OnModule, what: str) -> None:
         """Raise where the method has no place in this weight, or not so."""
-        method, name = found.method, type(found.method).__name__
+        method, name = found.method, name_of(found.method)
         if isinstance(method, LowRank) and found.layer.groups > 1:
             raise NotMergeableError(
                 f"{what}: a convolution in groups has no place for the delta (HF PEFT refuses it too).\n  Keep the adapter beside the base."
@@ -204,8 +192,9 @@ class Gathered:
                 "  HF PEFT refuses it too. Make a plain LoRA of it first: peft-ref convert --initial."
             )
         if adapter.source.weight != 1 and not isinstance(method, LowRank | Additive):
+            called = f"the {name} of its {adapter.config.method.peft_type}" if isinstance(method, TokensBeside) else name
             raise ConfigError(
-                f"{adapter.source.folder}: weight {adapter.source.weight} with {name}, which adds no delta that could be scaled.\n"
+                f"{adapter.source.folder}: weight {adapter.source.weight} with {called}: there is no delta that could be scaled.\n"
                 "  Use weight 1."
             )
 

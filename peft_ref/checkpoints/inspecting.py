@@ -30,7 +30,7 @@ from peft_ref.files.config import AdapterConfig, flatten
 from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, Sorted, sort_tensors, told_apart
 from peft_ref.files.safetensors import Entry, NDArray, SafetensorsFile, Tensor, dtypes
-from peft_ref.files.tokens import KEY, WORD
+from peft_ref.files.tokens import KEY, WORD, once_more
 from peft_ref.graph.patterns import Matcher
 from peft_ref.graph.rules import SAVED_BY_TASK
 from peft_ref.graph.targets import unused_patterns
@@ -156,6 +156,10 @@ def listed(names: Sequence[str], most: int = NAMED) -> str:
 
 
 def _sorted(config: AdapterConfig, entries: Mapping[str, Tensor], findings: list[Finding]) -> Sorted:
+    if copies := once_more(entries):
+        again = f"{listed(list(copies))} should be {listed(list(dict.fromkeys(copies.values())))} once more"
+        findings.append(Finding(ODD, f"{again}: HF wraps what is tied anew for every further adapter."))
+        entries = {key: entry for key, entry in entries.items() if key not in copies}
     if not isinstance(config.method, Prompt):
         found, strangers = told_apart(config, entries)
         findings += gathered(WRONG, strangers)

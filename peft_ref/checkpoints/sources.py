@@ -21,6 +21,7 @@ from peft_ref.files.adapter import AdapterFile, AdapterModule, from_state_dict, 
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, parameter_name
 from peft_ref.files.safetensors import RawTensor, Tensor, dtypes
+from peft_ref.files.tokens import differs, once_more
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.lora_parameter import Stack, shapes
@@ -97,6 +98,9 @@ def read(model: Adapted, source: Source, config: AdapterConfig) -> Adapter:
     """What the adapter does to this model."""
     there = pieces(open_adapter(source.folder))
     placed, parameters = _placed(model, config, there)
+    for key, own in once_more(there).items():
+        if not same(there[key], there[own]):
+            raise KeyMismatchError(f"{source.folder}: {differs(key, own)}")
     rest = {name: _hollow(p) for name, p in there.items() if not any(p in (on.A, on.B) for on in parameters.values())}
     found = from_state_dict(placed.config, rest, placed.layers)
     saved, frozen = (_pieces(part, there) for part in beside(_keyed(found), placed.tied))

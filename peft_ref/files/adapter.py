@@ -30,7 +30,7 @@ from peft_ref.files.config import AdapterConfig, parse, render
 from peft_ref.files.infer import infer_layer
 from peft_ref.files.keys import PREFIX, SHARED_PREFIX, check_adapter_name, sort_tensors
 from peft_ref.files.safetensors import RawTensor, SafetensorsFile, Tensor, open_file, serialize
-from peft_ref.files.tokens import KEY, tokens_at
+from peft_ref.files.tokens import KEY, differs, once_more, tokens_at
 from peft_ref.layers import Layer
 from peft_ref.prompts import SAVED, Prompt
 from peft_ref.reading.documents import read_bytes
@@ -114,7 +114,7 @@ def link(modules: Mapping[str, AdapterModule], shared: Mapping[str, Array]) -> d
 
 def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer] | None = None) -> AdapterFile:
     """Undoes `state_dict`. `layers` are the adapted modules' layers by name; without them their shapes are read off the tensors."""
-    found = sort_tensors(config, tensors)
+    found = sort_tensors(config, _each_once(tensors))
     config = with_tokens_of(config, found.modules)
     if isinstance(config.method, Prompt):
         table = found.prompt.get(SAVED)
@@ -157,6 +157,16 @@ def from_state_dict(config: AdapterConfig, tensors: Mapping[str, Tensor], layers
         biases=found.biases,
         embeddings=found.embeddings,
     )
+
+
+def _each_once(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the rows that are there once more."""
+    copies = once_more(tensors)
+    for key, own in copies.items():
+        a, b = (_checked_dtypes({name: tensors[name]}, "")[name] for name in (key, own))
+        if tuple(a.shape) != tuple(b.shape) or not bool(namespace(b).all(a == b)):
+            raise KeyMismatchError(differs(key, own))
+    return {key: tensor for key, tensor in tensors.items() if key not in copies} if copies else tensors
 
 
 def with_tokens_of(config: AdapterConfig, modules: Mapping[str, Mapping[str, Tensor]]) -> AdapterConfig:

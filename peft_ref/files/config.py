@@ -40,13 +40,12 @@ from peft_ref.files.rules import (
     start_as_saved,
     switch_as_saved,
 )
-from peft_ref.files.tokens import TAKERS, WORD, tokens_asked
+from peft_ref.files.tokens import TAKERS, WORD, TokensBeside, tokens_asked
 from peft_ref.graph.pattern_keys import Keys
 from peft_ref.graph.patterns import SECONDS_PER_NAME, Matcher
 from peft_ref.graph.targets import Targets, is_feedforward
 from peft_ref.graph.targets import check as check_targets
 from peft_ref.methods import METHODS, method_class
-from peft_ref.methods.tokens_beside import TokensBeside
 from peft_ref.prompts import Prompt
 from peft_ref.reading.documents import CONFIG, OWN, Limit, parsed
 

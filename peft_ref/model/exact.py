@@ -21,6 +21,7 @@ from peft_ref.contracts import Additive, Delta, Factors, LowRank
 from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
+from peft_ref.files.tokens import name_of
 from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA, Params
 from peft_ref.model.adapted import Adapted, Attached
@@ -119,7 +120,7 @@ def _delta(adapter: Attached, module: str) -> Delta:
     method, params, _ = adapter.adapter(module)
     if not isinstance(method, LowRank | Additive):
         raise NotMergeableError(
-            f"{type(method).__name__} at {module!r}: its effect is no delta.\n  LoRA's, AdaLoRA's and LoHa's are, and add up."
+            f"{name_of(method)} at {module!r}: its effect is no delta.\n  LoRA's, AdaLoRA's and LoHa's are, and add up."
         )
     return method.delta(adapter.modules[module].layer, params)
 

@@ -23,7 +23,7 @@ from peft_ref.errors import ConfigError, NotMergeableError
 from peft_ref.model.adapted import Adapted, Merged
 from peft_ref.model.attaching import overlaid, weight_name
 from peft_ref.model.numbers import as_stored, is_finite, wide
-from peft_ref.model.switching import check_tokens, refuse_together
+from peft_ref.model.switching import refuse_together, refuse_tokens
 from peft_ref.model.ties import Ties, changed_name, check_ties
 from peft_ref.model.tokens import followed_everywhere
 from peft_ref.stack import Adapter, step
@@ -45,7 +45,7 @@ def merge(model: Adapted, names: Sequence[str] | None = None, *, safe: bool = Fa
     refuse_together(model, wanted, "merged")
     before = () if any(_replaces_all(model, name) for name in wanted) else model.merged.names
     every = (*before, *(name for name in wanted if name not in before))
-    check_tokens(model, every, "merged")
+    refuse_tokens(model, every, "merged")
     ties = model.merged.ties if ties == "refuse" else ties
     weights: dict[str, Array] = {}
     untied = frozenset[str]()

@@ -6,7 +6,7 @@ modules_to_save, IA3's feed-forward modules. What is saved later says so too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from peft_ref.layers import Layer
 from peft_ref.methods.lora import LoRA
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import NOTHING, Adapted
-from peft_ref.model.tokens import check_beside, in_order, tied_to_table, tokens_beside
+from peft_ref.model.tokens import check_beside, check_tokens_alone, in_order, tied_to_table, tokens_beside, trains
 
 TYING = "ensure_weight_tying"
 # HF's PeftMixedModel takes these together; their effects are all a change of the weight on the same input.
@@ -96,7 +96,10 @@ def with_tokens(placed: Placed, model: Adapted) -> Placed:
     methods, following = tokens_beside(placed.config, model.base)
     config = replace(placed.config, beside=methods)
     check_beside(config, placed.layers, placed.saved)
-    layers = in_order(model.base, {**placed.layers, **{name: model.layer(name) for name in methods}})
+    own = {name: model.layer(name) for name in methods}
+    for name, layer in own.items():
+        methods[name].alone.check_layer(layer, name)
+    layers = in_order(model.base, {**placed.layers, **own})
     return placed._replace(config=config, layers=layers, following=following)
 
 
@@ -213,10 +216,9 @@ def check_apart(model: Adapted, name: str, placed: Placed) -> None:
 
     HF refuses the same module; inside of one it puts adapters into the copy, each of its own.
     """
-    beside = {name: placed.config.beside} | {other: adapter.config.beside for other, adapter in model.adapters.items()}
     adapted = {name: tuple(placed.layers)} | {other: tuple(adapter.modules) for other, adapter in model.adapters.items()}
-    for other in model.adapters:
-        check_tokens_alone((name, other), beside, adapted)
+    for other, adapter in model.adapters.items():
+        check_tokens_alone(trains(repr(name), placed.config, placed.layers), trains(repr(other), adapter.config, adapter.modules))
     whole = {name: placed.saved} | {other: adapter.whole for other, adapter in model.adapters.items()}
     for owner, saved in whole.items():
         for other, modules in adapted.items():
@@ -226,12 +228,3 @@ def check_apart(model: Adapted, name: str, placed: Placed) -> None:
                         f"adapter {owner!r} trains {above!r} in full, and {other!r} goes to {module!r}.\n"
                         "  Take one of them out: modules_to_save takes every module whose name ends so."
                     )
-
-
-def check_tokens_alone(pair: tuple[str, str], beside: Mapping[str, Collection[str]], modules: Mapping[str, Collection[str]]) -> None:
-    """Raise `ConfigError` where one of two adapters trains tokens of what the other adapts otherwise."""
-    for one, other in (pair, pair[::-1]):
-        if module := next((m for m in beside[one] if m in modules[other] and m not in beside[other]), None):
-            raise ConfigError(
-                f"{one!r} trains tokens of {module!r}, which {other!r} adapts too (HF PEFT refuses it too).\n  Take one of them out."
-            )

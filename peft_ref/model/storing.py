@@ -6,7 +6,8 @@ save    the folder that HF's PeftModel.save_pretrained writes: the adapter "defa
 A file holds, beside the adapter's parameters:
     copies of modules_to_save               under the modules' own names, with their buffers (a running mean)
     biases, for bias="all" or "lora_only"   those of adapted layers as base_layer.bias; loading puts them into the frozen weights
-    embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts; the same
+    embeddings                              HF's save_embedding_layers="auto": the tables that a transformers model adapts, but of trained
+                                            tokens none; the same
 
 HF      loads what it finds, warns of what is missing and forgets the rest; here a tensor too few or too many is an error. With bias="all"
         HF saves the biases of modules_to_save twice more ("original_module.bias", "modules_to_save.bias"); they are read over.
@@ -18,7 +19,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,9 +41,9 @@ from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS, PREFIX, parameter_name, shared_keys, sort_tensors
 from peft_ref.files.rules import field_names
 from peft_ref.files.safetensors import RawTensor, Tensor
-from peft_ref.files.tokens import KEY, WRAPPER
+from peft_ref.files.tokens import KEY, WRAPPER, TokensBeside
 from peft_ref.graph.patterns import Matcher
-from peft_ref.methods.tokens_beside import TokensBeside
+from peft_ref.graph.tying import ASKING
 from peft_ref.methods.trainable_tokens import TrainableTokens
 from peft_ref.model.adapted import Adapted
 from peft_ref.model.attaching import in_block, joined, started, weight_in, weight_name
@@ -124,8 +125,8 @@ def adapter_file(model: Adapted, name: str, *, embeddings: bool | Literal["auto"
 
 def _heads_beside(modules: Mapping[str, AdapterModule], tables: list[str], following: Mapping[str, str]) -> dict[str, AdapterModule]:
     """The heads that are saved whole, beside which HF saves the rows that they have of the table once more."""
-    heads = [head for head in following if f"{head}.weight" in tables]
-    return {head: modules[head]._replace(method=replace(cast(TokensBeside, modules[head].method), own=True)) for head in heads}
+    heads = {head: method for head in following if f"{head}.weight" in tables and isinstance(method := modules[head].method, TokensBeside)}
+    return {head: modules[head]._replace(method=replace(method, own=True)) for head, method in heads.items()}
 
 
 def _as_numpys(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
@@ -254,17 +255,22 @@ def _biases(model: Adapted, config: AdapterConfig, saved: Mapping[str, Array]) -
 
 
 def _embeddings(model: Adapted, config: AdapterConfig, wanted: bool | Literal["auto"]) -> list[str]:
+    """The tables that are saved whole: where target_modules names one those that are adapted, elsewhere all, if they are asked for."""
     if wanted is False or not model.pretrained:
+        return []
+    named = _names_table(model, config.targets.target_modules)
+    if wanted == "auto" and (not named or config.tokens or isinstance(config.method, TrainableTokens)):
         return []
     tables = {m for m, found in model.modules().items() if found.kind == "embedding" and m.rpartition(".")[2] in EMBEDDINGS}
     tables |= {model.output_head} if model.output_head else set()
-    if wanted == "auto":
-        targets = config.targets.target_modules
-        named = _matches(targets) if isinstance(targets, str) else bool({"embed_tokens", "lm_head"} & set(targets or ()))
-        tables = tables & _adapted(model) if named and not config.tokens else set()
+    if named:
+        tables &= {module for adapter in model.adapters.values() for module in adapter.modules if module not in adapter.config.beside}
     return [key for module in sorted(tables) if (key := model.modules()[module].weight)]
 
 
-def _matches(pattern: str) -> bool:
+def _names_table(model: Adapted, targets: str | tuple[str, ...] | None) -> bool:
+    """Whether HF finds one of its two names among the targets: a list has the bare name, a pattern matches a module's whole one."""
+    if not isinstance(targets, str):
+        return bool(set(ASKING) & set(targets or ()))
     matcher = Matcher()
-    return any(matcher.full(pattern, name) for name in ("embed_tokens", "lm_head"))
+    return any(matcher.full(targets, name) for name in model.modules() if name.rpartition(".")[2] in ASKING)

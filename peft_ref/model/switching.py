@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
+from typing import Literal
 
 from peft_ref.contracts import WeightMethod
 from peft_ref.errors import ConfigError
 from peft_ref.model.adapted import Adapted, Merged
+from peft_ref.model.tokens import check_tokens, trains
 
 SCALING = "lora_"  # the prefix of those whose layer has a scale that can be changed
 
@@ -38,7 +41,7 @@ def activate(model: Adapted, names: str | Sequence[str], *, inference: bool = Fa
                 raise ConfigError(
                     f"adapters {other!r} and {name!r} both have a copy of {key} (HF PEFT refuses it too).\n  Activate one of them."
                 )
-    check_tokens(model, names, "active")
+    refuse_tokens(model, names, "active")
     return trained(replace(model, active_names=names, merged=Merged()), () if inference else names)
 
 
@@ -52,18 +55,11 @@ def refuse_together(model: Adapted, names: Sequence[str], what: str) -> None:
         )
 
 
-def check_tokens(model: Adapted, names: Sequence[str], what: str) -> None:
-    """Raise `ConfigError` for several adapters that train tokens of one module: all of them at once, or the same tokens merged."""
-    there: dict[str, tuple[str, set[int]]] = {}
-    for name in names:
-        for module, method in model.attached(name).config.beside.items():
-            other, tokens = there.get(module, (name, set[int]()))
-            if other != name and (what == "active" or tokens & set(method.token_indices)):
-                raise ConfigError(
-                    f"adapters {other!r} and {name!r} both train tokens of {module!r} and are {what} together (HF PEFT refuses it too).\n"
-                    "  Name one of them."
-                )
-            there[module] = name, tokens | set(method.token_indices)
+def refuse_tokens(model: Adapted, names: Sequence[str], what: Literal["active", "merged"]) -> None:
+    """Raise `ConfigError` for several adapters whose trained tokens do not go together."""
+    there = [(name, model.attached(name)) for name in names]
+    for one, other in combinations([trains(repr(name), a.config, a.modules) for name, a in there], 2):
+        check_tokens(one, other, what)
 
 
 def enable(model: Adapted) -> Adapted:

@@ -11,20 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from peft_ref.arrays import namespace
 from peft_ref.errors import ConfigError, KeyMismatchError, TargetError
 from peft_ref.files.adapter import AdapterModule
 from peft_ref.files.config import AdapterConfig
 from peft_ref.files.keys import EMBEDDINGS
-from peft_ref.files.tokens import INPUT, WORD
+from peft_ref.files.tokens import INPUT, WORD, TokensBeside
 from peft_ref.graph.protocol import Graph
 from peft_ref.graph.tying import Tie, embedding_tie
 from peft_ref.layers import Layer
-from peft_ref.methods.tokens_beside import TokensBeside
+from peft_ref.methods.trainable_tokens import TrainableTokens
 
 TYING = "ensure_weight_tying"
+
+
+class Trains(NamedTuple):
+    """An adapter, as far as others must know of it."""
+
+    name: str  # as an error calls it
+    tokens: Mapping[str, TrainableTokens]  # by module
+    modules: Collection[str]  # all that it adapts
 
 
 class Beside(NamedTuple):
@@ -65,9 +73,16 @@ def _followed(own: Mapping[str, TokensBeside], tie: Tie) -> Beside:
 
 
 def tied_to_table(graph: Graph, modules: Collection[str]) -> dict[str, str]:
-    """Of an adapter that is nothing but trained tokens: what is tied to the table follows it, and is in the file too."""
+    """Of an adapter that is nothing but trained tokens, on these modules: what is tied to the table follows it, and is in the file too."""
     tie = embedding_tie(graph)
-    return dict.fromkeys(tie.others, tie.table) if tie is not None and tie.table in modules else {}
+    if tie is None or tie.table not in modules:
+        return {}
+    if named := [name for name in tie.others if name in modules]:
+        raise ConfigError(
+            f"target_modules names {tie.table!r}, and {named[0]!r} too, which is tied to it (HF PEFT takes both, and cannot run).\n"
+            f"  Name {tie.table!r} alone: what is tied to it has its rows."
+        )
+    return dict.fromkeys(tie.others, tie.table)
 
 
 def input_embedding(graph: Graph) -> str:
@@ -93,6 +108,34 @@ def check_beside(config: AdapterConfig, layers: Collection[str], saved: Collecti
             raise ConfigError(
                 f"{name!r} has trained tokens and {above!r} is trained in full (HF PEFT refuses it too, or cannot run it).\n"
                 f"  Take it out of modules_to_save, or out of {WORD}."
+            )
+
+
+def trains(name: str, config: AdapterConfig, modules: Collection[str]) -> Trains:
+    method = config.method
+    return Trains(name, dict.fromkeys(modules, method) if isinstance(method, TrainableTokens) else config.beside, modules)
+
+
+def check_tokens_alone(one: Trains, other: Trains) -> None:
+    """Raise `ConfigError` where one of two adapters trains tokens of what the other adapts otherwise."""
+    for a, b in ((one, other), (other, one)):
+        if module := next((m for m in a.tokens if m in b.modules and m not in b.tokens), None):
+            raise ConfigError(
+                f"{a.name} trains tokens of {module!r}, which {b.name} adapts too (HF PEFT refuses it too).\n  Take one of them out."
+            )
+
+
+def check_tokens(one: Trains, other: Trains, when: Literal["active", "merged"]) -> None:
+    """Raise `ConfigError` for two adapters with the same tokens of one module; beside another method only one is active with any."""
+    for module, method in one.tokens.items():
+        if module not in other.tokens:
+            continue
+        both = set(method.token_indices) & set(other.tokens[module].token_indices)
+        if both or (when == "active" and isinstance(method, TokensBeside)):
+            what = f"token {min(both)}" if both else "tokens"
+            raise ConfigError(
+                f"adapters {one.name} and {other.name} both train {what} of {module!r} and are {when} together (HF PEFT refuses it too).\n"
+                "  Take one of them."
             )
 
 

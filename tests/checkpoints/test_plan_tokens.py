@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.checkpoints.beside_peft import (
@@ -24,7 +25,8 @@ from tests.checkpoints.beside_peft import (
     saved_base,
 )
 
-from peft_ref.checkpoints.inspecting import inspect  # isort: skip
+from peft_ref.checkpoints.fitting import fitted  # isort: skip
+from peft_ref.checkpoints.inspecting import WRONG, inspect  # isort: skip
 from peft_ref.checkpoints.plan import Source  # isort: skip
 from peft_ref.checkpoints.planning import ROUNDINGS, plan  # isort: skip
 from peft_ref.cli import main  # isort: skip
@@ -150,8 +152,58 @@ def test_adapters_with_other_tokens_merge_together_and_with_the_same_ones_not(tm
     for other, said in (("same", "token 50"), ("table", "trains tokens of 'model.embed_tokens'")):
         with pytest.raises(ConfigError, match=said):
             plan(base, [Source(folder["a"]), Source(folder[other])])
-    with pytest.raises(ConfigError, match="no delta that could be scaled"):
-        plan(base, [Source(folder["a"], 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("case", "called"),
+    [("both alike", "the trainable_token_indices of its LORA"), ("adalora", "the trainable_token_indices of its ADALORA")],
+)
+def test_a_weight_other_than_1_is_refused_by_the_name_that_the_configuration_gives_the_rows(
+    tmp_path: Path, case: str, called: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, base, adapter = folders(tmp_path, case, "F32")
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--weights", "0.5"]) == 1
+    assert f"{adapter}: weight 0.5 with {called}: there is no delta that could be scaled.\n  Use weight 1." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def plain(model: Any, folder: Path, *lists: list[int], targets: Sequence[list[str] | None] = (None, None)) -> list[Path]:
+    """An adapter of nothing but tokens for each list."""
+    configs = [peft.TrainableTokensConfig(token_indices=a, target_modules=t) for a, t in zip(lists, targets, strict=True)]
+    return [saved_adapter(model, config, folder / f"a{n}", seed=n) for n, config in enumerate(configs)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_adapters_of_nothing_but_tokens_merge_together_where_no_token_is_in_both(tmp_path: Path, dtype: str, tied: bool) -> None:
+    model = made(lambda: llama(tie_word_embeddings=tied), dtype)
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4, 50])
+    theirs = merged_by_peft(model, adapters)
+    ours = carried_out(plan(base, [Source(folder) for folder in adapters], exact=True))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    before = array_of(model.state_dict()[TABLE])
+    assert np.flatnonzero((ours[TABLE] != before).any(axis=1)).tolist() == [3, 4, 50, 99]
+
+
+@pytest.mark.parametrize("targets", [(None, None), (None, ["lm_head"])], ids=["table", "head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_adapters_of_nothing_but_tokens_that_share_one_are_refused_before_anything_is_written(
+    tmp_path: Path, tied: bool, targets: Sequence[list[str] | None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that is tied to the table has the rows of the adapter on the table."""
+    model = made(lambda: llama(tie_word_embeddings=tied), "F32")
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4, 3], targets=targets)
+    apart = not tied and targets[1] is not None
+    with pytest.raises(KeyError if apart else ValueError, match="a1" if apart else "Only disjunct token indices"):
+        merged_by_peft(model, adapters)
+    if apart:  # each has its own module, which PEFT looks for both in
+        plan(base, [Source(folder) for folder in adapters])
+        return
+    there = sorted(tmp_path.iterdir())
+    assert main(["merge", str(base), *map(str, adapters), "-o", str(tmp_path / "out")]) == 1
+    where = "lm_head" if targets[1] else "model.embed_tokens"
+    assert f"a0 and {adapters[1]} both train token 3 of {where!r} and are merged together" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize(
@@ -172,6 +224,47 @@ def test_a_configuration_that_is_not_the_files_is_one_error(tmp_path: Path, said
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(PeftRefError, match=said):
         plan(base, [Source(adapter)])
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "lm_head"], r".*(embed_tokens|lm_head)"], ids=str)
+def test_a_head_that_is_named_beside_the_table_it_is_tied_to_is_one_error(
+    tmp_path: Path, targets: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[99, 3], target_modules=targets)
+    for tied in (False, True):
+        model, folder = made(lambda tied=tied: llama(tie_word_embeddings=tied), "F32"), tmp_path / str(tied)
+        base, adapter = saved_base(model, folder / "base"), saved_adapter(model, config, folder / "adapter")
+        theirs = merged_by_peft(model, [adapter])
+        if not tied:
+            ours = carried_out(plan(base, [Source(adapter)], exact=True))
+            assert not differing({name: theirs[name] for name in ours}, ours)
+            assert not [finding for finding in fitted(inspect(adapter), CheckpointGraph(base)).findings if finding.level == WRONG]
+    said = "names 'model.embed_tokens', and 'lm_head' too, which is tied to it (HF PEFT takes both, and cannot run)"
+    assert main(["merge", str(base), str(adapter), "-o", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["inspect", str(base), str(adapter)]) == 1
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_that_peft_saved_once_more_beside_a_second_adapter_are_merged_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = made(lambda: llama(tie_word_embeddings=True), "BF16")
+    base, adapters = saved_base(model, tmp_path / "base"), plain(model, tmp_path, [99, 3], [4])
+    live = peft.PeftModel.from_pretrained(made(lambda: llama(tie_word_embeddings=True), "BF16"), adapters[0])
+    live.load_adapter(adapters[1], "second")
+    live.save_pretrained(tmp_path / "both")
+    file = open_adapter(tmp_path / "both")
+    tensors = {key: file.tensor(key) for key in file.entries}
+    again = "base_model.model.lm_head.base_layer.trainable_tokens_delta"
+    assert again in tensors
+    theirs = merged_by_peft(model, [adapters[0]])
+    ours = carried_out(plan(base, [Source(tmp_path / "both")], exact=True))
+    assert not differing({name: theirs[name] for name in ours}, ours)
+    assert main(["inspect", str(base), str(tmp_path / "both")]) == 0
+    assert f"{again} should be base_model.model.lm_head.trainable_tokens_delta once more" in " ".join(capsys.readouterr().out.split())
+    save_tensors(tmp_path / "other", load_config(tmp_path / "both"), {**tensors, again: tensors[again] + 1}, {})
+    with pytest.raises(KeyMismatchError, match=r"other: .*base_layer\.trainable_tokens_delta is not .*lm_head\.trainable_tokens_delta"):
+        plan(base, [Source(tmp_path / "other")])
 
 
 def test_rows_beside_bare_parameters_are_merged(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from peft_ref.errors import ConfigError
+from peft_ref.files.tokens import TokensBeside
 from peft_ref.layers import Embedding
 from peft_ref.methods import CPT, TrainableTokens
-from peft_ref.methods.tokens_beside import TokensBeside
 
 NO_NUMBERS: list[Any] = [True, False, 1.0, "1", None, [1]]
 
