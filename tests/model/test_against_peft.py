@@ -130,7 +130,7 @@ def test_any_operations_in_any_order_do_what_they_do_in_peft(kind: str, script: 
         if kind == "copies" and operation == "activate both":
             continue
         trained_aside = any(a.trainable and a.saved and n not in ours.active_names for n, a in ours.adapters.items())
-        if operation.startswith("activate") and trained_aside:
+        if operation.startswith(("activate", "enable")) and trained_aside:
             continue
         if operation.startswith("delete") and operation[-1] in ours.merged.names:
             with pytest.raises(ValueError):
@@ -146,10 +146,11 @@ def test_any_operations_in_any_order_do_what_they_do_in_peft(kind: str, script: 
         compare(theirs, ours, f"after {', '.join(done)}", 1e-5 if kind == "ia3" else 1e-9)
 
 
-def test_peft_leaves_a_copy_that_was_trained_aside_trainable() -> None:
+@pytest.mark.parametrize("last", ["activate a", "enable"])
+def test_peft_leaves_a_copy_that_was_trained_aside_trainable(last: str) -> None:
     """What the test above leaves out, and `switching` does otherwise."""
     theirs, ours = both("copies")
-    for operation in ("train b", "activate a"):
+    for operation in ("train b", last):
         OPERATIONS[operation][0](theirs)
         ours = OPERATIONS[operation][1](ours)
     copies = {name: module.weight.requires_grad for name, module in theirs.base_model.model.head.modules_to_save.items()}
