@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peft_ref.contracts import WeightMethod
+from peft_ref.contracts import WeightMethod, declared
 from peft_ref.errors import KeyMismatchError, PeftRefError, ShapeError
 from peft_ref.files.infer import infer_layer
 from tests.laws.compare import assert_same_bits
@@ -72,7 +72,8 @@ def test_a_tensor_of_a_wrong_shape_is_named_with_both_shapes(name: str, kind: st
     with pytest.raises(ShapeError) as caught:
         case.method.unpack(case.layer, {**packed, wrong: np.zeros(shape)}, "block.0")
     first = str(caught.value).splitlines()[0]
-    for part in (f"{wrong} is {shape}", f"expected {packed[wrong].shape}", "'block.0'"):
+    letters = next(declared(case.method.params_type)[s.field][0] for s in case.method.spec(case.layer) if s.key == wrong)
+    for part in (f"{wrong} is {shape}", f"expected {packed[wrong].shape} ({letters})", "'block.0'"):
         assert part in first
 
 

@@ -59,6 +59,13 @@ def test_a_layer_is_two_products_with_its_weight(name: str, tokens: int, monkeyp
     assert work(PRODUCTS[name], tokens, monkeypatch)["whole"] == 2
 
 
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("tokens", [7, 9])
+def test_no_gradient_of_the_whole_weight_is_formed(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "weight_vjp", None)
+    assert work(PRODUCTS[name], tokens, monkeypatch)["whole"] == 2
+
+
 def test_a_rotation_of_a_long_input_turns_the_weight_once_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     assert work(PRODUCTS["OFT"], 9, monkeypatch)["turned"] == 1
 
