@@ -10,11 +10,12 @@ where they are; addresses (s3://, hf://) are fetched and stored shard by shard, 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,6 +43,20 @@ class Elsewhere(NamedTuple):
     of_base: bool
 
 
+@contextlib.contextmanager
+def planned_at(
+    base: str, adapters: Sequence[tuple[str, float]], planned: Callable[[Path, Sequence[Source]], Plan]
+) -> Iterator[tuple[Plan, list[Elsewhere]]]:
+    """`planned` of what lies at addresses, or at paths; and the folders that stand for addresses, as long as the plan is used."""
+    with tempfile.TemporaryDirectory(prefix="peft-ref-") as temporary:
+        here = Path(temporary)
+        places = [Elsewhere(here / "base", base, True)]
+        places += [Elsewhere(here / f"adapter{n}", address, False) for n, (address, _) in enumerate(adapters)]
+        folder, *folders = (_brought(place) for place in places)
+        sources = [Source(f, weight) for f, (_, weight) in zip(folders, adapters, strict=True)]
+        yield planned(folder, sources), [place for place in places if is_address(place.address)]
+
+
 def merge_on(
     scheduler: str,
     base: str,
@@ -54,13 +69,7 @@ def merge_on(
     tell: Tell = lambda progress: None,
 ) -> Merged:
     """Write `planned` of these to `out`, with the workers of the Dask scheduler at `scheduler`. Raises what `execute` raises."""
-    with tempfile.TemporaryDirectory(prefix="peft-ref-") as temporary:
-        here = Path(temporary)
-        places = [Elsewhere(here / "base", base, True)]
-        places += [Elsewhere(here / f"adapter{n}", address, False) for n, (address, _) in enumerate(adapters)]
-        folder, *folders = (_brought(place) for place in places)
-        places = [place for place in places if is_address(place.address)]
-        plan = planned(folder, [Source(f, weight) for f, (_, weight) in zip(folders, adapters, strict=True)])
+    with planned_at(base, adapters, planned) as (plan, places):
         client = _client(scheduler)
         try:
             crew = _Crew(client, places, fsync)

@@ -39,11 +39,21 @@ def filesystem(address: str) -> tuple[Any, str]:
     return system, str(path).rstrip("/")
 
 
+def listed(address: str) -> tuple[Any, list[dict[str, Any]]]:
+    """The file system of an address, and what lies there."""
+    system, path = filesystem(address)
+    try:
+        return system, system.ls(path, detail=True)
+    except Exception as error:  # every store has its own: not there, not allowed, nobody who could be asked
+        said = f"{type(error).__name__}: {error!s:.200}"
+        raise FileFormatError(f"{address} cannot be read: {said}.\n  Is it there, and may it be read from here?") from error
+
+
 def hollow(address: str, folder: Path) -> Path:
     """The checkpoint at `address` without its numbers, in `folder`."""
-    system, path = filesystem(address)
+    system, entries = listed(address)
     folder.mkdir(parents=True, exist_ok=True)
-    for entry in system.ls(path, detail=True):
+    for entry in entries:
         name = str(entry["name"]).rstrip("/").rpartition("/")[2]
         if entry["type"] != "file" or name.startswith("."):
             continue
@@ -80,8 +90,7 @@ def fetch(address: str, name: str, folder: Path) -> Path:
 
 def fetch_folder(address: str, folder: Path) -> Path:
     """All files of an adapter's folder."""
-    system, path = filesystem(address)
-    for entry in system.ls(path, detail=True):
+    for entry in listed(address)[1]:
         if entry["type"] == "file":
             fetch(address, str(entry["name"]).rpartition("/")[2], folder)
     return folder

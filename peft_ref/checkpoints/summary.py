@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ FORKED = 4 << 20  # what another worker, which is a process, has of its own besi
 ADAPTER = 4  # what is held of a block while it is changed: as it is stored, and in float32, as it was and as it will be
 
 
-def as_json(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
-    """What `in_words` says, and more of it."""
+def as_json(plan: Plan, out: str, threads: int, addresses: Mapping[Path, str]) -> dict[str, Any]:
+    """What `in_words` says, and more of it. A folder that stands for an address is called by that."""
     return {
-        "base": str(plan.base),
-        "out": str(out),
+        "base": addresses.get(plan.base, str(plan.base)),
+        "out": out,
         "bytes": sum(map(total, plan.shards)),
         "shards": [_shard(shard) for shard in plan.shards],
         "adapters": [
-            {"folder": str(source.folder), "weight": source.weight, "tensors": _touches(plan, source.folder)} for source in plan.sources
+            {
+                "folder": addresses.get(source.folder, str(source.folder)),
+                "weight": source.weight,
+                "tensors": _touches(plan, source.folder),
+            }
+            for source in plan.sources
         ],
         "along": [path.name for path in plan.along],
         "written": [name for name, _ in plan.written],
@@ -33,8 +39,8 @@ def as_json(plan: Plan, out: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def in_words(plan: Plan, out: Path, threads: int) -> str:
-    told = as_json(plan, out, threads)
+def in_words(plan: Plan, out: str, threads: int, addresses: Mapping[Path, str]) -> str:
+    told = as_json(plan, out, threads, addresses)
     width = max(len(shard["name"]) for shard in told["shards"])
     lines = [f"{told['base']} -> {told['out']}: {amount(told['bytes'])} in {_many(len(told['shards']), 'shard')}"]
     for shard in told["shards"]:

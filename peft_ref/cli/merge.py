@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,7 @@ def run(options: argparse.Namespace, program: Sequence[str]) -> int:
 
 
 def _run(options: argparse.Namespace, weights: Sequence[float], size: int | None) -> int:
+    from peft_ref.checkpoints.moving import is_address
     from peft_ref.checkpoints.plan import Source
     from peft_ref.checkpoints.planning import plan
 
@@ -105,47 +106,58 @@ def _run(options: argparse.Namespace, weights: Sequence[float], size: int | None
         "max_shard_size": size,
         "ties": options.ties,
     }
-    if options.scheduler is not None and not options.dry_run:
-        merged = _on_cluster(options, weights, lambda base, sources: plan(base, sources, **how))
+    address = next(filter(is_address, (options.base, *options.adapters, options.out)), None)
+    if address is not None and options.scheduler is None:
+        raise ConfigError(f"{address} is an address: the workers of a cluster read and write there.\n  Give --scheduler, or paths.")
+    if options.scheduler is not None:
+        adapters = list(zip(options.adapters, weights, strict=True))
+        merged = _on_cluster(options, adapters, lambda base, sources: plan(base, sources, **how))
     else:
         sources = [Source(Path(folder), weight) for folder, weight in zip(options.adapters, weights, strict=True)]
-        planned = plan(Path(options.base), sources, **how)
-        if options.dry_run:
-            return _told(options, planned)
-        merged = _executed(options, planned)
+        merged = _executed(options, plan(Path(options.base), sources, **how))
+    if merged is None:
+        return 0
     if options.json:
-        print(json.dumps({"out": str(merged.out), "written": merged.written, "kept": merged.kept, "seconds": merged.seconds}))
+        print(json.dumps({"out": options.out, "written": merged.written, "kept": merged.kept, "seconds": merged.seconds}))
     else:
         from peft_ref.checkpoints.summary import amount
 
         kept = f"; kept of a run that was stopped: {', '.join(merged.kept)}" if merged.kept else ""
         rate = amount(int(merged.written / max(merged.seconds, 1e-9)))
-        print(f"{merged.out}: {amount(merged.written)} written in {merged.seconds:.1f} s, {rate} a second{kept}")
+        print(f"{options.out}: {amount(merged.written)} written in {merged.seconds:.1f} s, {rate} a second{kept}")
     return 0
 
 
-def _told(options: argparse.Namespace, plan: Plan) -> int:
+def _told(options: argparse.Namespace, plan: Plan, addresses: Mapping[Path, str]) -> None:
     from peft_ref.checkpoints import summary
     from peft_ref.checkpoints.engine import cores
 
     threads = options.threads or cores()
-    told = summary.as_json(plan, Path(options.out), threads) if options.json else None
-    print(json.dumps(told) if told is not None else summary.in_words(plan, Path(options.out), threads))
-    return 0
+    told = (plan, options.out, threads, addresses)
+    print(json.dumps(summary.as_json(*told)) if options.json else summary.in_words(*told))
 
 
-def _executed(options: argparse.Namespace, plan: Plan) -> Merged:
+def _executed(options: argparse.Namespace, plan: Plan) -> Merged | None:
+    """None of a dry run, which was told instead."""
     from peft_ref.checkpoints.engine import execute
 
+    if options.dry_run:
+        _told(options, plan, {})
+        return None
     with _bar(options) as tell:
         how = {"threads": options.threads, "fsync": not options.no_fsync, "overwrite": options.overwrite}
         return execute(plan, Path(options.out), tell=tell, **how)
 
 
-def _on_cluster(options: argparse.Namespace, weights: Sequence[float], planned: Callable[[Path, Sequence[Source]], Plan]) -> Merged:
-    from peft_ref.checkpoints.cluster import merge_on
+def _on_cluster(
+    options: argparse.Namespace, adapters: Sequence[tuple[str, float]], planned: Callable[[Path, Sequence[Source]], Plan]
+) -> Merged | None:
+    from peft_ref.checkpoints.cluster import merge_on, planned_at
 
-    adapters = list(zip(options.adapters, weights, strict=True))
+    if options.dry_run:
+        with planned_at(options.base, adapters, planned) as (plan, places):
+            _told(options, plan, {place.here: place.address for place in places})
+            return None
     with _bar(options) as tell:
         how = {"fsync": not options.no_fsync, "overwrite": options.overwrite}
         return merge_on(options.scheduler, options.base, adapters, options.out, planned, tell=tell, **how)

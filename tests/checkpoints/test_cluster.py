@@ -21,7 +21,7 @@ from peft_ref.checkpoints.plan import Plan, Source  # noqa: E402
 from peft_ref.checkpoints.planning import plan  # noqa: E402
 from peft_ref.checkpoints.todo import Progress  # noqa: E402
 from peft_ref.cli import main  # noqa: E402
-from peft_ref.errors import ConfigError, MergeError  # noqa: E402
+from peft_ref.errors import ConfigError, FileFormatError, MergeError  # noqa: E402
 from peft_ref.files.adapter import AdapterFile, AdapterModule, save_adapter  # noqa: E402
 from peft_ref.files.config import AdapterConfig  # noqa: E402
 from peft_ref.graph.targets import Targets  # noqa: E402
@@ -128,3 +128,21 @@ def test_a_killed_worker_changes_nothing(cluster: Any, made: Path, tmp_path: Pat
     assert killed[0] > 0, "the one that was killed had nothing to do"
     assert bytes_of(tmp_path / "out") == bytes_of(made / "here")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_address_wants_a_scheduler(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", f"file://{made}/base", str(made / "adapter"), "-o", "out"]) == 1
+    assert "base is an address" in (said := capsys.readouterr().err)
+    assert "Give --scheduler" in said
+
+
+def test_an_address_where_nothing_lies_is_named(cluster: Any, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"file://.*/nowhere cannot be read: FileNotFoundError"):
+        merge_on(cluster.scheduler_address, f"file://{tmp_path}/nowhere", [(str(made / "adapter"), 1.0)], str(tmp_path / "out"), planned)
+
+
+def test_a_dry_run_of_addresses_calls_them_so(cluster: Any, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = (f"file://{made}/{name}" for name in ("base", "adapter"))
+    assert main(["merge", base, adapter, "-o", "file:///out", "--scheduler", cluster.scheduler_address, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["base"], told["out"], told["adapters"][0]["folder"]) == (base, "file:///out", adapter)
