@@ -191,8 +191,10 @@ def test_lora_on_a_grouped_convolution_is_not_mergeable_and_runs_unmerged(data: 
 def test_lora_bias_on_a_layer_without_bias_is_not_mergeable(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases("lora", kind).filter(lambda c: not c.bias and c.layer.groups == 1))
     case = replace(case, method=replace(case.method, lora_bias=True))  # type: ignore[type-var]
-    with pytest.raises(NotMergeableError, match="bias"):
-        stack.merge(case.layer, case.W, None, [Adapter(case.method, case.params())])
+    adapter = Adapter(case.method, case.params())
+    for change in (stack.merge, lambda *at: stack.unmerge(*at, case.W)):
+        with pytest.raises(NotMergeableError, match="^LoRA adds to the bias"):
+            change(case.layer, case.W, None, [adapter])
 
 
 @pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[1] != "embedding"])

@@ -20,7 +20,7 @@ from typing import Any
 import coverage
 import pytest
 
-from tests.mutation.sources import ROOT, module_of, name_of
+from tests.mutation.sources import OF_CORE, ROOT, module_of, name_of
 
 # Laws by NumPy alone, live PEFT, the pages' numbers, files and configurations, starts, training. The judge's own oracle is the code that is
 # mutated, so what only asks the judge is no evidence: `check` stands here for its laws of starts and its exact twins.
@@ -31,6 +31,7 @@ FOLDERS = (
     *("hf", "spec", "files/test_hf_configs.py", "files/test_hf.py", "files/test_config.py", "files/test_config_space.py"),
     *("check/test_init_laws.py", "model/test_sharing.py", "model/test_tokens.py", "graph/test_live_order.py"),
 )
+OF_THE_CORE = (*FOLDERS, "registry", "files", "backends")  # what no method's own numbers show: switches, keys, what a library brings along
 OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:warnings", "-q", "--backend", "numpy", "-m", "not sweep"]
 Record = dict[str, Any]
 
@@ -141,4 +142,5 @@ def gather(file: Path, mutated: Mapping[str, Path], work: Any, only: list[str]) 
         "mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False
     )
     settings.load_profile("mutation")
-    return int(pytest.main([*OPTIONS, *(only or (str(ROOT / "tests" / f) for f in FOLDERS))], plugins=[Evidence(file, mutated, work)]))
+    folders = OF_THE_CORE if mutated is OF_CORE else FOLDERS
+    return int(pytest.main([*OPTIONS, *(only or (str(ROOT / "tests" / f) for f in folders))], plugins=[Evidence(file, mutated, work)]))
