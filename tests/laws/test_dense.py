@@ -147,6 +147,9 @@ def test_a_large_layer_stays_in_float32(name: str, kind: str, data: st.DataObjec
     with called_large():
         assert stack._set_up(case.layer, W, b, adapters, x).is_large
         assert not stack._set_up(case.layer, W, b, adapters, case.x).is_large
+        assert not stack._set_up(case.layer, W, np.zeros(case.layer.shape[0]), adapters, x).is_large
+        if any(p is not None and p.dtype.kind == "f" for p in adapters[0].params):
+            assert not stack._set_up(case.layer, W, b, [Adapter(case.method, case.params())], x).is_large
         y, pull = stack.forward_and_vjp(case.layer, W, b, adapters, x)
         d = pull(narrow(case.dy))
     floats = [v for v in (y, d.x, d.b, *d.params[0]) if v is not None and v.dtype.kind == "f"]
@@ -341,46 +344,3 @@ def test_a_small_matrix_is_not_large() -> None:
     assert not dense.is_large(np.zeros((256, 256), np.float16))
     assert not dense.is_large(np.zeros((256, 256)), np.zeros(1, np.float32))
     assert not dense.is_large(np.zeros((256, 256), dtype=object))
-
-
-@pytest.mark.parametrize("tokens", [1, 6, 7, 8, 9])
-@pytest.mark.parametrize("share", [False, True])
-def test_rotations_turn_the_input_or_the_weight_whichever_has_fewer_rows(tokens: int, share: bool) -> None:
-    rng, layer = np.random.default_rng(0), Linear(in_features=6, out_features=8)
-    method = METHODS.weights["oft"](r=0, oft_block_size=3, block_share=share, use_cayley_neumann=False)  # type: ignore[call-arg]
-    rows = (tokens,) if tokens % 2 else (2, tokens // 2)
-    W, x, dy = rng.normal(size=(8, 6)), rng.normal(size=(*rows, 6)), rng.normal(size=(*rows, 8))
-    adapters = [Adapter(method, method.to_params(R=rng.normal(size=(1 if share else 2, 3))))]
-    plain = stack.forward(layer, W, None, adapters, x), stack.vjp(layer, W, None, adapters, x, dy)
-    with called_large():
-        assert stack._set_up(layer, W, None, adapters, x).turns_input == (tokens < 8)
-        y, pull = stack.forward_and_vjp(layer, W, None, adapters, x)
-    assert_close(y, plain[0], "y", rounding=ROUNDING)
-    assert_close(pull(dy).x, plain[1].x, "dx", rounding=ROUNDING)
-    assert_close(pull(dy).params[0].R, plain[1].params[0].R, "dR", rounding=ROUNDING)
-
-
-def test_a_block_without_numbers_spoils_no_other() -> None:
-    rng, layer = np.random.default_rng(0), Linear(in_features=6, out_features=8)
-    method = METHODS.weights["oft"](r=0, oft_block_size=3, use_cayley_neumann=False)  # type: ignore[call-arg]
-    W, x, dy, R = rng.normal(size=(8, 6)), rng.normal(size=(9, 6)), rng.normal(size=(9, 8)), rng.normal(size=(2, 3))
-    R[0, 1] = np.nan
-    adapters = [Adapter(method, method.to_params(R=R))]
-    plain = stack.vjp(layer, W, None, adapters, x, dy)
-    with called_large():
-        large_one = stack.vjp(layer, W, None, adapters, x, dy)
-    for got, want, good in ((large_one.x, plain.x, np.s_[:, 3:]), (large_one.params[0].R, plain.params[0].R, np.s_[1:])):
-        assert np.array_equal(np.isnan(got), np.isnan(want))
-        assert_close(got[good], want[good], "the other block", rounding=ROUNDING)
-
-
-@pytest.mark.parametrize("tokens", [7, 8])
-def test_a_low_rank_adapter_alone_is_added_to_the_weight_of_a_long_input(tokens: int) -> None:
-    """And not where it is one of two, or has dropout: then what it adds is no part of one weight's product."""
-    rng, layer, method = np.random.default_rng(0), Linear(in_features=6, out_features=8), LoRA(r=2)
-    W, x = rng.normal(size=(8, 6)), rng.normal(size=(tokens, 6))
-    a = Adapter(method, method.to_params(A=rng.normal(size=(2, 6)), B=rng.normal(size=(8, 2))))
-    with called_large():
-        assert stack._set_up(layer, W, None, [a], x).sides == [tokens < 8]
-        assert stack._set_up(layer, W, None, [a, a], x).sides == [True, True]
-        assert stack._set_up(layer, W, None, [a._replace(dropout=Dropout(x > 0, 0.5))], x).sides == [True]

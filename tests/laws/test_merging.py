@@ -193,7 +193,7 @@ def test_lora_bias_on_a_layer_without_bias_is_not_mergeable(kind: str, data: st.
     case = replace(case, method=replace(case.method, lora_bias=True))  # type: ignore[type-var]
     adapter = Adapter(case.method, case.params())
     for change in (stack.merge, lambda *at: stack.unmerge(*at, case.W)):
-        with pytest.raises(NotMergeableError, match="^LoRA adds to the bias"):
+        with pytest.raises(NotMergeableError, match=r"^LoRA adds to the bias"):
             change(case.layer, case.W, None, [adapter])
 
 
