@@ -3,7 +3,7 @@
     y_0 = layer(x; W_0, b_0),    (W_k, b_k) = T_k(W_{k-1}, b_{k-1}),    y = layer(x; W_n, b_n)
 
 Low-rank adapters are not folded into the weight: their path is  up(down(x; A), B).  It is the same function, costs less, and is the only
-one where a grouped convolution's weight cannot hold the delta. (It costs more where one is alone on a large layer and x has more rows than
+one where a grouped convolution's weight cannot hold the delta. (It costs more where one is alone on a large layer and x has as many rows as
 W: there what it adds is added to W.) An adapter with dropout adds  layer(drop(x); T(W_0) - W_0, b' - b_0);  one whose rows drop out adds
 layer(x; m * (T(W_0) - W_0), b' - b_0). One that is drawn anew in training acts with the noise it is given.
 """
