@@ -226,7 +226,7 @@ def _set_up(layer: Layer, W: Array, b: Array | None, adapters: Sequence[Adapter]
     b = _bias(layer, W, b, adapters)
     floats = [p for a in adapters for p in a.params if p is not None and not is_integer(p)]
     is_large = isinstance(layer, Linear) and dense.is_large(W, b, x, *floats)
-    is_long = as_rows(x).shape[0] >= W.shape[0] if is_large else False
+    is_long = is_large and as_rows(x).shape[0] >= W.shape[0]
     if is_long and len(adapters) == 1 and isinstance(adapters[0].method, LowRank) and adapters[0].dropout is None:
         sides = [False]
     acting = [a for a, side in zip(adapters, sides, strict=True) if not side]

@@ -31,7 +31,7 @@ KEY = f"{WRAPPER}.trainable_tokens_delta"
 
 
 class Params(NamedTuple):
-    D: Annotated[Array, "tokens size", Key("token_adapter.trainable_tokens_delta", kinds=KINDS, saved="own")]
+    D: Annotated[Array, "tokens size", Key(KEY, kinds=KINDS, saved="own")]
 
 
 @final

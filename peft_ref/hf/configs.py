@@ -17,11 +17,14 @@ from peft_ref.hf.config import (
     PromptEncoderReparameterizationType,
     PromptLearningConfig,
     PromptTuningInit,
+    plain,
     registered,
 )
+from peft_ref.methods import METHODS
 from peft_ref.methods.bdlora import BdLoraConfig
 from peft_ref.methods.kasa import KasaConfig
 from peft_ref.methods.monteclora import MontecloraConfig
+from peft_ref.methods.submap import as_submap
 from peft_ref.methods.velora import VeloraConfig
 from peft_ref.registry import PeftType, TaskType
 
@@ -73,17 +76,11 @@ class LoraConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        for name, cls in VARIANTS.items():
-            setattr(self, name, _within(cls, name, getattr(self, name)))
+        said = vars(self)
+        for method in METHODS.siblings("LORA"):
+            if isinstance(method.flag_value, type) and method.flag in said:
+                setattr(self, method.flag, _within(method.flag_value, method.flag, said[method.flag]))
         super().__post_init__()
-
-
-VARIANTS: dict[str, type[Any]] = {
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "use_bdlora": BdLoraConfig,
-    "kasa_config": KasaConfig,
-}
 
 
 def _within(cls: type[Any], name: str, value: Any) -> Any:
@@ -94,9 +91,9 @@ def _within(cls: type[Any], name: str, value: Any) -> Any:
     if unknown := sorted(str(key) for key in value if key not in known):
         raise ConfigError(f"LoraConfig: {name} has no {', '.join(unknown)}.\n  A {cls.__name__} has {', '.join(known)}.")
     try:
-        return cls(**{key: tuple(v) if isinstance(v, list | set) else v for key, v in value.items()})
+        return as_submap(cls, name, {key: plain(given) for key, given in value.items()})
     except ConfigError as error:
-        raise ConfigError(f"LoraConfig: {name}: {error}") from error
+        raise ConfigError(f"LoraConfig: {error}") from error
 
 
 @registered

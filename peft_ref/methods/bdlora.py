@@ -49,7 +49,7 @@ class BdLoraConfig:
     def __post_init__(self) -> None:
         a, b = self.target_modules_bd_a or (), self.target_modules_bd_b or ()
         if both := sorted(set(a) & set(b)):
-            raise ConfigError(f"use_bdlora: {both[0]!r} is in target_modules_bd_a and in target_modules_bd_b (HF PEFT refuses it too).")
+            raise ConfigError(f"{both[0]!r} is in target_modules_bd_a and in target_modules_bd_b (HF PEFT refuses it too).")
         positive(self, "nblocks")
 
     def diagonal_of(self, module_name: str) -> str:

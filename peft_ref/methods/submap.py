@@ -26,4 +26,7 @@ def as_submap(cls: type[T], name: str, value: Any) -> T:
         wanted = (int, float) if isinstance(known[key], float) else (bool, int, str, tuple, type(None))
         if not isinstance(v, wanted) or (isinstance(v, bool) != isinstance(known[key], bool)):
             raise ConfigError(f"{name}: {key}={v!r:.60} is of type {type(v).__name__}, its default is {known[key]!r}.")
-    return cls(**given)
+    try:
+        return cls(**given)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

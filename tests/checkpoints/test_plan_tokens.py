@@ -10,6 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("peft", reason="the extra `hf` is not installed")
+
+from peft_ref.checkpoints.fitting import fitted
+from peft_ref.checkpoints.inspecting import WRONG, inspect
+from peft_ref.checkpoints.plan import Source
+from peft_ref.checkpoints.planning import ROUNDINGS, plan
+from peft_ref.cli import main
+from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, PeftRefError
+from peft_ref.files.adapter import load_config, open_adapter, save_tensors
+from peft_ref.graph import CheckpointGraph
+from peft_ref.model.adapted import adapt
+from peft_ref.model.parameters import load, save
+from peft_ref.model.storing import load as load_onto
 from tests.checkpoints.beside_peft import (
     DTYPES,
     array_of,
@@ -24,20 +37,7 @@ from tests.checkpoints.beside_peft import (
     saved_adapter,
     saved_base,
 )
-
-from peft_ref.checkpoints.fitting import fitted  # isort: skip
-from peft_ref.checkpoints.inspecting import WRONG, inspect  # isort: skip
-from peft_ref.checkpoints.plan import Source  # isort: skip
-from peft_ref.checkpoints.planning import ROUNDINGS, plan  # isort: skip
-from peft_ref.cli import main  # isort: skip
-from peft_ref.errors import ConfigError, KeyMismatchError, NotMergeableError, PeftRefError  # isort: skip
-from peft_ref.files.adapter import load_config, open_adapter, save_tensors  # isort: skip
-
-from peft_ref.graph import CheckpointGraph  # isort: skip
-from peft_ref.model.adapted import adapt  # isort: skip
-from peft_ref.model.parameters import load, save  # isort: skip
-from peft_ref.model.storing import load as load_onto  # isort: skip
-from tests.checkpoints.test_plan_parameters import Mixture  # isort: skip
+from tests.checkpoints.test_plan_parameters import Mixture
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"

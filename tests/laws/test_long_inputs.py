@@ -8,11 +8,12 @@ import pytest
 from peft_ref import stack
 from peft_ref.contracts import Factors
 from peft_ref.layers import Linear
-from peft_ref.methods import IA3, METHODS, OFT, DoRA, LoRA
+from peft_ref.methods import METHODS, LoRA
 from peft_ref.stack import Adapter, Dropout
 from tests.laws.compare import assert_close
 from tests.laws.strategies import map_params
 from tests.laws.test_dense import ROUNDING, called_large
+from tests.laws.test_work_of_a_large_layer import PRODUCTS
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 7, 8, 9])
@@ -58,20 +59,17 @@ def test_a_low_rank_adapter_alone_is_added_to_the_weight_of_a_long_input(tokens:
         assert stack._set_up(layer, W, None, [a._replace(dropout=Dropout(x > 0, 0.5))], x).sides == [True]
 
 
-BELOW = {
-    "DoRA": DoRA(r=2),
-    "IA3": IA3(),
-    "IA3 of inputs": IA3(is_feedforward=True),
-    "OFT": OFT(oft_block_size=3, use_cayley_neumann=False),
-}
-
-
-@pytest.mark.parametrize("below", BELOW)
+@pytest.mark.parametrize("below", [name for name in PRODUCTS if name != "LoRA"])
 @pytest.mark.parametrize("tokens", [7, 9])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_low_rank_adapter_beside_another_has_its_part_of_every_gradient(below: str, tokens: int, dropped: bool) -> None:
     """y = x W'^T + drop(x) (B A)^T, whose gradients are those of the two."""
-    rng, layer, lora, method = np.random.default_rng(tokens), Linear(in_features=6, out_features=8), LoRA(r=2, lora_alpha=6), BELOW[below]
+    rng, layer, lora, method = (
+        np.random.default_rng(tokens),
+        Linear(in_features=6, out_features=8),
+        LoRA(r=2, lora_alpha=6),
+        PRODUCTS[below],
+    )
     W, b, x, dy = rng.normal(size=(8, 6)), rng.normal(size=8), rng.normal(size=(tokens, 6)), rng.normal(size=(tokens, 8))
     first, second = (Adapter(m, map_params(lambda v: v + rng.normal(size=v.shape), m.init(layer, W, rng).params)) for m in (method, lora))
     B, A, _ = lora.factors(second.params)
